@@ -1,25 +1,65 @@
 """UniT (Hu & Singh, 2021), Section 3: the model, its losses, and the loading of pretrained weights.
 
-| paper            | symbol                            | here                                             |
-|------------------|-----------------------------------|--------------------------------------------------|
-| Section 3.1 Eq.1 | x^v = B(I)                        | `Backbone`                                       |
-| Section 3.1 Eq.2 | h^v = E_v(P_{b->e}(x^v), w_v)     | `ImageEncoder`                                   |
-| Section 3.2 Eq.3 | h^t = BERT({w_1..w_S}, w_t)       | `TextEncoder`                                    |
-| Section 3.3 Eq.4 | {h^{dec,l}} = D(h^enc, q^task)    | `Decoder`, `UniT.forward`                        |
-| Section 3.4 Eq.5 | c^l = class_head(h^{dec,l})       | `DetectionHead.class_head`                       |
-| Section 3.4 Eq.6 | b^l = box_head(h^{dec,l})         | `DetectionHead.box_head`                         |
-| Section 3.4 Eq.7 | a^l = attr_head(h^{dec,l}, c^l)   | `AttributeHead`                                  |
-| Section 3.4 Eq.8 | p = W_1 GeLU(W_2 h_1 + b_2) + b_1 | `Classifier`                                     |
-| Section 3.4 Eq.9 | CrossEntropyLoss(p, t)            | `classification_losses`                          |
-| DETR's losses    |                                   | `match`, `detection_losses`                      |
+| paper            | symbol                              | here                                    |
+|------------------|-------------------------------------|-----------------------------------------|
+| Section 3.1 Eq.1 | x^v = B(I)                          | `Backbone`                              |
+| Section 3.1 Eq.2 | h^v = E_v(P_{b->e}(x^v), w_v^task)  | `ImageEncoder`                          |
+| Section 3.2 Eq.3 | h^t = BERT({w_1..w_S}, w_t^task)    | `TextEncoder`                           |
+| Section 3.3 Eq.4 | {h^{dec,l}} = D(h^enc, q^task)      | `Decoder`, `UniT.forward`               |
+| Section 3.4 Eq.5 | c^l = class_head(h^{dec,l})         | `DetectionHead.class_head`              |
+| Section 3.4 Eq.6 | b^l = box_head(h^{dec,l})           | `DetectionHead.box_head`                |
+| Section 3.4 Eq.7 | a^l = attr_head(h^{dec,l}, c^l)     | `AttributeHead`                         |
+| Section 3.4 Eq.8 | p = W_1 GeLU(W_2 h_1 + b_2) + b_1   | `Classifier`                            |
+| Section 3.4 Eq.9 | loss = CrossEntropyLoss(p, t)       | `classification_loss`                   |
+| Section 3.4      | DETR's and BUTD's losses            | `match`, `detection_losses`             |
+
+Where this differs from the paper's text:
+* Eq. 2: the encoder's input is added to its output. The paper does not say so; the released weights
+  need it.
+* Eq. 7: in training the attribute head is fed the class of the matched target (as BUTD does, which the
+  paper cites), at test the class output c^l.
+* Table A.1 names one learning rate; the backbone has its own, DETR's (see train.py).
+
+Where the paper is silent, the authors' released system decides: sizes and places of the two task
+vectors, what is added to queries and keys, initialisation, loss weights, normalisers. `as_released`
+marks the three places where that system contradicts the paper, and the paper is the default here:
+VQAv2's loss (Eq. 9) and text states (Section 3.2), and the LayerNorm in the classifier (Eq. 8).
+
+Shapes: B batch, H x W image, L = H_v W_v image positions, S text tokens, q queries, d width,
+C classes, N_d decoder layers, T boxes of a batch. Batch comes first. Masks are True at padding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import argparse
+import io
+import json
+import math
+import re
+import tarfile
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+try:
+    import torchvision
+except RuntimeError as error:
+    # torchvision compiled for CUDA beside a CPU-only torch: its compiled operators are missing, and it
+    # stops at the first that it looks up. We use its Python parts alone; declaring the two is enough.
+    if "torchvision::nms" not in str(error):
+        raise
+    _vision = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _vision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.ops import (FrozenBatchNorm2d, box_convert, generalized_box_iou,
+                             generalized_box_iou_loss)
 
 
 class InputError(Exception):
@@ -76,3 +116,655 @@ class Batch:
                 return [move(y) for y in x]
             return x
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+def option(default, help: str):
+    """A dataclass field that is also a command line flag; `help` names its source in the paper."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of the model. Defaults: the paper's, then the released configuration's."""
+
+    encoder_width: int = option(256, "image encoder hidden size d_v^e (Table A.1)")
+    encoder_heads: int = option(8, "image encoder heads (Table A.1)")
+    encoder_ff: int = option(2048, "image encoder intermediate size (Table A.1)")
+    encoder_layers: int = option(6, "image encoder layers N_v (Table A.1)")
+    bert_width: int = option(768, "text encoder hidden size d_t^e (Section 3.2)")
+    bert_heads: int = option(12, "text encoder heads (BERT-base)")
+    bert_ff: int = option(3072, "text encoder intermediate size (BERT-base)")
+    bert_layers: int = option(12, "text encoder layers N_t (Section 3.2)")
+    vocab_size: int = option(30522, "word pieces (BERT-base uncased)")
+    max_positions: int = option(512, "text positions (BERT-base)")
+    decoder_width: int = option(768, "decoder hidden size d_t^d (Table A.1; 256 in Table 4 line 4)")
+    decoder_heads: int = option(8, "decoder heads (Table A.1)")
+    decoder_ff: int = option(2048, "decoder intermediate size (Table A.1)")
+    decoder_layers: int = option(6, "decoder layers N_d (Table A.1; 8, 12 in Table 4 lines 2, 3)")
+    shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
+    dropout: float = option(0.1, "every dropout of the model (Table A.1)")
+    backbone: str = option("resnet50", "resnet50 (Section 3.1), or small for 32-pixel pictures (ours)")
+    task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
+    all_text_states: tuple[str, ...] = option(
+        (), "tasks whose decoder sees all text states, not [CLS] alone (Table 4 line 5)")
+    num_queries: int = option(
+        0, "queries of every task but detection, 0: the task's own 25 (Table C.1 lines 4, 5)")
+    loss_on_all_layers: bool = option(
+        False, "classification losses on all decoder layers (Table 4 line 6)")
+    binary_vqa_loss: bool = option(
+        False, "binary cross entropy for soft scores, as released; else cross entropy (Eq. 9)")
+    classifier_norm: bool = option(
+        False, "classifier with LayerNorm and early dropout, as released; else as in Eq. 8")
+
+
+# The three switches that make the model the released one (RELEASED: where text and release differ).
+AS_RELEASED = {"binary_vqa_loss": True, "classifier_norm": True, "all_text_states": ("vqa2",)}
+
+ATTRIBUTE_EMBEDDING, ATTRIBUTE_HIDDEN = 256, 512  # released config; BUTD's attribute head
+NO_OBJECT_WEIGHT = 0.1                            # DETR; released config
+# Weights of a detection loss's terms, and of the matching cost's three (DETR; released config).
+LOSS_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0, "attribute": 1.0}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Attention, and the one encoder layer of both encoders
+# ---------------------------------------------------------------------------------------------------
+
+def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Padding mask (B, S), True = padding, as the bias (B, 1, 1, S) that attention adds to its scores.
+
+    Trap: `scaled_dot_product_attention` reads a boolean mask the other way round (True = attend), and
+    copies boolean and expanded masks to the full (B, heads, S, S). A float bias is neither.
+    """
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+        mask, -math.inf)[:, None, None, :]
+
+
+class Attention(nn.Module):
+    """Multi-head attention. No L x L matrix is ours: the fused kernel keeps it in registers."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        if width % heads:
+            raise InputError(f"width {width} cannot be split among {heads} heads; "
+                             f"choose a width that {heads} divides")
+        self.heads, self.dropout = heads, dropout
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
+        """query (B, Q, d), key and value (B, K, d), bias (B, 1, 1, K) -> (B, Q, d)"""
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, ., d / heads)
+                   for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype),
+            dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm transformer layer: DETR's (ReLU, eps 1e-5, dropout inside the feed-forward, positions
+    added to queries and keys) and BERT's (GELU, eps 1e-12, neither of the two) are this one."""
+
+    def __init__(self, width, heads, ff, dropout, activation=F.relu, eps=1e-5, inner_dropout=True):
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.linear1, self.linear2 = nn.Linear(width, ff), nn.Linear(ff, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.inner_dropout = nn.Dropout(dropout if inner_dropout else 0.0)
+        self.activation = activation
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None):
+        """x, positions (B, S, d), bias (B, 1, 1, S) -> (B, S, d)"""
+        query = x if positions is None else x + positions  # not to the values (DETR)
+        x = self.norm1(x + self.dropout(self.attention(query, query, x, bias)))
+        hidden = self.inner_dropout(self.activation(self.linear1(x)))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))
+
+
+def put_in_front(vector: Tensor, x: Tensor, mask: Tensor | None):
+    """The task vector (1, d) as position 0 of x (B, S, d); it is never masked (mask (B, S) or None)."""
+    x = torch.cat([vector.expand(len(x), 1, -1), x], dim=1)
+    return x, None if mask is None else F.pad(mask, (1, 0), value=False)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 3.1. Image encoder
+# ---------------------------------------------------------------------------------------------------
+
+def dilated_resnet50() -> ResNet:
+    """ResNet-50 with dilation in place of the stride of C5 (stride 16), batch norms frozen."""
+    return ResNet(Bottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d,
+                  replace_stride_with_dilation=[False, False, True])
+
+
+class Backbone(nn.Module):
+    """B of Eq. 1. conv1 and layer1 are never trained; neither are batch norms (released config)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = dilated_resnet50()
+        self.channels = self.body.inplanes  # d_v^b = 2048
+        del self.body.fc                    # ImageNet's classifier
+        for module in (self.body.conv1, self.body.layer1):
+            module.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, d_v^b, H / 16, W / 16)"""
+        body = self.body
+        x = body.maxpool(body.relu(body.bn1(body.conv1(images))))
+        return body.layer4(body.layer3(body.layer2(body.layer1(x))))
+
+
+class SmallBackbone(nn.Module):
+    """B for 32-pixel pictures (ours): residual, stride 8. Group norm, since statistics over a batch
+    would make the update depend on how a batch is cut into micro-batches."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.channels = width
+        self.stem = nn.Conv2d(3, width // 2, 3, stride=2, padding=1)
+        self.down = nn.ModuleList([nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+                                   nn.Conv2d(width, width, 3, stride=2, padding=1)])
+        self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
+        x = F.relu(self.stem(images))
+        for i, (down, residual) in enumerate(zip(self.down, self.residual)):
+            x = F.relu(self.norms[2 * i](down(x)))
+            x = F.relu(x + self.norms[2 * i + 1](residual(x)))
+        return x
+
+
+def sine_positions(valid: Tensor, width: int) -> Tensor:
+    """2-D sine positions of DETR: (B, H_v, W_v) bool, True where there is image -> (B, L, width).
+
+    The first half of the features encodes y, the second x. Counts run over unpadded positions and are
+    scaled so that the last one is 2 pi: positions are relative to the image, not to the batch.
+    """
+    half = width // 2
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    index = torch.arange(half, device=valid.device) // 2 * 2
+    frequency = 10000.0 ** (index.to(dtype) / half)
+    encoded = []
+    for dim in (1, 2):
+        count = valid.cumsum(dim, dtype=dtype)
+        last = count.narrow(dim, count.shape[dim] - 1, 1)
+        angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / frequency  # (B, H_v, W_v, half)
+        encoded.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2))
+    return torch.cat(encoded, dim=-1).flatten(1, 2)
+
+
+class ImageEncoder(nn.Module):
+    """Section 3.1: backbone B, projection P_{b->e}, transformer E_v, then on to the decoder's width.
+
+    w_v^task are learned tables of one row a task, drawn from N(0, 1). Each row is a parameter of its
+    own: rows of one shared table would all get a gradient (zeros) and drift in the optimiser.
+    """
+
+    def __init__(self, config: Config, tasks: list[Task]):
+        super().__init__()
+        width = config.encoder_width
+        self.backbone = SmallBackbone() if config.backbone == "small" else Backbone()
+        self.input_proj = nn.Conv2d(self.backbone.channels, width, 1)  # P_{b->e}
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, config.encoder_heads, config.encoder_ff, config.dropout)
+            for _ in range(config.encoder_layers))
+        self.projection = nn.Linear(width, config.decoder_width)
+        self.position_projection = nn.Linear(width, config.decoder_width)
+        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in tasks if t.image}
+                                       if config.task_embedding else {})
+
+    def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
+        """images (B, 3, H, W), image_mask (B, H, W) -> h^v (B, L, d), its positions (B, L, d) and its
+        padding mask (B, L) or None, d the decoder's width.
+
+        Padding several images to one size changes the features near the padding (convolutions reach
+        across), as in DETR: images taken one at a time are the paper's run, and exact.
+        """
+        x = self.backbone(images)                                     # Eq. 1, (B, d_v^b, H_v, W_v)
+        x = self.input_proj(x)                                        # P_{b->e}(x^v)
+        if image_mask is None:
+            padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)
+        else:
+            valid = F.interpolate((~image_mask)[:, None].float(), size=x.shape[-2:])[:, 0] > 0.5
+            padding = ~valid.flatten(1)                               # (B, L)
+        positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
+        x = x.flatten(2).transpose(1, 2)                              # (B, L, d_v^e)
+        h = self.encode(x, positions, padding, task) + x              # the residual Eq. 2 leaves out
+        return self.projection(h), self.position_projection(positions), padding
+
+    def encode(self, x: Tensor, positions: Tensor, padding: Tensor | None, task: str) -> Tensor:
+        """E_v of Eq. 2 with the task vector put in front, at position zero, and stripped again."""
+        with_task = task in self.w_task
+        if with_task:
+            x, padding = put_in_front(self.w_task[task], x, padding)
+            positions = F.pad(positions, (0, 0, 1, 0))
+        bias = attention_bias(padding, x.dtype)
+        for layer in self.layers:                                     # Eq. 2
+            x = layer(x, positions, bias)
+        return x[:, 1:] if with_task else x
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 3.2. Text encoder
+# ---------------------------------------------------------------------------------------------------
+
+class TextEncoder(nn.Module):
+    """BERT (Eq. 3) without its pooler, then on to the decoder's width."""
+
+    def __init__(self, config: Config, tasks: list[Task]):
+        super().__init__()
+        width = config.bert_width
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_positions, width)
+        self.token_type_embeddings = nn.Embedding(2, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)  # BERT's epsilon
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, config.bert_heads, config.bert_ff, config.dropout,
+                         activation=F.gelu, eps=1e-12, inner_dropout=False)
+            for _ in range(config.bert_layers))
+        self.projection = nn.Linear(width, config.decoder_width)
+        self.position_projection = nn.Linear(width, config.decoder_width)
+        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in tasks if t.text}
+                                       if config.task_embedding else {})
+        self.all_states = {t.name for t in tasks
+                           if t.text_states == "all" or t.name in config.all_text_states}
+
+    def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
+        """tokens, types, mask (B, S) -> h^t (B, S or 1, d), its positions (1, S or 1, d) and its
+        padding mask or None, d the decoder's width. One state, [CLS], unless the task wants all."""
+        states = self.encode(tokens, types, mask, task)               # h^t of Eq. 3, (B, S, d_t^e)
+        if task not in self.all_states:                               # Section 3.2: [CLS] alone
+            states, mask = states[:, :1], None
+        # The decoder knows text positions by BERT's own embeddings of 0..S-1, projected.
+        positions = self.position_embeddings.weight[None, :states.shape[1]]
+        return self.projection(states), self.position_projection(positions), mask
+
+    def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
+        """BERT of Eq. 3. The task vector is put in front of the embedded tokens and has no position,
+        type or LayerNorm of its own: token positions start at 0 as usual."""
+        embedded = (self.word_embeddings(tokens) + self.token_type_embeddings(types)
+                    + self.position_embeddings.weight[:tokens.shape[1]])
+        x = self.dropout(self.norm(embedded))                         # (B, S, d_t^e)
+        with_task = task in self.w_task
+        if with_task:
+            x, mask = put_in_front(self.w_task[task], x, mask)
+        bias = attention_bias(mask, x.dtype)
+        for layer in self.layers:                                     # Eq. 3
+            x = layer(x, bias=bias)
+        return x[:, 1:] if with_task else x
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 3.3. Domain-agnostic decoder
+# ---------------------------------------------------------------------------------------------------
+
+class DecoderLayer(nn.Module):
+    """DETR's: self-attention among the queries, cross-attention to the memory, feed-forward."""
+
+    def __init__(self, width: int, heads: int, ff: int, dropout: float):
+        super().__init__()
+        self.self_attention = Attention(width, heads, dropout)
+        self.cross_attention = Attention(width, heads, dropout)
+        self.linear1, self.linear2 = nn.Linear(width, ff), nn.Linear(ff, width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, query, memory, keys, bias):
+        """x, query (B, q, d), memory, keys (B, L + S, d), bias (B, 1, 1, L + S) -> (B, q, d)"""
+        at = x + query
+        x = self.norm1(x + self.dropout(self.self_attention(at, at, x)))
+        x = self.norm2(x + self.dropout(self.cross_attention(x + query, keys, memory, bias)))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.norm3(x + self.dropout(self.linear2(hidden)))
+
+
+class Decoder(nn.Module):
+    """D of Eq. 4."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(config.decoder_width, config.decoder_heads, config.decoder_ff, config.dropout)
+            for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.decoder_width)  # one, applied to every layer's output
+
+    def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, query: Tensor) -> Tensor:
+        """memory h^enc (B, M, d), positions (B or 1, M, d), mask (B, M), query q^task (q, d)
+        -> h^{dec,l} (N_d, B, q, d)
+
+        Content starts at zero and q^task acts as the queries' positions, added in every layer (DETR).
+        So the first self-attention sees no content: its query, key and value matrices never get a
+        gradient (its value bias does).
+        """
+        query = query.expand(len(memory), -1, -1)
+        keys, bias = memory + positions, attention_bias(mask, memory.dtype)
+        x, states = torch.zeros_like(query), []
+        for layer in self.layers:
+            x = layer(x, query, memory, keys, bias)
+            states.append(self.norm(x))
+        return torch.stack(states)                                    # Eq. 4
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 3.4. Task-specific output heads
+# ---------------------------------------------------------------------------------------------------
+
+class AttributeHead(nn.Module):
+    """Eq. 7, after BUTD: a^l from the state and the object's class. Released: ReLU on the final scores
+    and none between the two linear layers."""
+
+    def __init__(self, width: int, task: Task):
+        super().__init__()
+        self.class_embedding = nn.Embedding(task.num_classes + 1, ATTRIBUTE_EMBEDDING)
+        self.linear1 = nn.Linear(width + ATTRIBUTE_EMBEDDING, ATTRIBUTE_HIDDEN)
+        self.linear2 = nn.Linear(ATTRIBUTE_HIDDEN, task.num_attributes)
+
+    def forward(self, hidden: Tensor, classes: Tensor) -> Tensor:
+        """hidden (..., d), classes (...) int64 -> (..., A) scores"""
+        x = torch.cat([hidden, self.class_embedding(classes)], dim=-1)
+        return F.relu(self.linear2(self.linear1(x)))                  # Eq. 7
+
+
+class DetectionHead(nn.Module):
+    """Eq. 5-7. Why 92 outputs for COCO's 80 classes: category ids are used as they are, the largest is
+    90, so ids need 91 places (ten stay idle), and the last output is no-object."""
+
+    def __init__(self, width: int, task: Task):
+        super().__init__()
+        self.class_head = nn.Linear(width, task.num_classes + 1)
+        self.box_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width),
+                                      nn.ReLU(), nn.Linear(width, 4))
+        self.attribute_head = AttributeHead(width, task) if task.num_attributes else None
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """h^{dec,l} (N_d, B, q, d) -> c^l (N_d, B, q, C + 1), b^l (N_d, B, q, 4)"""
+        # Boxes stay in full precision: the step of bfloat16 near 0.5 is five pixels at 1333.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.to(self.class_head.weight.dtype)
+            return self.class_head(hidden), self.box_head(hidden).sigmoid()  # Eq. 5, Eq. 6
+
+
+class Classifier(nn.Module):
+    """Eq. 8 on the first query's state. As released it has a LayerNorm and its dropout comes first."""
+
+    def __init__(self, width: int, num_classes: int, dropout: float, as_released: bool):
+        super().__init__()
+        self.linear2, self.linear1 = nn.Linear(width, width), nn.Linear(width, num_classes)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=1e-12) if as_released else None
+
+    def forward(self, h_1: Tensor) -> Tensor:
+        """h_1^{dec} (..., d) -> p (..., C)"""
+        if self.norm is not None:  # [differs] released: dropout, linear, GELU, LayerNorm, linear
+            return self.linear1(self.norm(F.gelu(self.linear2(self.dropout(h_1)))))
+        return self.linear1(self.dropout(F.gelu(self.linear2(h_1))))  # Eq. 8
+
+
+# ---------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class Outputs:
+    """What the model says about a batch. The last layer is the answer; in eval mode it is the only."""
+
+    hidden: Tensor               # (N_d, B, q, d)
+    logits: Tensor               # detection c^l (N_d, B, q, C + 1); else p (N_d or 1, B, C)
+    boxes: Tensor | None = None  # detection b^l (N_d, B, q, 4) cx, cy, w, h in [0, 1]
+
+
+class UniT(nn.Module):
+    """The whole of Figure 2 for the given tasks. Parts that no task needs are not made."""
+
+    def __init__(self, config: Config, tasks: list[Task]):
+        super().__init__()
+        self.config = config
+        if config.num_queries:
+            tasks = [t if t.kind == "detection" else replace(t, num_queries=config.num_queries)
+                     for t in tasks]
+        self.tasks = {t.name: t for t in tasks}
+        width = config.decoder_width
+        self.image_encoder = ImageEncoder(config, tasks) if any(t.image for t in tasks) else None
+        self.text_encoder = TextEncoder(config, tasks) if any(t.text for t in tasks) else None
+        # D^shared, or D_t^sep for each task t (Section 3.3).
+        self.decoders = nn.ModuleDict({name: Decoder(config) for name in
+                                       (["shared"] if config.shared_decoder else self.tasks)})
+        # q^task: a learned table of one row a query, drawn from N(0, 1), one table a task.
+        self.queries = nn.ParameterDict({t.name: torch.randn(t.num_queries, width) for t in tasks})
+        self.heads = nn.ModuleDict({
+            t.name: DetectionHead(width, t) if t.kind == "detection" else
+            Classifier(width, t.num_classes, config.dropout, config.classifier_norm) for t in tasks})
+        initialise(self)
+
+    def forward(self, batch: Batch) -> Outputs:
+        task = self.tasks[batch.task]
+        memory, positions, mask = self.encode(batch, task)
+        query = self.queries[task.name]
+        if not self.training and memory.shape[1] == 1:
+            # One memory position ([CLS] of a language task): attention over it is constant, so with
+            # contents that start equal all queries go on computing the same thing. One will do; not
+            # in training, where dropout tells them apart.
+            query = query[:1]
+        decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
+        hidden = decoder(memory, positions, mask, query)              # Eq. 4, (N_d, B, q, d)
+        if not self.training:
+            hidden = hidden[-1:]  # at test time only the top layer (Section 3.4)
+        head = self.heads[task.name]
+        if task.kind == "detection":
+            return Outputs(hidden, *head(hidden))
+        layers = hidden if self.config.loss_on_all_layers else hidden[-1:]
+        return Outputs(hidden, head(layers[:, :, 0]))
+
+    def encode(self, batch: Batch, task: Task):
+        """h^enc of Section 3.3: image, text, or first image then text -> (B, M, d), its positions
+        (B or 1, M, d) and its padding mask (B, M) or None."""
+        parts = []
+        if task.image:
+            parts.append(self.image_encoder(batch.images, batch.image_mask, task.name))
+        if task.text:
+            parts.append(self.text_encoder(batch.tokens, batch.token_types, batch.text_mask,
+                                           task.name))
+        if len(parts) == 1:
+            return parts[0]
+        states = torch.cat([h for h, _, _ in parts], dim=1)           # concat(h^v, h^t)
+        positions = torch.cat([p.expand(len(states), -1, -1) for _, p, _ in parts], dim=1)
+        masks = [m for _, _, m in parts]
+        if all(m is None for m in masks):
+            return states, positions, None
+        masks = [torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if m is None else m
+                 for h, _, m in parts]
+        return states, positions, torch.cat(masks, dim=1)
+
+    def losses(self, outputs: Outputs, batch: Batch, batch_size: int | None = None,
+               num_boxes: float | None = None) -> dict[str, Tensor]:
+        """The weighted terms whose sum is the loss of this part of a batch (Section 3.4).
+
+        A batch of `batch_size` samples with `num_boxes` boxes may be spread over micro-batches and
+        processes: the terms of all parts add up to the batch's. Default: this part is the batch.
+        """
+        task, n = self.tasks[batch.task], batch_size or len(batch)
+        if task.kind == "classification":
+            binary = task.soft_scores and self.config.binary_vqa_loss
+            return {"answer": classification_loss(outputs.logits, batch.scores, binary) / n}
+        if num_boxes is None:
+            num_boxes = sum(len(labels) for labels in batch.labels)
+        terms = detection_losses(outputs, batch, self.heads[task.name])
+        # DETR's normaliser is the number of boxes averaged over processes, at least 1. With the paper's
+        # one image a process and gradients averaged, that is max(boxes of the batch, samples).
+        scale = {"l1": max(num_boxes, n), "giou": max(num_boxes, n)}
+        return {k: LOSS_WEIGHTS[k] / scale.get(k, n) * v.sum() for k, v in terms.items()}
+
+
+def initialise(model: UniT) -> None:
+    """Random weights as in the released code, where PyTorch's own defaults are not what it uses."""
+    encoder, text = model.image_encoder, model.text_encoder
+    xavier = [*model.decoders.values()]
+    if encoder is not None:
+        xavier += [encoder.layers, encoder.projection, encoder.position_projection]
+    for name, p in (item for module in xavier for item in module.named_parameters()):
+        if p.dim() > 1:
+            # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
+            # that of each alone. (The release leaves separate decoders at PyTorch's defaults, all
+            # layers copies of one, for its Xavier pass runs before they exist; here they get theirs.)
+            packed = re.search(r"(?:^|\.)[qkv]_proj\.", name)
+            nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
+        elif "attention" in name and name.endswith("bias"):
+            nn.init.zeros_(p)  # as in torch's packed attention
+    if text is not None:  # BERT's own; replaced by pretrained weights in every run of the paper
+        for name, p in text.named_parameters():
+            if p.dim() > 1 and "w_task" not in name and "projection" not in name:
+                nn.init.normal_(p, std=0.02)
+    for head in model.heads.values():
+        for module in getattr(head, "attribute_head", None) and head.attribute_head.modules() or ():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.01)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Section 3.4. Losses
+# ---------------------------------------------------------------------------------------------------
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) -> Tensor:
+    """Eq. 9, summed over samples (and over the layers given): logits (N, B, C), scores (B, C) -> ().
+
+    One class a sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
+    released ([differs]) they are 3129 yes-no questions, summed over the answers.
+    """
+    logits, target = at_least_float32(logits), scores.expand_as(logits)
+    if binary:
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
+    return -(target * logits.log_softmax(-1)).sum()                   # Eq. 9
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """cx, cy, w, h -> x0, y0, x1, y1. Sides are kept above zero, so that no union of two boxes is."""
+    return box_convert(torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-6)], -1),
+                       "cxcywh", "xyxy")
+
+
+@torch.no_grad()
+def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]):
+    """Hungarian matching (DETR) of all layers and images at once.
+
+    logits (N_d, B, q, C + 1), boxes (N_d, B, q, 4), labels B x (n,), targets B x (n, 4)
+    -> layer, image, query, target, each (K,) on the CPU: `target` indexes the boxes of all images one
+    after another. More boxes than queries: the q that fit best are matched. Raises FloatingPointError.
+
+    The cost takes -p(class), not -log p as the loss does: like the box terms it is then bounded, which
+    DETR found to work better.
+    """
+    counts = [len(x) for x in labels]
+    if not sum(counts):
+        return (torch.zeros(0, dtype=torch.long),) * 4
+    all_labels, all_targets = torch.cat(labels), torch.cat(targets)
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (T,) on the CPU
+    image = image.to(logits.device, non_blocking=True)
+    probability = at_least_float32(logits).softmax(-1)[:, image]      # (N_d, T, q, C + 1)
+    index = all_labels[None, :, None, None].expand(len(logits), -1, logits.shape[2], 1)
+    cost = -LOSS_WEIGHTS["class"] * probability.gather(-1, index)[..., 0]
+    candidates = boxes[:, image]                                      # (N_d, T, q, 4)
+    cost += LOSS_WEIGHTS["l1"] * (candidates - all_targets[None, :, None]).abs().sum(-1)
+    cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, all_targets[None, :, None])
+    cost = cost.cpu().numpy()                      # (N_d, T, q): the one copy to the host of a step
+    if not np.isfinite(cost).all():
+        raise FloatingPointError("the matching cost is not finite")
+    found, ends = [], np.cumsum(counts)
+    for layer in range(len(cost)):
+        for i, (start, end) in enumerate(zip(ends - counts, ends)):
+            row, query = linear_sum_assignment(cost[layer, start:end])
+            found.append(np.stack([np.full_like(row, layer), np.full_like(row, i), query,
+                                   row + start]))
+    return torch.from_numpy(np.concatenate(found, axis=1)).unbind()
+
+
+def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Generalised IoU of boxes that broadcast against each other, (..., 4) cx, cy, w, h -> (...)."""
+    boxes, targets = torch.broadcast_tensors(to_corners(boxes), to_corners(targets))
+    return 1 - generalized_box_iou_loss(boxes, targets, eps=1e-12)
+
+
+def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dict[str, Tensor]:
+    """DETR's losses on every decoder layer, and BUTD's on attributes: unweighted, (N_d,) each.
+
+    class: sum over images of each image's weighted mean over its queries; l1, giou: sums over matched
+    boxes; attribute: sum over images of each image's mean over its boxes with attributes. With one
+    image a process, as the paper trained, these are the released system's terms.
+    """
+    logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
+    num_layers, batch_size, _, no_object = logits.shape
+    no_object -= 1
+    layer, image, query, target = (x.to(logits.device, non_blocking=True) for x in
+                                   match(logits, boxes, batch.labels, batch.boxes))
+    labels, targets = torch.cat(batch.labels)[target], torch.cat(batch.boxes)[target]
+
+    wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
+    wanted[layer, image, query] = labels
+    weight = torch.where(wanted == no_object, NO_OBJECT_WEIGHT, 1.0).to(logits.dtype)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none")
+    class_loss = (weight * cross_entropy.view_as(weight)).sum(-1) / weight.sum(-1)  # (N_d, B)
+
+    def per_layer(values: Tensor) -> Tensor:
+        return values.new_zeros(num_layers).index_add(0, layer, values)
+
+    predicted = boxes[layer, image, query]                            # (K, 4)
+    terms = {"class": class_loss.sum(-1),
+             "l1": per_layer(F.l1_loss(predicted, targets, reduction="none").sum(-1)),
+             "giou": per_layer(1 - elementwise_giou(predicted, targets))}
+    if head.attribute_head is not None:
+        attributes = torch.cat(batch.attributes)[target]              # (K, 16)
+        with torch.autocast(logits.device.type, enabled=False):
+            hidden = outputs.hidden[layer, image, query].to(head.class_head.weight.dtype)
+            scores = at_least_float32(head.attribute_head(hidden, labels))
+        count = (attributes >= 0).sum(-1)                             # k, (K,)
+        log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))
+        each = -0.5 * (log_p * (attributes >= 0)).sum(-1) / count.clamp(min=1)  # BUTD's factor 0.5
+        group = layer * batch_size + image  # boxes with attributes of one image in one layer
+        boxes_in_group = (count > 0).to(each.dtype).new_zeros(num_layers * batch_size).index_add(
+            0, group, (count > 0).to(each.dtype))
+        terms["attribute"] = per_layer(each / boxes_in_group.clamp(min=1)[group])
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------
+# From outputs to detections (Section 3.4: "post-processed into object bounding boxes")
+# ---------------------------------------------------------------------------------------------------
+
+@dataclass
+class Detections:
+    """One image's predictions, one for each query, on the CPU; no threshold, no suppression."""
+
+    scores: Tensor                          # (q,) probability of the class
+    labels: Tensor                          # (q,) the best class that is not no-object
+    boxes: Tensor                           # (q, 4) x0, y0, x1, y1 in pixels of the original image
+    attributes: Tensor | None = None        # (q,) the highest attribute
+    attribute_scores: Tensor | None = None  # (q,) its probability
+
+
+@torch.no_grad()
+def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]:
+    """The top layer's outputs as detections, one entry an image."""
+    scores, labels = at_least_float32(outputs.logits[-1]).softmax(-1)[..., :-1].max(-1)  # (B, q)
+    height, width = batch.sizes.to(scores.device).unbind(-1)
+    scale = torch.stack([width, height, width, height], -1)[:, None]  # (B, 1, 4)
+    boxes = box_convert(at_least_float32(outputs.boxes[-1]), "cxcywh", "xyxy") * scale
+    columns = [scores, labels, boxes]
+    head = model.heads[batch.task].attribute_head
+    if head is not None:  # at test the class fed in is the highest-scoring object class
+        best = at_least_float32(head(outputs.hidden[-1], labels)).softmax(-1).max(-1)
+        columns += [best.indices, best.values]
+    return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
