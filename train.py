@@ -1,0 +1,781 @@
+"""Training UniT (Section 3.5, Appendix A): experiments as data, optimiser, schedule, the loop, checkpoints.
+
+    python train.py --tiny                                   # all eight tasks on a laptop, minutes
+    torchrun --nproc_per_node=8 train.py                     # Table 3 line 3, data in data/
+    torchrun --nproc_per_node=8 train.py --experiment T3.5   # any other line of the paper's tables
+    python train.py --list                                   # all of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import data
+import eval as evaluation
+import unit
+from unit import Batch, Config, InputError, UniT, option
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run. Defaults: Table 3 line 3 as the paper trained it."""
+
+    tasks: tuple[str, ...] = option(
+        ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2"), "data sets (Section 4.2)")
+    probabilities: tuple[float, ...] = option(
+        (), "chance of each of --tasks at an iteration; none given: Table A.2")
+    iterations: int = option(500_000, "iterations (Section 4.2)")
+    batch_size: int = option(64, "samples an iteration, over all processes (Table A.1)")
+    micro_batch: int = option(
+        0, "samples a process holds at a time; 0: one image (as the paper), all texts")
+    lr: float = option(5e-5, "learning rate (Table A.1)")
+    lr_backbone: float = option(1e-5, "learning rate of the backbone (DETR; released config)")
+    warmup: int = option(2000, "warm-up iterations (Table A.1)")
+    weight_decay: float = option(1e-4, "AdamW's weight decay (released config)")
+    clip: float = option(0.1, "largest norm of the gradient (released config)")
+    update_unused: bool = option(
+        False, "also update parameters the task did not reach (Appendix A: it often diverges)")
+    coco_first: int = option(
+        0, "of the iterations, how many come first on COCO alone: COCO init. in one run (ours, tiny)")
+    imagenet_backbone: bool = option(
+        False, "backbone from ImageNet instead of DETR (Table C.1 line 3)")
+    init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
+    init_parts: tuple[str, ...] = option(
+        (), "what to take of it: image_encoder, text_encoder, decoder, queries, heads; none given: all")
+    freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)")
+    precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16")
+    seed: int = option(0, "seed of weights, sampling, augmentation and dropout")
+    data: str = option("data", "folder of the data sets, as README lays it out")
+    num_workers: int = option(4, "data workers a process")
+    log_every: int = option(50, "iterations a line on the screen")
+    save_every: int = option(10_000, "iterations between checkpoints (released config)")
+    eval_every: int = option(10_000, "iterations between evaluations (released config); 0: at the end")
+    eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
+
+
+# What may differ when a run goes on: none of it changes the weights that come out.
+FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every", "eval_samples",
+                  "micro_batch"}
+
+# ---------------------------------------------------------------------------------------------------
+# Experiments: every line of Tables 1-4 and C.1 (data, not code)
+# ---------------------------------------------------------------------------------------------------
+
+DETECTION_VQA = ("coco", "vg", "vqa2")          # Section 4.1, Table A.2 line 1: equal chances
+EIGHT = TrainConfig.tasks                       # Section 4.2
+ABLATION = ("coco", "snli_ve", "mnli")          # Tables 4 and C.1
+TABLE_A2 = {  # sampling probabilities, lines 2 and 3
+    EIGHT: dict(coco=0.20, vg=0.07, vqa2=0.26, snli_ve=0.12, qnli=0.10, mnli=0.10, qqp=0.10, sst2=0.05),
+    ABLATION: dict(coco=0.30, snli_ve=0.50, mnli=0.20),
+}
+# "COCO init." takes different parts in Section 4.1 (and C.1 line 9) and in Section 4.2 (RELEASED).
+COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
+COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
+SEPARATE = dict(shared_decoder=False)
+
+
+def experiment(tasks: tuple[str, ...] | str, iterations: int, **overrides) -> dict:
+    return dict(tasks=(tasks,) if isinstance(tasks, str) else tasks, iterations=iterations, **overrides)
+
+
+EXPERIMENTS = {
+    # Table 1: 150k, 300k, 450k iterations for one, two, three data sets (Section 4.1)
+    **{f"T1.1-{t}": experiment(t, 150_000) for t in DETECTION_VQA},
+    "T1.2": experiment(DETECTION_VQA, 450_000, **SEPARATE),
+    "T1.3": experiment(DETECTION_VQA, 450_000),
+    "T1.4": experiment(DETECTION_VQA, 450_000, **COCO_INIT),
+    # Table 2: shared decoders, COCO init.
+    **{f"T2.1-{t}": experiment(t, 150_000) for t in DETECTION_VQA},
+    "T2.2": experiment(("coco", "vqa2"), 300_000, **COCO_INIT),
+    "T2.3": experiment(("vg", "vqa2"), 300_000, **COCO_INIT),
+    "T2.4": experiment(DETECTION_VQA, 450_000, **COCO_INIT),
+    # Table 3: 500k (its line 1 repeats Table 1's runs for COCO, VG and VQAv2)
+    **{f"T3.1-{t}": experiment(t, 150_000 if t in DETECTION_VQA else 500_000) for t in EIGHT},
+    "T3.2": experiment(EIGHT, 500_000, **SEPARATE),
+    "T3.3": experiment(EIGHT, 500_000),
+    "T3.4": experiment(EIGHT, 500_000, **SEPARATE, **COCO_INIT_4_2),
+    "T3.5": experiment(EIGHT, 500_000, **COCO_INIT_4_2),
+    # The paper does not say how long fine-tuning takes: 150k is ours.
+    **{f"T3.6-{t}": experiment(t, 150_000, init="T3.5") for t in EIGHT},
+    # Table 4: ablations
+    "T4.1": experiment(ABLATION, 500_000),
+    "T4.2": experiment(ABLATION, 500_000, decoder_layers=8),
+    "T4.3": experiment(ABLATION, 500_000, decoder_layers=12),
+    "T4.4": experiment(ABLATION, 500_000, decoder_width=256),
+    "T4.5": experiment(ABLATION, 500_000, all_text_states=("snli_ve", "mnli")),
+    "T4.6": experiment(ABLATION, 500_000, loss_on_all_layers=True),
+    "T4.7": experiment(ABLATION, 500_000, task_embedding=False),
+    "T4.8": experiment(ABLATION, 500_000, batch_size=32),
+    # Table C.1: more ablations
+    "TC.1.1": experiment(ABLATION, 500_000),
+    "TC.1.2": experiment(ABLATION, 500_000, encoder_width=768),
+    "TC.1.3": experiment(ABLATION, 500_000, imagenet_backbone=True),
+    "TC.1.4": experiment(ABLATION, 500_000, num_queries=1),
+    "TC.1.5": experiment(ABLATION, 500_000, num_queries=100),
+    "TC.1.6": experiment(ABLATION, 500_000, lr=1e-4),
+    "TC.1.7": experiment(ABLATION, 500_000, lr=1e-5),
+    "TC.1.8": experiment(ABLATION, 1_000_000),
+    "TC.1.9": experiment(ABLATION, 500_000, **COCO_INIT),
+    "TC.1.10": experiment(ABLATION, 500_000, **COCO_INIT, freeze=("image_encoder", "text_encoder")),
+    "TC.1.11": experiment(ABLATION, 500_000, init="T1.1-coco", init_parts=("image_encoder",),
+                          freeze=("image_encoder", "text_encoder")),
+    "TC.1.12": experiment(ABLATION, 500_000, **COCO_INIT, freeze=("image_encoder",)),
+    # Section 4.2, "could lead to divergence in detection training", and Appendix A's two strategies
+    "S4.2-1536": experiment(ABLATION, 500_000, decoder_width=1536),
+    "A-skip": experiment(DETECTION_VQA, 450_000),
+    "A-update": experiment(DETECTION_VQA, 450_000, update_unused=True),
+}
+
+# --tiny: the same architecture and losses in other sizes, for 32-pixel pictures (ours; see README).
+TINY = dict(
+    encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2, backbone="small",
+    bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, vocab_size=0, max_positions=64,
+    decoder_width=64, decoder_heads=4, decoder_ff=128, decoder_layers=2, dropout=0.0,
+    iterations=5000, batch_size=32, lr=1.2e-3, lr_backbone=1.2e-3, warmup=200, clip=1.0,
+    num_workers=1, log_every=200, save_every=1000, eval_every=0, data="runs/tiny-data")
+# What an experiment changes is scaled to tiny's sizes: a decoder of 1536 is twice tiny's width.
+SCALED = ("encoder_width", "decoder_width", "decoder_layers", "lr", "batch_size")
+
+
+def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
+    """Table A.2: sampling probabilities of these tasks (line 1 for any of its three data sets)."""
+    if set(tasks) <= set(DETECTION_VQA):
+        return (1.0,) * len(tasks)
+    line = TABLE_A2[ABLATION if set(tasks) == set(ABLATION) else EIGHT]
+    return tuple(line.get(t, 0.1) for t in tasks)  # 0.1: a ninth task
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """rank, world size and device; joins torchrun's group if there is one.
+
+    CPU tensors travel by gloo even where gradients go by NCCL: what the processes tell each other
+    between iterations (boxes counted, stop?) then costs the GPU no synchronisation.
+    """
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # cuDNN's attention has had NaN gradients under a mask (torch 2.13 on Hopper).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def sum_over_processes(*numbers: float) -> list[float]:
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+class Stop:
+    """Remembers SIGTERM (a cluster's preemption) and Ctrl-C until the iteration in hand is done."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        if self.signal == number == signal.SIGINT:  # a second Ctrl-C: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+# ---------------------------------------------------------------------------------------------------
+# Optimiser and schedule (Section 3.5)
+# ---------------------------------------------------------------------------------------------------
+
+def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
+
+    PyTorch's AdamW adds eps after the bias correction, the released one before: with gradients
+    clipped to 0.1, the first updates differ (by a tenth where gradients deviate by 7e-6).
+    """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
+    groups = [{"params": [p for n, p in trained if ("backbone" in n) == backbone], "base_lr": lr}
+              for backbone, lr in ((False, train.lr), (True, train.lr_backbone))]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.999),
+                             eps=1e-8, weight_decay=train.weight_decay, fused=True)
+
+
+def lr_factor(iteration: int, train: TrainConfig) -> float:
+    """Warm-up cosine (Section 3.5): up in `warmup` iterations, down to zero at the last."""
+    if iteration < train.warmup:
+        return (iteration + 1) / train.warmup
+    done = (iteration - train.warmup) / max(1, train.iterations - train.warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Step(nn.Module):
+    """Forward and loss in one module: DistributedDataParallel must see everything that is used."""
+
+    def __init__(self, model: UniT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, batch_size: int, num_boxes: float) -> dict[str, Tensor]:
+        return self.model.losses(self.model(batch), batch, batch_size, num_boxes)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+def save(out: Path, state: dict) -> None:
+    """Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
+    new = out / "last.pt.new"
+    try:
+        with open(new, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        new.unlink(missing_ok=True)
+        raise InputError(f"{new}: the checkpoint could not be written ({error}); is the disk full? "
+                         f"the previous one is intact: make room and go on with --resume") from error
+    if (out / "last.pt").exists():
+        os.replace(out / "last.pt", out / "previous.pt")
+    os.replace(new, out / "last.pt")
+
+
+def load_newest(out: Path) -> dict:
+    """The newest whole checkpoint under `out`: last.pt, or previous.pt if a crash tore that one."""
+    for name in ("last.pt", "previous.pt"):
+        path = out / name
+        if not path.exists():
+            continue
+        try:
+            return evaluation.read_checkpoint(path)
+        except InputError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt there; "
+                     f"start without --resume")
+
+
+def checkpoint(model, optimizer, scaler, iteration, train, labels, vocab) -> dict:
+    """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`."""
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "iteration": iteration,
+            "config": asdict(model.config), "train": asdict(train),
+            "tasks": [{k: v for k, v in vars(t).items() if k != "dataset"}
+                      for t in model.tasks.values()],
+            "labels": labels, "vocab": vocab}
+
+
+PARTS = {"image_encoder": "image_encoder.", "text_encoder": "text_encoder.", "decoder": "decoders.",
+         "queries": "queries.", "heads": "heads."}
+
+
+def part_of(name: str) -> str:
+    return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+
+
+def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> list[str]:
+    """Takes `parts` of another run's weights, whatever fits by name; returns what was taken, what is
+    new, what was dropped. RELEASED's table says which parts the paper's COCO init. takes where."""
+    theirs = evaluation.read_checkpoint(Path(path))["model"]
+    ours, taken = model.state_dict(), {}
+    for name, value in ours.items():
+        source = name
+        if name not in theirs and name.startswith("decoders.") and not as_released:
+            # Section 4.2 with separate decoders: each starts from the single-task run's one.
+            source = "decoders.shared." + name.split(".", 2)[2]
+        if source in theirs and (not parts or part_of(name) in parts):
+            if theirs[source].shape != value.shape:
+                raise InputError(f"{path}: {source} is {tuple(theirs[source].shape)}, this run needs "
+                                 f"{tuple(value.shape)}; give the sizes it was trained with")
+            taken[name] = theirs[source]
+    if not taken:
+        raise InputError(f"{path}: none of its weights fit this run's {', '.join(parts) or 'parts'}")
+    model.load_state_dict(taken, strict=False)
+
+    def count(names):
+        found = defaultdict(int)
+        for name in names:
+            found[part_of(name)] += 1
+        return ", ".join(f"{part} {n}" for part, n in found.items()) or "nothing"
+    return [f"init {path}: tensors taken: {count(taken)}; new: {count(set(ours) - set(taken))}; "
+            f"dropped: {count(set(theirs) - set(taken))}"]
+
+
+def freeze(model: UniT, parts: tuple[str, ...]) -> None:
+    """Table C.1 lines 10-12. Positions that the text encoder lends to the decoder freeze with it."""
+    for name, p in model.named_parameters():
+        if part_of(name) in parts:
+            p.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The log: one line an iteration in log.jsonl, one every `log_every` on the screen
+# ---------------------------------------------------------------------------------------------------
+
+TERMS = ("class", "l1", "giou", "attribute", "answer")  # each weighted and over the whole batch
+
+
+class Log:
+    """Keeps an iteration's numbers on the device until `flush`: most iterations do not wait for it."""
+
+    def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
+        self.train, self.start, self.began = train, start, time.time()
+        self.last, self.pending = (start, self.began), []
+        self.skipped = 0  # steps that fp16's loss scaling skipped
+        path, self.file = out / "log.jsonl", None
+        if main:
+            if path.exists():  # drop what came after the checkpoint, and a torn last line
+                whole = [x for x in path.read_text().splitlines(True) if x.endswith("}\n")]
+                path.write_text("".join(x for x in whole if json.loads(x)["iteration"] <= start))
+            self.file = open(path, "a")
+
+    def write(self, records: list[dict]) -> None:
+        """One JSON object a line, handed to the system whole: a kill leaves no half of one behind."""
+        if self.file:
+            self.file.write("".join(json.dumps(r) + "\n" for r in records))
+            self.file.flush()
+
+    def add(self, iteration: int, task: str, lr: float, terms: dict[str, Tensor], norm: Tensor):
+        row = torch.stack([terms[t].to(norm) if t in terms else torch.zeros_like(norm)
+                           for t in TERMS] + [norm])
+        self.pending.append((iteration, task, lr, list(terms), row))
+
+    def flush(self) -> None:
+        """Writes what is pending. Raises FloatingPointError for a loss that is not finite."""
+        if not self.pending:
+            return
+        table = torch.stack([row for *_, row in self.pending]).double().cpu()
+        if dist.is_initialized():  # each process has its share of a term; the norm is everyone's
+            share = table[:, :-1].contiguous()
+            dist.all_reduce(share)
+            table[:, :-1] = share
+        (before, then), now, done = self.last, time.time(), self.pending[-1][0]
+        speed = (done - before) * self.train.batch_size / max(now - then, 1e-9)
+        eta = (now - self.began) / (done - self.start) * (self.train.iterations - done)
+        records, losses, fault = [], defaultdict(list), None
+        for (iteration, task, lr, names, _), values in zip(self.pending, table.tolist()):
+            terms = {k: values[TERMS.index(k)] for k in names}
+            for name, value in terms.items():
+                if not math.isfinite(value):
+                    fault = fault or (iteration, task, name)
+                    terms[name] = None  # JSON knows no NaN
+            loss = None if None in terms.values() else sum(terms.values())
+            losses[task].append(loss)
+            norm = values[-1] if math.isfinite(values[-1]) else None
+            records.append({"iteration": iteration, "task": task, "loss": loss, **terms, "lr": lr,
+                            "grad_norm": norm, "samples_per_second": round(speed, 2),
+                            "eta": round(eta)})
+        self.pending, self.last = [], (done, now)
+        self.write(records)
+        if fault and self.train.precision != "fp16":
+            raise NotFinite(*fault)
+        if self.file:
+            by_task = "  ".join(f"{task} {mean(values):.3f}" for task, values in losses.items())
+            skipped = f"  skipped {self.skipped}" if self.skipped else ""
+            print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {lr:.2e}  "
+                  f"{speed:.1f} samples/s  ETA {clock(eta)}{skipped}", flush=True)
+
+
+class NotFinite(FloatingPointError):
+    """A loss term that is not finite: iteration, task, term."""
+
+
+def mean(values: list) -> float:
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+def clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loop (Section 3.5)
+# ---------------------------------------------------------------------------------------------------
+
+def iteration_seed(seed: int, iteration: int, rank: int) -> int:
+    """Dropout's random numbers are a function of this, so that resuming needs no generator's state."""
+    return ((seed * 1_000_003 + iteration) * 4099 + rank) % 2**63
+
+
+def update(step, optimizer, scaler, batches, train, boxes, world_size, device) -> tuple[dict, Tensor]:
+    """One update from this process's micro-batches; returns the loss terms and the gradient's norm."""
+    dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[train.precision]
+    precision = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    totals: dict[str, Tensor] = {}
+    for k, batch in enumerate(batches):
+        wait = k < len(batches) - 1 and dist.is_initialized()
+        with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once an iteration
+            with precision:
+                terms = step(batch.to(device), train.batch_size, boxes)
+            # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
+            scaler.scale(sum(terms.values()) * world_size).backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if train.update_unused:
+        for p in parameters:  # Appendix A's worse strategy: zeros where the task did not reach
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    norm = nn.utils.clip_grad_norm_(parameters, train.clip)
+    # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW leaves
+    # them and their momentum alone.
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return totals, norm
+
+
+def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, state, extra) -> dict:
+    """Trains from `state` (a checkpoint, or None) to the end; returns the last results."""
+    rank, world_size, device = processes
+    start, main = (state["iteration"] if state else 0), rank == 0
+    optimizer = make_optimizer(model, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    step = Step(model)
+    if dist.is_initialized():
+        step = nn.parallel.DistributedDataParallel(
+            step, find_unused_parameters=True, broadcast_buffers=False,
+            device_ids=[device] if device.type == "cuda" else None)
+    schedule = data.Schedule({t: len(datasets[t]) for t in train.tasks},
+                             dict(zip(train.tasks, train.probabilities or table_a2(train.tasks))),
+                             train.batch_size, train.iterations, train.seed, train.coco_first)
+    loader = data.train_loader(datasets, schedule, start, rank, world_size, train.micro_batch,
+                               train.num_workers, train.seed)
+    log, stop, results = Log(out, train, start, main), Stop(), {}
+
+    def keep(iteration):
+        log.flush()  # first: a loss that is not finite must not reach a checkpoint
+        if main:
+            save(out, checkpoint(model, optimizer, scaler, iteration, train, *extra))
+
+    model.train()
+    for i, group in itertools.groupby(loader, key=lambda item: item[0]):
+        batches = [batch for _, batch in group]
+        own = sum(len(x) for b in batches for x in b.labels or [])
+        boxes, stopping = sum_over_processes(own, stop.signal)
+        if stopping:  # all processes stop before the same iteration
+            keep(i)
+            print(f"stopped by a signal before iteration {i + 1}; saved: go on with --resume")
+            sys.exit(128 + stop.signal if stop.signal else 1)
+        torch.manual_seed(iteration_seed(train.seed, i, rank))
+        factor = lr_factor(i, train)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = param_group["base_lr"] * factor
+        scale, task = scaler.get_scale() if scaler.is_enabled() else 1, batches[0].task
+        try:
+            terms, norm = update(step, optimizer, scaler, batches, train, boxes, world_size, device)
+            log.skipped += scaler.is_enabled() and scaler.get_scale() < scale
+            log.add(i + 1, task, train.lr * factor, terms, norm)
+            if (i + 1) % train.log_every == 0 or i + 1 == train.iterations:
+                log.flush()
+            if (i + 1) % train.save_every == 0 or i + 1 == train.iterations:
+                keep(i + 1)
+        except FloatingPointError as error:
+            raise_not_finite(error, log, schedule, datasets, i, task)
+        if i + 1 == train.iterations or (train.eval_every and (i + 1) % train.eval_every == 0):
+            results = evaluation.evaluate(model, held_out, device, limit=train.eval_samples or None,
+                                          precision=train.precision, num_workers=train.num_workers,
+                                          out=out)
+            log.write([{"iteration": i + 1, "results": results}])
+            model.train()
+    return results
+
+
+def raise_not_finite(error, log, schedule, datasets, iteration, task):
+    """Names where the first loss that is not finite came from. Matching may stumble over weights that
+    an earlier iteration spoilt: what is pending in the log is looked at first."""
+    if not isinstance(error, NotFinite):
+        with contextlib.suppress(FloatingPointError):
+            log.flush()
+            error = NotFinite(iteration + 1, task, str(error))
+    number, task, term = error.args
+    ids = [datasets[task].ids[k] for k in schedule.samples(number - 1)]
+    raise InputError(f"the loss is not finite: iteration {number}, task {task}, term {term}, samples "
+                     f"{ids}; a lower --lr or --precision fp32 may help; nothing after the last "
+                     f"checkpoint was saved") from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------
+
+def field_type(field: dataclasses.Field):
+    """How a flag's text becomes the field's value; tuples are written with commas."""
+    def boolean(text):
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+    if isinstance(field.default, tuple):
+        kind = float if "float" in str(field.type) else str
+        return lambda text: tuple(kind(x) for x in text.split(",") if x)
+    return boolean if isinstance(field.default, bool) else type(field.default)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, epilog="Order: defaults < --tiny < --experiment < flags.")
+    every_day = parser.add_argument_group("every day")
+    every_day.add_argument("--tiny", action="store_true",
+                           help="tiny data sets, written on the spot, and a model of their size")
+    every_day.add_argument("--experiment", default="", metavar="NAME",
+                           help="a line of the paper's tables (--list), default T3.3")
+    every_day.add_argument("--list", action="store_true", help="print all experiments and leave")
+    every_day.add_argument("--out", metavar="DIR", help="default runs/EXPERIMENT, or runs/tiny")
+    every_day.add_argument("--resume", action="store_true", help="go on with what is in --out")
+    every_day.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    every_day.add_argument("--as_released", action="store_true",
+                           help="the authors' released system where it differs from the paper")
+    for title, config in (("the run", TrainConfig), ("the model", Config)):
+        group = parser.add_argument_group(title)
+        for field in dataclasses.fields(config):
+            default = field.default
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            group.add_argument(f"--{field.name}", type=field_type(field), default=argparse.SUPPRESS,
+                               metavar=field.name.upper() if field.name == "data" else "X",
+                               help=f"{field.metadata['help']} [{shown}]")
+    return parser
+
+
+def scaled_to_tiny(overrides: dict) -> dict:
+    """An experiment's settings at tiny's sizes: what it changes keeps its ratio to the default."""
+    result = {k: v for k, v in overrides.items() if k != "iterations"}
+    defaults = asdict(Config()) | asdict(TrainConfig())
+    for name in set(SCALED) & set(result):
+        value = TINY[name] * result[name] / defaults[name]
+        result[name] = value if name == "lr" else max(1, round(value))
+    if "num_queries" in result:
+        result["num_queries"] = max(1, round(TINY_QUERIES * result["num_queries"] / 25))
+    if len(result["tasks"]) == 1 or "init" in result:
+        result["coco_first"] = 0
+    return result
+
+
+def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
+    """defaults < --tiny < --experiment < flags"""
+    name = args.experiment or ("" if args.tiny else "T3.3")
+    if name and name not in EXPERIMENTS:
+        raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
+    overrides = dict(EXPERIMENTS.get(name, {}))
+    values = (dict(TINY) if args.tiny else {}) | (
+        scaled_to_tiny(overrides) if args.tiny and overrides else overrides)
+    out = Path(args.out or ("runs/tiny" + (f"-{name}" if name else "") if args.tiny
+                            else f"runs/{name}"))
+    if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
+        values["init"] = str(out.parent / (("tiny-" if args.tiny else "") + values["init"])
+                             / "last.pt")
+    if args.as_released:
+        values |= unit.AS_RELEASED | ({"init_parts": ()} if values.get("init") else {})
+    values |= {k: v for k, v in vars(args).items()
+               if k in {f.name for c in (Config, TrainConfig) for f in dataclasses.fields(c)}}
+    train, config = ({f.name: values[f.name] for f in dataclasses.fields(c) if f.name in values}
+                     for c in (TrainConfig, Config))
+    return Config(**config), TrainConfig(**train), out
+
+
+def check(config: Config, train: TrainConfig, world_size: int) -> None:
+    """Everything that a flag can get wrong and that would otherwise show only later."""
+    known = {t.name for t in data.TASKS}
+    for task in train.tasks:
+        if task not in known:
+            raise InputError(f"--tasks {task}: unknown; known are {', '.join(sorted(known))}")
+    if not train.tasks:
+        raise InputError("--tasks is empty; name at least one")
+    if train.probabilities and len(train.probabilities) != len(train.tasks):
+        raise InputError(f"--probabilities has {len(train.probabilities)} entries for "
+                         f"{len(train.tasks)} tasks; give one for each of --tasks, in their order")
+    if any(p < 0 for p in train.probabilities) or train.probabilities and not sum(train.probabilities):
+        raise InputError("--probabilities must be at least 0 and not all 0")
+    if train.batch_size < 1 or train.batch_size % world_size:
+        raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
+                         f"processes; it counts the samples of all of them")
+    if train.precision not in ("fp32", "fp16", "bf16"):
+        raise InputError(f"--precision {train.precision}: choose fp32, fp16 or bf16")
+    if config.backbone not in ("resnet50", "small"):
+        raise InputError(f"--backbone {config.backbone}: choose resnet50 or small")
+    for flag in ("init_parts", "freeze"):
+        for part in getattr(train, flag):
+            if part not in PARTS:
+                raise InputError(f"--{flag} {part}: unknown; known are {', '.join(PARTS)}")
+    for flag in ("iterations", "log_every", "save_every"):
+        if getattr(train, flag) < 1:
+            raise InputError(f"--{flag} {getattr(train, flag)}: must be at least 1")
+    if train.init and not Path(train.init).exists():
+        name = Path(train.init).parent.name
+        tiny = "--tiny " if name.startswith("tiny-") else ""
+        made_by = name.removeprefix("tiny-")
+        how = (f"`python train.py {tiny}--experiment {made_by}` makes it" if made_by in EXPERIMENTS
+               else "check --init")
+        raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
+
+
+def resume(out: Path, args, config, train) -> tuple[Config, TrainConfig, dict]:
+    """Settings and state of the run in `out`. Flags may repeat its settings or change free ones."""
+    state = load_newest(out)
+    saved = {k: tuple(v) if isinstance(v, list) else v
+             for k, v in (state["config"] | state["train"]).items()}
+    for name in set(vars(args)) & set(saved) - FREE_ON_RESUME:
+        given = getattr(config if hasattr(config, name) else train, name)
+        if given != saved[name]:
+            raise InputError(f"--{name} {given}: the run in {out} has {saved[name]}; leave the flag "
+                             f"out, or start another run with another --out")
+    free = {k: getattr(train, k) for k in FREE_ON_RESUME if hasattr(args, k)}
+    restored = [c(**{f.name: saved[f.name] for f in dataclasses.fields(c)})
+                for c in (Config, TrainConfig)]
+    return restored[0], dataclasses.replace(restored[1], **free), state
+
+
+RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.new", "results.json",
+                "predictions.png", "curves.png", "predictions")
+
+
+def prepare(out: Path, args: argparse.Namespace) -> None:
+    """Makes `out`, and never overwrites a run unasked: only --tiny's default is scratch."""
+    scratch = args.tiny and not args.out and not args.experiment
+    found = [out / name for name in RESULT_FILES if (out / name).exists()]
+    if found and not (scratch or args.overwrite):
+        raise InputError(f"{out}: there is a run already ({found[0].name}); go on with --resume, "
+                         f"replace it with --overwrite, or choose another --out")
+    try:
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
+            from error
+
+
+def write_tiny_data(folder: Path) -> None:
+    """The tiny data sets, once; under another name first, so that half of them never stays."""
+    if (folder / "coco").exists():
+        return
+    new = folder.with_name(f"{folder.name}.{os.getpid()}")
+    data.write_tiny(new)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(new, folder)
+    print(f"tiny data sets written to {folder}")
+
+
+def build(config: Config, train: TrainConfig, tiny: bool, as_released: bool, say):
+    """Data sets and model as the settings ask for, on the CPU: (model, train sets, held-out sets)."""
+    folder = Path(train.data)
+    tasks, datasets = data.load(folder, train.tasks, "train", tiny)
+    _, held_out = data.load(folder, train.tasks, "val", tiny)
+    for dataset in (*datasets.values(), *held_out.values()):
+        say(dataset.summary)
+    vocab = data.read_vocabulary(folder / "bert" / "vocab.txt") if any(t.text for t in tasks) else []
+    config = dataclasses.replace(config, vocab_size=len(vocab) or config.vocab_size)
+    torch.manual_seed(train.seed)
+    model = UniT(config, tasks)
+    if train.init:
+        for line in initialise_from(model, train.init, train.init_parts, as_released):
+            say(line)
+    freeze(model, train.freeze)
+    return model, datasets, held_out, vocab
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    try:
+        if args.list:
+            print(list_experiments())
+        else:
+            start(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(args: argparse.Namespace) -> None:
+    config, train, out = settings(args)
+    rank, world_size, device = processes = start_processes()
+    say = print if rank == 0 else lambda *_: None
+    state = None
+    if args.resume:
+        config, train, state = resume(out, args, config, train)
+    check(config, train, world_size)
+    if rank == 0:
+        if not args.resume:
+            prepare(out, args)
+        if args.tiny:
+            write_tiny_data(Path(train.data))
+    sum_over_processes()  # the others wait for the files
+    model, datasets, held_out, vocab = build(config, train, args.tiny, args.as_released, say)
+    if state:
+        model.load_state_dict(state["model"])
+        say(f"going on after iteration {state['iteration']} of {train.iterations}")
+    elif not args.tiny:
+        try:  # COCO init. replaces the image encoder's; BERT is always the pretrained one
+            for line in unit.load_pretrained(model, train.data, train.imagenet_backbone):
+                say(line)
+        except InputError as error:
+            say(f"WARNING: {error}\nWARNING: training starts from RANDOM weights there")
+    if rank == 0 and not state:
+        evaluation.write_json(out / "config.json",
+                              {"config": asdict(model.config), "train": asdict(train)})
+    model.to(device)
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{count / 1e6:.1f}M parameters, {len(train.tasks)} tasks, {train.iterations} iterations of "
+        f"{train.batch_size} samples on {world_size} x {device.type}; results go to {out}")
+    labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
+              for name, d in datasets.items()}
+    results = run(model, datasets, held_out, train, out, processes, state, (labels, vocab))
+    if rank == 0:
+        finish(model, results, held_out, out, args, device)
+
+
+def finish(model, results, held_out, out: Path, args, device) -> None:
+    evaluation.write_json(out / "results.json", results)
+    if args.tiny:
+        evaluation.predictions_picture(model, held_out, device, out / "predictions.png")
+        evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
+    name = args.experiment or ("" if args.tiny else "T3.3")
+    print(evaluation.results_table(results, name))
+
+
+def list_experiments() -> str:
+    """Every line of the paper's tables with what it changes and the paper's numbers."""
+    lines = []
+    for name, row in EXPERIMENTS.items():
+        changes = {k: v for k, v in row.items() if k not in ("tasks", "iterations")}
+        tasks = "all eight" if row["tasks"] == EIGHT else ",".join(row["tasks"])
+        text = " ".join(f"--{k} {','.join(v) if isinstance(v, tuple) else v}"
+                        for k, v in changes.items())
+        paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
+        lines.append(f"{name:<13} {tasks:<19} {row['iterations']:>9,}  {text or '-':<62} {paper}")
+    return f"{'name':<13} {'tasks':<19} {'iterations':>10}  {'changes':<62} paper\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
