@@ -644,7 +644,7 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
     One class a sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
     released ([differs]) they are 3129 yes-no questions, summed over the answers.
     """
-    logits, target = at_least_float32(logits), scores.expand_as(logits)
+    logits, target = at_least_float32(logits), at_least_float32(scores).expand_as(logits)
     if binary:
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
