@@ -58,8 +58,7 @@ except RuntimeError as error:
         _vision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.ops import (FrozenBatchNorm2d, box_convert, generalized_box_iou,
-                             generalized_box_iou_loss)
+from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 
 class InputError(Exception):
@@ -441,8 +440,8 @@ class Decoder(nn.Module):
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero and q^task acts as the queries' positions, added in every layer (DETR).
-        So the first self-attention sees no content: its query, key and value matrices never get a
-        gradient (its value bias does).
+        So the first self-attention sees no content, all its values are its value bias: its query, key
+        and value matrices get no gradient (but for what attention dropout gives the first two).
         """
         query = query.expand(len(memory), -1, -1)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
@@ -652,7 +651,8 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """cx, cy, w, h -> x0, y0, x1, y1. Sides are kept above zero, so that no union of two boxes is."""
+    """cx, cy, w, h -> x0, y0, x1, y1. Sides are kept above zero, so that every union of two boxes is."""
+    boxes = at_least_float32(boxes)
     return box_convert(torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-6)], -1),
                        "cxcywh", "xyxy")
 
@@ -674,9 +674,8 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     all_labels, all_targets = torch.cat(labels), torch.cat(targets)
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (T,) on the CPU
     image = image.to(logits.device, non_blocking=True)
-    probability = at_least_float32(logits).softmax(-1)[:, image]      # (N_d, T, q, C + 1)
-    index = all_labels[None, :, None, None].expand(len(logits), -1, logits.shape[2], 1)
-    cost = -LOSS_WEIGHTS["class"] * probability.gather(-1, index)[..., 0]
+    probability = at_least_float32(logits).softmax(-1)                # (N_d, B, q, C + 1)
+    cost = -LOSS_WEIGHTS["class"] * probability[:, image, :, all_labels].transpose(0, 1)
     candidates = boxes[:, image]                                      # (N_d, T, q, 4)
     cost += LOSS_WEIGHTS["l1"] * (candidates - all_targets[None, :, None]).abs().sum(-1)
     cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, all_targets[None, :, None])
@@ -693,9 +692,19 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
 
 
 def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Generalised IoU of boxes that broadcast against each other, (..., 4) cx, cy, w, h -> (...)."""
-    boxes, targets = torch.broadcast_tensors(to_corners(boxes), to_corners(targets))
-    return 1 - generalized_box_iou_loss(boxes, targets, eps=1e-12)
+    """Generalised IoU of boxes that broadcast against each other, (..., 4) cx, cy, w, h -> (...).
+
+    torchvision's does the same, but waits for the GPU (it indexes by a mask).
+    """
+    def area(low, high):
+        sides = (high - low).clamp(min=0)
+        return sides[..., 0] * sides[..., 1]
+
+    (a0, a1), (b0, b1) = (to_corners(x).split(2, dim=-1) for x in (boxes, targets))
+    overlap = area(torch.maximum(a0, b0), torch.minimum(a1, b1))
+    union = area(a0, a1) + area(b0, b1) - overlap
+    hull = area(torch.minimum(a0, b0), torch.maximum(a1, b1))  # the smallest box around both
+    return overlap / union - (hull - union) / hull
 
 
 def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dict[str, Tensor]:
