@@ -1,0 +1,928 @@
+"""Section 3 in worked examples: what matching, each loss and each part of the model computes.
+
+Three kinds of yardstick, none of which shares code with unit.py: numbers worked out by hand in the
+comments, slow loops written from the paper's sentences, and other people's implementations
+(transformers' BERT and DETR, torch's attention) given the same weights.
+"""
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import unit
+
+# One task of each kind, small enough to follow: pictures with boxes and attributes, questions about
+# pictures, and sentences.
+SHAPES = unit.Task("shapes", "detection", image=True, text=False, num_queries=5, num_classes=4,
+                   num_attributes=6)
+QUESTIONS = unit.Task("questions", "classification", image=True, text=True, num_queries=3,
+                      num_classes=7, soft_scores=True)
+SENTENCES = unit.Task("sentences", "classification", image=False, text=True, num_queries=3,
+                      num_classes=2)
+TASKS = [SHAPES, QUESTIONS, SENTENCES]
+
+SMALL = unit.Config(
+    encoder_width=16, encoder_heads=2, encoder_ff=24, encoder_layers=2, bert_width=12, bert_heads=3,
+    bert_ff=20, bert_layers=2, vocab_size=40, max_positions=16, decoder_width=20, decoder_heads=4,
+    decoder_ff=28, decoder_layers=3, dropout=0.0, backbone="small")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64():
+    """Double precision throughout: what is left of a difference is a difference of meaning."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def close(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def make_model(tasks=TASKS, **changes):
+    """A small model in which no parameter is left at zero or one, where it could hide a mistake."""
+    model = unit.UniT(replace(SMALL, **changes), tasks)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def text_batch(task="sentences", size=2, length=6, **more):
+    return unit.Batch(task, list(range(size)), tokens=torch.randint(40, (size, length)),
+                      token_types=torch.randint(2, (size, length)),
+                      scores=torch.rand(size, {"sentences": 2, "questions": 7}[task]), **more)
+
+
+def random_boxes(n):
+    """(n, 4) cx, cy, w, h that overlap often enough to be interesting"""
+    return torch.cat([0.3 + 0.4 * torch.rand(n, 2), 0.1 + 0.5 * torch.rand(n, 2)], -1)
+
+
+def random_detections(counts, queries=5, layers=3):
+    """Outputs that any model might give, and a batch of images with `counts` boxes each."""
+    size = (layers, len(counts), queries)
+    outputs = unit.Outputs(torch.randn(*size, 20), 2 * torch.randn(*size, 5),
+                           random_boxes(math.prod(size)).view(*size, 4))
+    attributes = [torch.randint(-1, 6, (n, 16)) for n in counts]  # -1: padding, anywhere
+    for a in attributes:
+        a[1::2] = -1  # every second box has no attribute at all
+    batch = unit.Batch("shapes", list(range(len(counts))), boxes=[random_boxes(n) for n in counts],
+                       labels=[torch.randint(4, (n,)) for n in counts], attributes=attributes)
+    return outputs, batch
+
+
+def with_gradients(outputs):
+    """A copy whose tensors are leaves: what a loss says about each of them is in their .grad."""
+    return unit.Outputs(*(x.detach().clone().requires_grad_()
+                          for x in (outputs.hidden, outputs.logits, outputs.boxes)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Matching: which query answers for which box
+# ------------------------------------------------------------------------------------------------
+
+def test_matching_by_hand():
+    """Matching adds up, for each pair of query and box, -p(class) + 5 L1 - 2 GIoU, and takes the
+    pairs whose sum is smallest. Two queries, two boxes in a picture of side 1:
+
+        box 0   class 0, the upper left quarter        cx, cy, w, h = .25 .25 .5 .5
+        box 1   class 1, the lower right quarter                      .75 .75 .5 .5
+        query 0 p = .1 .8 (no-object .1), the lower right quarter     .75 .75 .5 .5
+        query 1 p = .6 .2 (no-object .2), the left half               .25 .5  .5 1.
+    """
+    probabilities = torch.tensor([[0.1, 0.8, 0.1], [0.6, 0.2, 0.2]])
+    queries = torch.tensor([[0.75, 0.75, 0.5, 0.5], [0.25, 0.5, 0.5, 1.0]])
+    boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]])
+    labels = torch.tensor([0, 1])
+
+    # GIoU = intersection / union - (hull - union) / hull, hull = the smallest box around both.
+    #                    intersection  union  hull   GIoU
+    # box 0, query 0          0         .5     1     0 - .5 / 1         = -.5
+    # box 0, query 1         .25        .5    .5     .25 / .5 - 0       =  .5
+    # box 1, query 0         .25       .25   .25     1 - 0              =  1
+    # box 1, query 1          0        .75     1     0 - .25 / 1        = -.25
+    giou = unit.elementwise_giou(queries[None], boxes[:, None])
+    close(giou, torch.tensor([[-0.5, 0.5], [1.0, -0.25]]), 1e-5)
+
+    #                      -p    + 5 L1                     - 2 GIoU
+    # box 0, query 0      -.1    + 5 (.5 + .5 + 0 + 0)      + 1       =  5.9
+    # box 0, query 1      -.6    + 5 (0 + .25 + 0 + .5)     - 1       =  2.15
+    # box 1, query 0      -.8    + 0                        - 2       = -2.8
+    # box 1, query 1      -.2    + 5 (.5 + .25 + 0 + .5)    + .5      =  6.55
+    # Box 0 to query 0 and box 1 to query 1 would cost 12.45; crossed over it is -.65.
+    layer, image, query, target = unit.match(probabilities.log()[None, None], queries[None, None],
+                                             [labels], [boxes])
+    assert layer.tolist() == [0, 0] and image.tolist() == [0, 0]
+    assert dict(zip(target.tolist(), query.tolist())) == {0: 1, 1: 0}
+
+
+def test_matching_is_not_greedy():
+    """The closest pair is not always a match: what counts is the sum over all boxes of an image.
+
+    On a line, boxes at .3 and .5, queries at .45 and .7. The closest pair is box .5 with query .45,
+    but that leaves box .3 with query .7: distances .05 + .4. The other way round it is .15 + .2.
+    """
+    boxes = torch.tensor([[0.3, 0.5, 0.4, 0.5], [0.5, 0.5, 0.4, 0.5]])
+    queries = torch.tensor([[0.45, 0.5, 0.4, 0.5], [0.7, 0.5, 0.4, 0.5]])
+    _, _, query, target = unit.match(torch.zeros(1, 1, 2, 2), queries[None, None],
+                                     [torch.tensor([0, 0])], [boxes])
+    assert dict(zip(target.tolist(), query.tolist())) == {0: 0, 1: 1}
+
+
+def test_more_boxes_than_queries():
+    """Each query answers for one box at most; with too few queries the boxes that fit worst go
+    without. Here one query lies on the second of three boxes."""
+    boxes = random_boxes(3)
+    _, _, query, target = unit.match(torch.zeros(1, 1, 1, 5), boxes[None, None, 1:2],
+                                     [torch.tensor([1, 1, 1])], [boxes])
+    assert query.tolist() == [0] and target.tolist() == [1]
+
+
+def test_no_boxes():
+    """Nothing to match is no special case for the caller: four empty lists. An empty image among
+    others has no match, and the boxes after it are still counted from the front."""
+    outputs, batch = random_detections([0, 0])
+    assert [len(x) for x in unit.match(outputs.logits, outputs.boxes, batch.labels,
+                                       batch.boxes)] == [0, 0, 0, 0]
+    outputs, batch = random_detections([2, 0, 1], layers=1)
+    _, image, _, target = unit.match(outputs.logits, outputs.boxes, batch.labels, batch.boxes)
+    assert image.tolist() == [0, 0, 2] and target.tolist() == [0, 1, 2]
+
+
+def test_batched_matching_is_single_matching():
+    """Layers and images do not compete: all of them at once gives what each gives alone."""
+    counts, start = [3, 0, 5, 7, 1], [0, 3, 3, 8, 15]
+    outputs, batch = random_detections(counts)
+    together = set(zip(*(x.tolist() for x in unit.match(outputs.logits, outputs.boxes, batch.labels,
+                                                        batch.boxes))))
+    alone = set()
+    for layer, image in itertools.product(range(3), range(5)):
+        _, _, query, target = unit.match(
+            outputs.logits[layer, image][None, None], outputs.boxes[layer, image][None, None],
+            batch.labels[image:image + 1], batch.boxes[image:image + 1])
+        alone |= {(layer, image, int(q), int(t) + start[image]) for q, t in zip(query, target)}
+    assert together == alone
+    assert len(together) == 3 * (3 + 0 + 5 + 5 + 1)  # min(boxes, queries) in each
+
+
+def test_nan_stops_the_matching():
+    """A diverged model is told apart from a bug: FloatingPointError, before scipy sees it."""
+    outputs, batch = random_detections([2])
+    outputs.logits[0, 0, 0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        unit.match(outputs.logits, outputs.boxes, batch.labels, batch.boxes)
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses, against slow loops written from the paper
+# ------------------------------------------------------------------------------------------------
+
+def slow_log_softmax(logits):
+    return logits - logits.exp().sum().log()
+
+
+def slow_giou(a, b):
+    """Of two boxes cx, cy, w, h; written in numbers, so that gradients can be followed."""
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (
+        (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) for cx, cy, w, h in (a, b))
+    intersection = (max(min(ax1, bx1) - max(ax0, bx0), torch.tensor(0.0))
+                    * max(min(ay1, by1) - max(ay0, by0), torch.tensor(0.0)))
+    union = a[2] * a[3] + b[2] * b[3] - intersection
+    hull = (max(ax1, bx1) - min(ax0, bx0)) * (max(ay1, by1) - min(ay0, by0))
+    return intersection / union - (hull - union) / hull
+
+
+def slow_match(logits, boxes, labels, targets):
+    """One image: the cheapest of all ways to pair queries with boxes -> {query: box}."""
+    def cost(query, box):
+        return (-slow_log_softmax(logits[query])[labels[box]].exp()
+                + 5 * (boxes[query] - targets[box]).abs().sum()
+                - 2 * slow_giou(boxes[query], targets[box])).item()
+    q, n = len(logits), len(labels)
+    costs = [[cost(i, j) for j in range(n)] for i in range(q)]
+    if n <= q:
+        ways = (list(zip(way, range(n))) for way in itertools.permutations(range(q), n))
+    else:
+        ways = (list(zip(range(q), way)) for way in itertools.permutations(range(n), q))
+    return dict(min(ways, key=lambda way: sum(costs[i][j] for i, j in way)))
+
+
+def slow_detection_losses(outputs, batch, attribute_head):
+    """Section 3.4's detection losses with the weights and normalisers of DETR and BUTD, one layer,
+    image and query after another."""
+    loss = dict.fromkeys(("class", "l1", "giou", "attribute"), torch.tensor(0.0))
+    num_layers, num_images, num_queries, no_object = outputs.logits.shape
+    no_object -= 1
+    num_boxes = max(sum(map(len, batch.labels)), num_images)
+    for layer, i in itertools.product(range(num_layers), range(num_images)):
+        logits, boxes, labels = outputs.logits[layer, i], outputs.boxes[layer, i], batch.labels[i]
+        pairs = slow_match(logits, boxes, labels, batch.boxes[i])
+        numerator, denominator, attribute, described = 0.0, 0.0, torch.tensor(0.0), 0
+        for query in range(num_queries):
+            # Every query has a class to predict; no-object counts a tenth: most queries have it.
+            wanted = labels[pairs[query]] if query in pairs else no_object
+            weight = 1.0 if query in pairs else 0.1
+            numerator -= weight * slow_log_softmax(logits[query])[wanted]
+            denominator += weight
+            if query not in pairs:
+                continue
+            target = batch.boxes[i][pairs[query]]
+            for side in range(4):
+                loss["l1"] = loss["l1"] + 5 * abs(boxes[query][side] - target[side]) / num_boxes
+            loss["giou"] = loss["giou"] + 2 * (1 - slow_giou(boxes[query], target)) / num_boxes
+            # An object may be large and red: half the mean of its attributes' cross entropies.
+            ids = [a for a in batch.attributes[i][pairs[query]].tolist() if a >= 0]
+            if ids:
+                scores = attribute_head(outputs.hidden[layer, i, query], wanted)
+                log_p = slow_log_softmax(scores)
+                attribute = attribute - 0.5 * sum(log_p[a] for a in ids) / len(ids)
+                described += 1
+        loss["class"] = loss["class"] + numerator / denominator / num_images
+        loss["attribute"] = loss["attribute"] + attribute / max(described, 1) / num_images
+    return loss
+
+
+@pytest.mark.parametrize("counts", [[1], [2, 3], [4, 0, 1], [0, 0], [7]], ids=str)
+def test_detection_losses(float64, counts):
+    """Class, L1, GIoU and attribute loss on every decoder layer, each layer with its own matching,
+    and their gradients are what the loops give, also without boxes and with more boxes than
+    queries."""
+    model = make_model([SHAPES])
+    drawn, batch = random_detections(counts)
+    ours, slow = with_gradients(drawn), with_gradients(drawn)
+    terms = model.losses(ours, batch)
+    expected = slow_detection_losses(slow, batch, model.heads["shapes"].attribute_head)
+    assert terms.keys() == expected.keys()
+    for name in terms:
+        close(terms[name], expected[name])
+
+    sum(terms.values()).backward()
+    sum(expected.values()).backward()
+    close(ours.logits.grad, slow.logits.grad)
+    if sum(counts):
+        close(ours.boxes.grad, slow.boxes.grad)
+        close(ours.hidden.grad, slow.hidden.grad)
+    else:
+        assert not ours.boxes.grad.any() and not ours.hidden.grad.any()
+
+
+def test_every_layer_counts_the_same(float64):
+    """Auxiliary losses: the loss of all decoder layers is the sum of the losses of each alone."""
+    model = make_model([SHAPES])
+    outputs, batch = random_detections([3, 1])
+    together = model.losses(outputs, batch)
+    layers = [model.losses(unit.Outputs(outputs.hidden[n:n + 1], outputs.logits[n:n + 1],
+                                        outputs.boxes[n:n + 1]), batch) for n in range(3)]
+    for name in together:
+        close(together[name], sum(terms[name] for terms in layers))
+
+
+def test_parts_add_up_to_the_batch(float64):
+    """A batch may be cut into micro-batches and spread over processes: told the size of the whole,
+    the parts' losses add up to it, whatever the cut."""
+    model = make_model()
+    outputs, batch = random_detections([3, 0, 1, 2])
+    whole = model.losses(outputs, batch)
+    for cut in (1, 3):
+        parts = []
+        for some in (slice(0, cut), slice(cut, 4)):
+            part = replace(batch, ids=batch.ids[some], boxes=batch.boxes[some],
+                           labels=batch.labels[some], attributes=batch.attributes[some])
+            parts.append(model.losses(
+                unit.Outputs(outputs.hidden[:, some], outputs.logits[:, some],
+                             outputs.boxes[:, some]), part, batch_size=4, num_boxes=6))
+        for name in whole:
+            close(whole[name], parts[0][name] + parts[1][name])
+
+    batch = text_batch(size=4)
+    outputs = model(batch)
+    whole = model.losses(outputs, batch)["answer"]
+    parts = [model.losses(unit.Outputs(outputs.hidden[:, i:i + 1], outputs.logits[:, i:i + 1]),
+                          replace(batch, ids=[i], scores=batch.scores[i:i + 1]), batch_size=4)
+             for i in range(4)]
+    close(whole, sum(terms["answer"] for terms in parts))
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["eq. 9", "as released"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_answer_loss(float64, layers, binary):
+    """Eq. 9 is the cross entropy with the one right class; VQAv2's soft scores are first made to
+    sum to 1. As released they are as many yes-no questions as there are answers. The loss is the
+    mean over samples."""
+    model = make_model([QUESTIONS], binary_vqa_loss=binary)
+    logits, scores = torch.randn(layers, 2, 7), torch.rand(2, 7)
+    scores[0, 2:] = 0.0
+    total = 0.0
+    for layer, i in itertools.product(range(layers), range(2)):
+        log_p = slow_log_softmax(logits[layer, i])
+        for c in range(7):
+            if binary:
+                p, t = 1 / (1 + math.exp(-logits[layer, i, c])), scores[i, c]
+                total -= t * math.log(p) + (1 - t) * math.log(1 - p)
+            else:
+                total -= scores[i, c] / sum(scores[i]) * log_p[c]
+    terms = model.losses(unit.Outputs(None, logits), unit.Batch("questions", [0, 1], scores=scores))
+    assert terms.keys() == {"answer"}
+    close(terms["answer"], total / 2)
+
+
+def test_one_right_class_is_plain_cross_entropy(float64):
+    """With a single 1 among the scores, Eq. 9 is torch's cross entropy with that class; the binary
+    loss is for tasks with soft scores alone."""
+    model = make_model([SENTENCES], binary_vqa_loss=True)
+    logits, classes = torch.randn(1, 4, 2), torch.tensor([0, 1, 1, 0])
+    batch = unit.Batch("sentences", [0] * 4, scores=torch.eye(2)[classes])
+    close(model.losses(unit.Outputs(None, logits), batch)["answer"],
+          nn.functional.cross_entropy(logits[0], classes))
+
+
+def test_question_without_a_known_answer():
+    """All scores zero (no answer is in the vocabulary): no loss, no gradient, no division by 0."""
+    logits = torch.randn(1, 2, 7, requires_grad=True)
+    loss = unit.classification_loss(logits, torch.zeros(2, 7))
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+def test_gradients_in_float32():
+    """Single precision is enough for the losses: gradients agree with those in double precision."""
+    model = make_model([SHAPES])
+    drawn, batch = random_detections([3, 0, 5])
+    single = with_gradients(drawn)
+    double = with_gradients(unit.Outputs(drawn.hidden.double(), drawn.logits.double(),
+                                         drawn.boxes.double()))
+    sum(model.losses(single, batch).values()).backward()
+    sum(model.double().losses(double, batch.to("cpu", torch.float64)).values()).backward()
+    for a, b in zip((single.hidden, single.logits, single.boxes),
+                    (double.hidden, double.logits, double.boxes)):
+        close(a.grad.double(), b.grad, 1e-5)
+
+
+def spoil(case, outputs, batch):
+    """Turns a good batch into one of those that make careless losses divide by zero."""
+    if case == "no boxes":
+        for i in range(2):
+            batch.boxes[i], batch.labels[i] = batch.boxes[i][:0], batch.labels[i][:0]
+            batch.attributes[i] = batch.attributes[i][:0]
+    elif case == "all boxes equal":
+        for boxes in (outputs.boxes, *batch.boxes):
+            boxes[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    elif case == "boxes of width 0":
+        outputs.boxes[..., 2] = 0.0
+        batch.boxes[0][:, 2] = batch.boxes[1][:, 3] = 0.0
+    elif case == "one and the same point":
+        for boxes in (outputs.boxes, *batch.boxes):
+            boxes[:] = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    elif case == "logits of 1e4":
+        outputs.logits.clamp_(-1, 1).mul_(1e4)
+        outputs.hidden.clamp_(-1, 1).mul_(1e4)
+    elif case == "boxes at the edge":
+        outputs.boxes[:] = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    return outputs, batch
+
+
+@pytest.mark.parametrize("queries", [5, 1], ids=["5 queries", "1 query"])
+@pytest.mark.parametrize("case", ["good", "no boxes", "all boxes equal", "boxes of width 0",
+                                  "one and the same point", "logits of 1e4", "boxes at the edge"])
+def test_losses_stay_finite(case, queries):
+    """Cropped, doubled and degenerate boxes and extreme logits give finite losses and gradients."""
+    model = make_model([SHAPES])
+    outputs, batch = spoil(case, *random_detections([3, 2], queries))
+    outputs = with_gradients(outputs)
+    terms = model.losses(outputs, batch)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    for x in (outputs.hidden, outputs.logits, outputs.boxes):
+        assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["good", "all boxes equal", "boxes of width 0", "logits of 1e4"])
+def test_losses_of_half_precision_inputs(case, dtype):
+    """Losses compute in float32 whatever they are given, as half precision has no room for them
+    (float16 ends at 65504, and 1e-6, the least side of a box, is hardly there)."""
+    model = make_model([SHAPES])
+    outputs, batch = spoil(case, *random_detections([3, 2]))
+    half = unit.Outputs(outputs.hidden.to(dtype), outputs.logits.to(dtype), outputs.boxes.to(dtype))
+    same = unit.Outputs(half.hidden.float(), half.logits.float(), half.boxes.float())
+    terms, expected = model.losses(half, batch), model.losses(same, batch)
+    for name in terms:
+        assert terms[name].dtype == torch.float32
+        close(terms[name], expected[name], 1e-6)
+    for binary in (False, True):
+        logits, scores = (1e4 * torch.randn(1, 2, 7)).to(dtype), torch.rand(2, 7)
+        for x in (logits, logits.float()):
+            loss = unit.classification_loss(x, scores.to(dtype), binary)
+            assert torch.isfinite(loss) and loss.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts against other people's implementations
+# ------------------------------------------------------------------------------------------------
+
+def copy(ours, theirs, names):
+    """Weights and biases from another implementation: {our submodule: their submodule}."""
+    for our_name, their_name in names.items():
+        ours.get_submodule(our_name).load_state_dict(theirs.get_submodule(their_name).state_dict())
+
+
+def shake(module):
+    """Away from the initial zeros and ones, as training would."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=0.3)
+    return module.eval()
+
+
+def test_attention_is_torchs(float64):
+    """Our attention, with a padding mask (True = padding), is torch.nn.MultiheadAttention. Torch
+    keeps the three projections in one (3 d, d) matrix."""
+    ours, theirs = unit.Attention(12, 3, 0.0), shake(nn.MultiheadAttention(12, 3, batch_first=True))
+    for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        getattr(ours, name).weight.data = theirs.in_proj_weight.data[12 * i:12 * i + 12]
+        getattr(ours, name).bias.data = theirs.in_proj_bias.data[12 * i:12 * i + 12]
+    ours.out_proj.load_state_dict(theirs.out_proj.state_dict())
+    query, key, value = torch.randn(2, 4, 12), torch.randn(2, 5, 12), torch.randn(2, 5, 12)
+    padding = torch.tensor([[False] * 5, [False, False, False, True, True]])
+    close(ours(query, key, value, unit.attention_bias(padding, torch.float64)),
+          theirs(query, key, value, key_padding_mask=padding)[0])
+
+
+def test_text_encoder_is_bert(float64):
+    """Without the task vector, the text encoder is BERT as transformers has it, to 1e-9, with
+    sentences of unequal length in one batch."""
+    transformers = pytest.importorskip("transformers")
+    theirs = shake(transformers.BertModel(transformers.BertConfig(
+        vocab_size=40, hidden_size=12, num_hidden_layers=2, num_attention_heads=3,
+        intermediate_size=20, max_position_embeddings=16), add_pooling_layer=False))
+    ours = unit.TextEncoder(replace(SMALL, task_embedding=False), TASKS).eval()
+    copy(ours, theirs, {"word_embeddings": "embeddings.word_embeddings",
+                        "position_embeddings": "embeddings.position_embeddings",
+                        "token_type_embeddings": "embeddings.token_type_embeddings",
+                        "norm": "embeddings.LayerNorm"})
+    for n, layer in enumerate(ours.layers):
+        copy(layer, theirs.encoder.layer[n], {
+            "attention.q_proj": "attention.self.query", "attention.k_proj": "attention.self.key",
+            "attention.v_proj": "attention.self.value",
+            "attention.out_proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+            "linear1": "intermediate.dense", "linear2": "output.dense",
+            "norm2": "output.LayerNorm"})
+    batch = text_batch()
+    padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    expected = theirs(batch.tokens, attention_mask=(~padding).long(),
+                      token_type_ids=batch.token_types).last_hidden_state
+    states = ours.encode(batch.tokens, batch.token_types, padding, "sentences")
+    close(states[~padding], expected[~padding])
+
+
+@pytest.fixture
+def detr(float64):
+    """A small DETR of transformers with random weights, and our parts with the same weights."""
+    transformers = pytest.importorskip("transformers")
+    theirs = shake(transformers.DetrForObjectDetection(transformers.DetrConfig(
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 64], depths=[1, 1], out_features=["stage2"]),
+        num_queries=5, num_labels=4, d_model=16, encoder_layers=2, encoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_layers=3, decoder_attention_heads=2, decoder_ffn_dim=28)))
+    config = replace(SMALL, decoder_width=16, decoder_heads=2, task_embedding=False)
+    encoder, decoder = unit.ImageEncoder(config, [SHAPES]).eval(), unit.Decoder(config).eval()
+    head = unit.DetectionHead(16, SHAPES)
+
+    def attention(ours, theirs):
+        return {**{f"{ours}.{name}": f"{theirs}.{name}" for name in ("q_proj", "k_proj", "v_proj")},
+                f"{ours}.out_proj": f"{theirs}.o_proj"}
+    feed_forward = {"linear1": "mlp.fc1", "linear2": "mlp.fc2", "norm1": "self_attn_layer_norm"}
+    for ours, layer in zip(encoder.layers, theirs.model.encoder.layers):
+        copy(ours, layer, {**attention("attention", "self_attn"), **feed_forward,
+                           "norm2": "final_layer_norm"})
+    for ours, layer in zip(decoder.layers, theirs.model.decoder.layers):
+        copy(ours, layer, {**attention("self_attention", "self_attn"), **feed_forward,
+                           **attention("cross_attention", "encoder_attn"),
+                           "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"})
+    copy(decoder, theirs.model.decoder, {"norm": "layernorm"})
+    copy(head, theirs, {"class_head": "class_labels_classifier",
+                        **{f"box_head.{2 * n}": f"bbox_predictor.layers.{n}" for n in range(3)}})
+    encoder.input_proj.load_state_dict(theirs.model.input_projection.state_dict())
+    return theirs, encoder, decoder, head
+
+
+def padded_images():
+    """Two images, the second 32 x 24 padded to 32 x 40: images and their mask, True at padding."""
+    images, mask = torch.randn(2, 3, 32, 40), torch.zeros(2, 32, 40, dtype=torch.bool)
+    images[1, :, :, 24:], mask[1, :, 24:] = 0.0, True
+    return images, mask
+
+
+def test_encoder_decoder_and_heads_are_detrs(detr):
+    """From the same picture's features on, sine positions, encoder, decoder and heads give DETR's
+    classes and boxes to 1e-9. (UniT adds a residual around the encoder and two projections behind
+    it; here they are left out.)"""
+    theirs, encoder, decoder, head = detr
+    images, mask = padded_images()
+    expected = theirs(images, pixel_mask=(~mask).long())
+    features, valid = theirs.model.backbone(images, ~mask)[-1]
+
+    positions = unit.sine_positions(valid, 16)
+    x = encoder.input_proj(features).flatten(2).transpose(1, 2)
+    padding = ~valid.flatten(1)
+    memory = encoder.encode(x, positions, padding, "shapes")
+    close(memory[~padding], expected.encoder_last_hidden_state[~padding])
+
+    hidden = decoder(memory, positions, padding, theirs.model.query_position_embeddings.weight)
+    close(hidden[-1], expected.last_hidden_state)
+    logits, boxes = head(hidden)
+    close(logits[-1], expected.logits)
+    close(boxes[-1], expected.pred_boxes)
+
+
+def test_each_decoder_layer_is_normalised_alike(detr):
+    """The states of layer l, which the auxiliary losses see, are what a decoder of l layers would
+    end with: one and the same last LayerNorm is applied to each, outside the residual path."""
+    theirs, _, decoder, _ = detr
+    memory, positions, query = torch.randn(2, 7, 16), torch.randn(2, 7, 16), torch.randn(5, 16)
+    hidden = decoder(memory, positions, None, query)
+    reference, layers = theirs.model.decoder, theirs.model.decoder.layers
+    for n in range(3):
+        reference.layers = layers[:n + 1]
+        expected = reference(
+            inputs_embeds=torch.zeros(2, 5, 16), encoder_hidden_states=memory,
+            spatial_position_embeddings=positions,
+            object_queries_position_embeddings=query.expand(2, -1, -1)).last_hidden_state
+        close(hidden[n], expected)
+
+
+def test_positions_are_detrs(float64):
+    """Sine positions equal transformers' on a padded batch."""
+    detr = pytest.importorskip("transformers.models.detr.modeling_detr")
+    valid = torch.ones(2, 4, 5, dtype=torch.bool)
+    valid[1, 3:], valid[1, :, 2:] = False, False
+    theirs = detr.DetrSinePositionEmbedding(8, normalize=True)(
+        torch.Size([2, 16, 4, 5]), "cpu", torch.float64, valid)
+    close(unit.sine_positions(valid, 16), theirs.flatten(2).transpose(1, 2))
+
+
+# ------------------------------------------------------------------------------------------------
+# Padding, and where the task vector goes
+# ------------------------------------------------------------------------------------------------
+
+def test_mask_polarity(float64):
+    """Trap: masks are True at padding here, torch's scaled_dot_product_attention wants True where
+    to look. The bias says it without doubt: 0 where to look, -inf where not."""
+    bias = unit.attention_bias(torch.tensor([[False, True]]), torch.float32)
+    assert bias.tolist() == [[[[0.0, -math.inf]]]]
+    assert unit.attention_bias(None, torch.float32) is None
+
+    attention = unit.Attention(4, 1, 0.0)
+    x = torch.randn(1, 2, 4)
+    close(attention(x, x, x, bias), attention(x, x[:, :1], x[:, :1]))
+
+
+def test_text_padding_changes_nothing(float64):
+    """A sentence gives the same states alone and padded in a batch, to the last places."""
+    encoder = make_model().text_encoder.eval()
+    batch = text_batch(size=1)
+    alone = encoder.encode(batch.tokens, batch.token_types, None, "sentences")
+    tokens = torch.cat([batch.tokens, torch.randint(40, (1, 3))], 1)  # whatever the padding holds
+    mask = torch.tensor([[False] * 6 + [True] * 3])
+    padded = encoder.encode(tokens, nn.functional.pad(batch.token_types, (0, 3)), mask, "sentences")
+    close(padded[:, :6], alone, 1e-12)
+
+
+def test_image_padding_is_never_looked_at(float64):
+    """Features at padded places have no effect on the others. (Before that, the convolutions of the
+    backbone reach across the edge: as with DETR, scores depend a little on how images are batched.)
+    """
+    encoder = make_model().image_encoder.eval()
+    x, positions = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
+    padding = torch.tensor([[False] * 4 + [True] * 2])
+    alone = encoder.encode(x[:, :4], positions[:, :4], None, "shapes")
+    x[:, 4:] = 1e3
+    close(encoder.encode(x, positions, padding, "shapes")[:, :4], alone, 1e-12)
+
+    images, mask = padded_images()  # and the decoder gets the mask, at the features' resolution
+    _, _, padding = encoder(images, mask, "shapes")
+    assert padding.view(2, 4, 5).tolist() == [[[False] * 5] * 4, [[False] * 3 + [True] * 2] * 4]
+    assert encoder(images, None, "shapes")[2] is None
+
+
+def test_task_vector_is_put_in_front_and_stripped(float64):
+    """w^task is one more position in front of both encoders' inputs. It is not in their outputs,
+    but it tells: another task gives other states. Without task embeddings there is none."""
+    model = make_model().eval()
+    x, mask = unit.put_in_front(torch.ones(1, 3), torch.zeros(2, 2, 3), torch.ones(2, 2) > 0)
+    assert x[:, :, 0].tolist() == [[1, 0, 0]] * 2
+    assert mask.tolist() == [[False, True, True]] * 2  # never masked
+
+    batch = text_batch()
+    one, other = (model.text_encoder.encode(batch.tokens, batch.token_types, None, task)
+                  for task in ("sentences", "questions"))
+    assert one.shape == (2, 6, 12) and not torch.allclose(one, other)
+    image = torch.randn(1, 3, 16, 24)
+    one, other = (model.image_encoder(image, None, task)[0] for task in ("shapes", "questions"))
+    assert one.shape == (1, 2 * 3, 20) and not torch.allclose(one, other)
+    assert "sentences" not in model.image_encoder.w_task
+    assert not make_model(task_embedding=False).image_encoder.w_task
+
+
+def test_image_encoder_adds_its_input(float64):
+    """The residual that Eq. 2 leaves out and the released weights need: h^v = E_v(x) + x,
+    projected; positions have a projection of their own."""
+    encoder = make_model().image_encoder.eval()
+    images = torch.randn(1, 3, 16, 24)
+    x = encoder.input_proj(encoder.backbone(images))
+    positions = unit.sine_positions(torch.ones(1, *x.shape[2:], dtype=torch.bool), 16)
+    x = x.flatten(2).transpose(1, 2)
+    h, p, _ = encoder(images, None, "shapes")
+    close(h, encoder.projection(encoder.encode(x, positions, None, "shapes") + x))
+    close(p, encoder.position_projection(positions))
+
+
+def test_memory_is_image_then_text(float64):
+    """Section 3.3: h^enc is the image, the text, or image and text in this order; of the text [CLS]
+    alone, or all states of the tasks that are named."""
+    images, image_mask = padded_images()
+    text_mask = torch.tensor([[False] * 6, [False] * 5 + [True]])
+    batch = text_batch("questions", images=images, image_mask=image_mask, text_mask=text_mask)
+    model = make_model(all_text_states=("questions",)).eval()
+    memory, positions, mask = model.encode(batch, QUESTIONS)
+    assert memory.shape == positions.shape == (2, 4 * 5 + 6, 20)
+    assert mask.sum(1).tolist() == [0, 4 * 2 + 1] and mask[1, -1]
+    close(memory[:, :20], model.image_encoder(images, image_mask, "questions")[0])
+    close(memory[:, 20:], model.text_encoder(batch.tokens, batch.token_types, text_mask,
+                                             "questions")[0])
+    # The decoder knows a token's place by BERT's own position embeddings, projected.
+    text = model.text_encoder
+    close(positions[:, 20:], text.position_projection(text.position_embeddings.weight[:6]).expand(
+        2, -1, -1))
+    assert make_model().encode(batch, QUESTIONS)[0].shape == (2, 4 * 5 + 1, 20)
+    assert make_model().encode(replace(batch, task="sentences"), SENTENCES)[0].shape == (2, 1, 20)
+
+
+# ------------------------------------------------------------------------------------------------
+# Decoder and queries
+# ------------------------------------------------------------------------------------------------
+
+def test_one_memory_position_makes_all_queries_equal(float64):
+    """With [CLS] alone attention over the memory is constant, and contents that start equal stay
+    equal, whatever the queries. So computing one query in eval mode is exact, not a shortcut."""
+    model = make_model().eval()
+    batch = text_batch()
+    outputs = model(batch)
+    assert outputs.hidden.shape == (1, 2, 1, 20)
+    hidden = model.decoders["shared"](*model.encode(batch, SENTENCES), model.queries["sentences"])
+    close(hidden[-1], outputs.hidden[-1].expand(-1, 3, -1), 1e-12)
+    assert model.train()(batch).hidden.shape == (3, 2, 3, 20)  # here dropout tells them apart
+
+
+def test_first_self_attention_sees_no_content(float64):
+    """Content starts at zero, so all values of the first self-attention are its value bias: only
+    that learns, its matrices for queries, keys and values do not (but for the noise of attention
+    dropout, which is off here). In the second layer all learn."""
+    model = make_model()
+    batch = text_batch("questions", images=torch.randn(2, 3, 16, 16))
+    model.losses(model(batch), batch)["answer"].backward()
+    first, second = (layer.self_attention for layer in model.decoders["shared"].layers[:2])
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert getattr(first, name).weight.grad.abs().max() < 1e-12
+        assert getattr(second, name).weight.grad.abs().max() > 1e-6
+    assert first.v_proj.bias.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared decoder", "separate decoders"])
+def test_parts_not_used_have_no_gradient(shared):
+    """The optimiser skips what has no gradient (footnote 2, Appendix A), which is not the same as a
+    gradient of zeros. A step on sentences leaves images, other heads, queries and vectors alone."""
+    model = make_model(shared_decoder=shared)
+    batch = text_batch()
+    model.losses(model(batch), batch)["answer"].backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    decoder = "shared" if shared else "sentences"
+    expected = {name for name, _ in model.named_parameters()
+                if name.startswith(("text_encoder.", f"decoders.{decoder}.", "heads.sentences."))
+                or name == "queries.sentences"} - {"text_encoder.w_task.questions"}
+    assert with_grad == expected
+
+
+def test_eval_mode_gives_the_top_layer():
+    """In training there are outputs of every decoder layer for the losses; in eval mode those of
+    the top layer alone, the same numbers."""
+    model = make_model()
+    images, mask = padded_images()
+    batch = unit.Batch("shapes", [0, 1], images=images, image_mask=mask)
+    trained, tested = model.train()(batch), model.eval()(batch)
+    assert trained.logits.shape == (3, 2, 5, 5) and trained.boxes.shape == (3, 2, 5, 4)
+    assert tested.logits.shape == (1, 2, 5, 5) and tested.boxes.shape == (1, 2, 5, 4)
+    close(tested.logits[-1], trained.logits[-1], 1e-5)
+    close(tested.boxes[-1], trained.boxes[-1], 1e-5)
+    assert model.train()(text_batch()).logits.shape == (1, 2, 2)
+    assert make_model(loss_on_all_layers=True)(text_batch()).logits.shape == (3, 2, 2)
+
+
+def test_number_of_queries():
+    """`num_queries` (Table C.1) changes all tasks but detection."""
+    queries = make_model(num_queries=9).queries
+    assert {name: tuple(q.shape) for name, q in queries.items()} == {
+        "shapes": (5, 20), "questions": (9, 20), "sentences": (9, 20)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Heads, positions and detections by hand
+# ------------------------------------------------------------------------------------------------
+
+def test_classifier_by_hand():
+    """Eq. 8: p = W_1 GeLU(W_2 h_1 + b_2) + b_1; GeLU(x) = x times the share of a normal
+    distribution below x, here GeLU(2) = 2 x 0.97725 = 1.9545 and GeLU(-1) = -1 x 0.15866."""
+    head = unit.Classifier(2, 1, dropout=0.1, as_released=False).eval()
+    head.linear2.weight.data = torch.tensor([[1.0, 1.0], [0.0, -1.0]])
+    head.linear2.bias.data = torch.tensor([0.0, 0.5])
+    head.linear1.weight.data = torch.tensor([[10.0, 100.0]])
+    head.linear1.bias.data = torch.tensor([7.0])
+    # h_1 = (0.5, 1.5): W_2 h_1 + b_2 = (2, -1); 10 x 1.9545 - 100 x 0.15866 + 7 = 10.679
+    close(head(torch.tensor([[0.5, 1.5]])), torch.tensor([[10.679]]), 1e-3)
+
+
+def test_classifier_as_released():
+    """The released classifier has a LayerNorm before its last layer: of two features it leaves +-1
+    whatever they are."""
+    head = unit.Classifier(2, 1, dropout=0.1, as_released=True).eval()
+    head.linear2.weight.data, head.linear2.bias.data = torch.eye(2), torch.zeros(2)
+    head.linear1.weight.data = torch.tensor([[10.0, 1.0]])
+    head.linear1.bias.data = torch.tensor([7.0])
+    close(head(torch.tensor([[5.0, 0.3]])), torch.tensor([[10.0 - 1.0 + 7.0]]), 1e-4)
+
+
+def test_attribute_head_by_hand(float64):
+    """Eq. 7: the class that is fed in is embedded and put behind the state; two linear layers,
+    nothing between them, and (as released) a ReLU at the end."""
+    head = unit.AttributeHead(20, SHAPES)
+    hidden, label = torch.randn(20), torch.tensor(3)
+    x = [*hidden.tolist(), *head.class_embedding.weight[3].tolist()]
+
+    def linear(layer, x):
+        return [sum(w * v for w, v in zip(row, x)) + b
+                for row, b in zip(layer.weight.tolist(), layer.bias.tolist())]
+    expected = [max(y, 0.0) for y in linear(head.linear2, linear(head.linear1, x))]
+    close(head(hidden, label), torch.tensor(expected))
+    assert len(expected) == 6
+    assert len(head.class_embedding.weight) == 4 + 1  # no-object has a row too
+
+
+def test_positions_by_hand(float64):
+    """Rows and columns are counted from 1 over what is image, scaled so that the last is 2 pi. Of 8
+    features the first 4 tell the row: sin and cos of the angle, then of a hundredth of it."""
+    positions = unit.sine_positions(torch.ones(1, 2, 4, dtype=torch.bool), 8).view(2, 4, 8)
+    first_row, third_column = 2 * math.pi * 1 / 2, 2 * math.pi * 3 / 4
+    expected = [f(angle / slow) for angle in (first_row, third_column) for slow in (1, 100)
+                for f in (math.sin, math.cos)]
+    close(positions[0, 2], torch.tensor(expected), 1e-5)
+    close(positions[1, 3, :2], torch.tensor([0.0, 1.0]), 1e-5)  # the last: sin 2 pi, cos 2 pi
+
+
+def test_positions_do_not_depend_on_padding(float64):
+    """A picture has the same positions alone and in the corner of a larger canvas."""
+    valid = torch.zeros(1, 5, 6, dtype=torch.bool)
+    valid[:, :3, :4] = True
+    alone = unit.sine_positions(torch.ones(1, 3, 4, dtype=torch.bool), 16).view(3, 4, 16)
+    close(unit.sine_positions(valid, 16).view(5, 6, 16)[:3, :4], alone)
+
+
+def test_detections_by_hand():
+    """A detection is a query's best class that is not no-object, its probability, and its box in
+    pixels of the original image (here 100 high, 200 wide)."""
+    model = make_model([SHAPES]).eval()
+    # Query 0: class 2 for sure. Query 1: no-object is likelier (.5), but class 0 (.3) is reported.
+    p = torch.tensor([[0.01, 0.01, 0.96, 0.01, 0.01], [0.3, 0.1, 0.05, 0.05, 0.5]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.2, 0.2, 0.2]])
+    outputs = unit.Outputs(torch.randn(1, 1, 2, 20), p.log()[None, None], boxes[None, None])
+    batch = unit.Batch("shapes", [7], sizes=torch.tensor([[100, 200]]))
+    (found,) = unit.postprocess(model, outputs, batch)
+    assert found.labels.tolist() == [2, 0]
+    close(found.scores, torch.tensor([0.96, 0.3]), 1e-6)
+    # cx 0.5 and w 0.2 of 200 pixels: from 80 to 120; cy 0.5 and h 0.4 of 100: from 30 to 70.
+    close(found.boxes, torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 10.0, 40.0, 30.0]]), 1e-5)
+    # The attribute is the best one given the class reported.
+    head = model.heads["shapes"].attribute_head
+    for query, label in enumerate((2, 0)):
+        scores = head(outputs.hidden[0, 0, query], torch.tensor(label))
+        assert found.attributes[query] == scores.argmax()
+        close(found.attribute_scores[query], scores.softmax(0).max(), 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sizes and initial weights
+# ------------------------------------------------------------------------------------------------
+
+def full_size(**changes):
+    """The model of the eight tasks at its real size, on the meta device: shapes without memory."""
+    detection = dict(kind="detection", image=True, text=False, num_queries=100)
+    answer = dict(kind="classification", text=True, num_queries=25)
+    tasks = [unit.Task("coco", num_classes=91, **detection),
+             unit.Task("vg", num_classes=1601, num_attributes=401, **detection),
+             unit.Task("vqa2", image=True, num_classes=3129, **answer),
+             unit.Task("snli_ve", image=True, num_classes=3, **answer)]
+    tasks += [unit.Task(name, image=False, num_classes=classes, **answer)
+              for name, classes in (("qnli", 2), ("mnli", 3), ("qqp", 2), ("sst2", 2))]
+    with torch.device("meta"):
+        return unit.UniT(unit.Config(**changes), tasks)
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_sizes_of_the_parts():
+    """Built as released, each part has exactly the parameters of the published one, less what is
+    never used there: BERT's pooler (590,592) and the task tables' idle rows (of 256, 4 tasks have
+    images, 6 have text)."""
+    model = full_size(**unit.AS_RELEASED)
+    image, text, heads = model.image_encoder, model.text_encoder, model.heads
+    assert size(image.backbone) == 23_454_912
+    assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == 222_400
+    assert size(image.input_proj) == 524_544
+    assert size(image.layers) == 7_890_432
+    assert size(image.w_task) == 65_536 - 252 * 256
+    assert size(image.projection) == size(image.position_projection) == 197_376
+    assert size(text.word_embeddings) + size(text.position_embeddings) + size(
+        text.token_type_embeddings) + size(text.norm) == 23_837_184
+    assert size(text.layers) == 85_054_464
+    assert size(text.w_task) == 196_608 - 250 * 768
+    assert size(text.projection) == size(text.position_projection) == 590_592
+    assert size(model.decoders) == 47_268_864
+    assert size(model.queries) == 268_800
+    assert size(heads) == 10_780_028
+    assert size(heads["vqa2"]) == 2_998_329 and size(heads["vg"].attribute_head) == 1_140_625
+    unused = 590_592 + 252 * 256 + 250 * 768
+    assert size(model) == 201_507_900 - unused == 200_660_796
+    assert size(full_size(shared_decoder=False, **unit.AS_RELEASED)) == 532_389_948 - unused
+
+
+def test_sizes_of_the_paper():
+    """By default (no LayerNorm in the classifiers, Eq. 8) the sizes are still the paper's: 201
+    million with one shared decoder, 532 with one for each task."""
+    assert round(size(full_size()) / 1e6) == 201
+    assert round(size(full_size(shared_decoder=False)) / 1e6) == 532
+
+
+def test_backbone_is_a_frozen_dc5():
+    """ResNet-50 with the last stride replaced by dilation: 1/16 of the image. conv1, layer1 and
+    batch norms (which are buffers) never learn, also in training mode."""
+    backbone = unit.Backbone().train()
+    before = {name: b.clone() for name, b in backbone.named_buffers()}
+    backbone(torch.randn(1, 3, 64, 48)).sum().backward()
+    assert all(torch.equal(b, before[name]) for name, b in backbone.named_buffers())
+    frozen = {name.split(".")[1] for name, p in backbone.named_parameters() if p.grad is None}
+    learning = {name.split(".")[1] for name, p in backbone.named_parameters() if p.grad is not None}
+    assert frozen == {"conv1", "layer1"} and learning == {"layer2", "layer3", "layer4"}
+    with torch.device("meta"):
+        assert unit.Backbone()(torch.empty(1, 3, 64, 48)).shape == (1, 2048, 4, 3)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared decoder", "separate decoders"])
+def test_initial_weights(shared):
+    """Xavier's bound is sqrt(6 / (rows + columns)); queries, keys and values count as one (3 d, d)
+    matrix. Queries and task vectors are drawn from N(0, 1), BERT and the attribute head from narrow
+    normal distributions."""
+    model = unit.UniT(replace(SMALL, shared_decoder=shared, decoder_width=60, decoder_ff=90), TASKS)
+
+    def uniform(weight, rows, columns):
+        bound = math.sqrt(6 / (rows + columns))
+        return 0.95 * bound < weight.abs().max() <= bound
+
+    def normal(weight, std):
+        return abs(weight.std() / std - 1) < 0.2 and weight.abs().max() > 2 * std
+    for decoder in model.decoders.values():
+        for layer in decoder.layers:
+            for attention in (layer.self_attention, layer.cross_attention):
+                for proj in (attention.q_proj, attention.k_proj, attention.v_proj):
+                    assert uniform(proj.weight, 3 * 60, 60) and not proj.bias.any()
+                assert uniform(attention.out_proj.weight, 60, 60)
+                assert not attention.out_proj.bias.any()
+            assert uniform(layer.linear1.weight, 90, 60) and uniform(layer.linear2.weight, 60, 90)
+    image = model.image_encoder
+    assert uniform(image.layers[0].attention.q_proj.weight, 3 * 16, 16)
+    assert uniform(image.projection.weight, 60, 16)
+    assert uniform(image.position_projection.weight, 60, 16)
+    assert normal(torch.cat([*model.queries.values()]), 1.0)
+    vectors = [*image.w_task.values(), *model.text_encoder.w_task.values()]
+    assert normal(torch.cat(vectors, 1), 1.0)
+    assert normal(model.text_encoder.word_embeddings.weight, 0.02)
+    assert normal(model.text_encoder.layers[0].linear1.weight, 0.02)
+    attributes = model.heads["shapes"].attribute_head
+    assert normal(attributes.linear1.weight, 0.01)
+    assert normal(attributes.class_embedding.weight, 0.01)
+    assert not attributes.linear1.bias.any() and not attributes.linear2.bias.any()
+
+
+def test_width_must_be_divisible_by_heads():
+    """A mistake in the settings is told in a line that names the fix."""
+    with pytest.raises(unit.InputError, match="choose a width that 3 divides"):
+        make_model(decoder_heads=3)
