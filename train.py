@@ -81,10 +81,6 @@ FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every"
 DETECTION_VQA = ("coco", "vg", "vqa2")          # Section 4.1, Table A.2 line 1: equal chances
 EIGHT = TrainConfig.tasks                       # Section 4.2
 ABLATION = ("coco", "snli_ve", "mnli")          # Tables 4 and C.1
-TABLE_A2 = {  # sampling probabilities, lines 2 and 3
-    EIGHT: dict(coco=0.20, vg=0.07, vqa2=0.26, snli_ve=0.12, qnli=0.10, mnli=0.10, qqp=0.10, sst2=0.05),
-    ABLATION: dict(coco=0.30, snli_ve=0.50, mnli=0.20),
-}
 # "COCO init." takes different parts in Section 4.1 (and C.1 line 9) and in Section 4.2 (RELEASED).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
@@ -151,15 +147,14 @@ TINY = dict(
     iterations=5000, batch_size=32, lr=1.2e-3, lr_backbone=1.2e-3, warmup=200, clip=1.0,
     num_workers=1, log_every=200, save_every=1000, eval_every=0, data="runs/tiny-data")
 # What an experiment changes is scaled to tiny's sizes: a decoder of 1536 is twice tiny's width.
+TINY_QUERIES = 4  # what the 25 queries of a classification task become (data.py)
 SCALED = ("encoder_width", "decoder_width", "decoder_layers", "lr", "batch_size")
 
 
 def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
-    """Table A.2: sampling probabilities of these tasks (line 1 for any of its three data sets)."""
-    if set(tasks) <= set(DETECTION_VQA):
-        return (1.0,) * len(tasks)
-    line = TABLE_A2[ABLATION if set(tasks) == set(ABLATION) else EIGHT]
-    return tuple(line.get(t, 0.1) for t in tasks)  # 0.1: a ninth task
+    """Table A.2: the sampling probabilities of these tasks, from the line whose data sets they are."""
+    line = 1 if set(tasks) <= set(DETECTION_VQA) else 3 if set(tasks) == set(ABLATION) else 2
+    return tuple(data.PROBABILITIES[line].get(t, 0.1) for t in tasks)  # 0.1: a ninth task
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -684,19 +679,28 @@ def write_tiny_data(folder: Path) -> None:
     print(f"tiny data sets written to {folder}")
 
 
-def build(config: Config, train: TrainConfig, tiny: bool, as_released: bool, say):
-    """Data sets and model as the settings ask for, on the CPU: (model, train sets, held-out sets)."""
+def build(config: Config, train: TrainConfig, args, state: dict | None, say):
+    """Data sets and model as the settings ask for: model, train sets, held-out sets, vocabulary."""
     folder = Path(train.data)
-    tasks, datasets = data.load(folder, train.tasks, "train", tiny)
-    _, held_out = data.load(folder, train.tasks, "val", tiny)
+    tasks, datasets = data.load(folder, train.tasks, "train", args.tiny)
+    _, held_out = data.load(folder, train.tasks, "val", args.tiny)
     for dataset in (*datasets.values(), *held_out.values()):
         say(dataset.summary)
     vocab = data.read_vocabulary(folder / "bert" / "vocab.txt") if any(t.text for t in tasks) else []
     config = dataclasses.replace(config, vocab_size=len(vocab) or config.vocab_size)
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
-    if train.init:
-        for line in initialise_from(model, train.init, train.init_parts, as_released):
+    if state:
+        model.load_state_dict(state["model"])
+        say(f"going on after iteration {state['iteration']} of {train.iterations}")
+    elif not args.tiny:
+        try:
+            for line in unit.load_pretrained(model, folder, train.imagenet_backbone):
+                say(line)
+        except InputError as error:
+            say(f"WARNING: {error}\nWARNING: training starts from RANDOM weights there")
+    if train.init and not state:  # after the pretrained weights, which it replaces where it has its own
+        for line in initialise_from(model, train.init, train.init_parts, args.as_released):
             say(line)
     freeze(model, train.freeze)
     return model, datasets, held_out, vocab
@@ -731,16 +735,7 @@ def start(args: argparse.Namespace) -> None:
         if args.tiny:
             write_tiny_data(Path(train.data))
     sum_over_processes()  # the others wait for the files
-    model, datasets, held_out, vocab = build(config, train, args.tiny, args.as_released, say)
-    if state:
-        model.load_state_dict(state["model"])
-        say(f"going on after iteration {state['iteration']} of {train.iterations}")
-    elif not args.tiny:
-        try:  # COCO init. replaces the image encoder's; BERT is always the pretrained one
-            for line in unit.load_pretrained(model, train.data, train.imagenet_backbone):
-                say(line)
-        except InputError as error:
-            say(f"WARNING: {error}\nWARNING: training starts from RANDOM weights there")
+    model, datasets, held_out, vocab = build(config, train, args, state, say)
     if rank == 0 and not state:
         evaluation.write_json(out / "config.json",
                               {"config": asdict(model.config), "train": asdict(train)})
