@@ -1,0 +1,798 @@
+"""Section 4: from a data set to the number that the paper prints for it, to files and to pictures.
+
+    python eval.py --checkpoint runs/T3.5/last.pt --data data --tasks coco,vqa2
+    python eval.py --checkpoint runs/T3.5/last.pt --image cat.jpg --question "what is on the mat?"
+
+| task       | metric             | computed by                                            |
+|------------|--------------------|--------------------------------------------------------|
+| coco, vg   | AP, AP50           | `average_precision`: pycocotools                       |
+| vg         | attribute_accuracy | `attribute_hits`                                       |
+| vqa2       | accuracy           | `vqa_accuracy`: the official scorer's rule             |
+| all others | accuracy           | share of right labels; qqp also F1 of "duplicate"      |
+
+Results are in percent, as in the paper's tables. Images are taken one at a time unless --batch_size
+says otherwise: padding several to one size changes features near the padding a little (as in DETR),
+and AP with them. Under torchrun each process predicts its share; rank 0 puts them together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import os
+import pickle
+import re
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+import data
+import unit  # before torchvision, which it may have to mend first
+from unit import Batch, Config, Detections, InputError, Task, UniT
+
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+from torchvision.ops import box_convert, box_iou
+
+
+# -------------------------------------------------------------------------------------------------
+# The paper's numbers
+# -------------------------------------------------------------------------------------------------
+
+def _table(text: str) -> dict[str, dict[str, float]]:
+    """{row: {task: number}}; "-": none; NAME-* is a line of several runs, one a task."""
+    (_, *tasks), *rows = (line.split() for line in text.strip().splitlines())
+    table = {}
+    for name, *numbers in rows:
+        row = {task: float(x) for task, x in zip(tasks, numbers) if x != "-"}
+        table |= {name[:-1] + t: {t: x} for t, x in row.items()} if name[-1] == "*" else {name: row}
+    return table
+
+
+# Validation: COCO and VG mAP, else accuracy; T<table>.<line>. Others' systems: T3.7 DETR, T3.8
+# VisualBERT, T3.9 BERT. TC.1.6 diverged.
+PAPER = _table("""
+line      coco    vg   vqa2  snli_ve   qnli   mnli    qqp   sst2
+T1.1-*    40.6  3.87  66.38        -      -      -      -      -
+T1.2      40.8  3.91  68.84        -      -      -      -      -
+T1.3      37.2  4.05  68.79        -      -      -      -      -
+T1.4      40.8  4.53  67.30        -      -      -      -      -
+T2.1-*    40.6  3.87  66.38        -      -      -      -      -
+T2.2      40.2     -  66.88        -      -      -      -      -
+T2.3         -  3.83  68.49        -      -      -      -      -
+T2.4      40.8  4.53  67.30        -      -      -      -      -
+T3.1-*    40.6  3.87  66.38    70.52  91.62  84.23  91.18  91.63
+T3.2      32.2  2.54  67.38    74.31  87.68  81.76  90.44  89.40
+T3.3      33.8  2.69  67.36    74.14  87.99  81.40  90.62  89.40
+T3.4      38.9  3.22  67.58    74.20  87.99  81.33  90.61  89.17
+T3.5      39.0  3.29  66.97    73.16  87.95  80.91  90.64  89.29
+T3.6-*    42.3  4.68  67.60    72.56  86.92  81.53  90.57  88.06
+T3.7      43.3  4.02      -        -      -      -      -      -
+T3.8         -     -  67.36    75.69      -      -      -      -
+T3.9         -     -      -        -  91.25  83.90  90.54  92.43
+T4.1     38.79     -      -    69.27      -  81.41      -      -
+T4.2     40.13     -      -    68.17      -  80.58      -      -
+T4.3     39.02     -      -    68.82      -  81.15      -      -
+T4.4     36.32     -      -    69.68      -  81.09      -      -
+T4.5     38.24     -      -    69.76      -  81.31      -      -
+T4.6     39.46     -      -    69.06      -  81.67      -      -
+T4.7     38.61     -      -    70.22      -  81.45      -      -
+T4.8     35.03     -      -    68.57      -  79.62      -      -
+TC.1.1   38.79     -      -    69.27      -  81.41      -      -
+TC.1.2   33.39     -      -    68.53      -  81.01      -      -
+TC.1.3   36.65     -      -    69.07      -  80.64      -      -
+TC.1.4   38.75     -      -    68.66      -  81.66      -      -
+TC.1.5   38.63     -      -    69.14      -  81.09      -      -
+TC.1.6       -     -      -        -      -      -      -      -
+TC.1.7   29.88     -      -    70.39      -  83.74      -      -
+TC.1.8   39.96     -      -    69.31      -  79.88      -      -
+TC.1.9   40.98     -      -    68.72      -  81.08      -      -
+TC.1.10  38.88     -      -    65.77      -  61.47      -      -
+TC.1.11  37.18     -      -    65.01      -  59.87      -      -
+TC.1.12  37.87     -      -    68.70      -  81.11      -      -
+""")
+
+# The numbers after the slash: COCO and VQAv2 test-dev, SNLI-VE test, GLUE's server.
+PAPER_TEST = _table("""
+line      coco    vg   vqa2  snli_ve   qnli   mnli    qqp   sst2
+T1.4      41.1     -  67.47        -      -      -      -      -
+T3.5         -     -  67.03    73.16   88.0   79.8   88.4   91.5
+T3.8         -     -  67.37    75.09      -      -      -      -
+T3.9         -     -      -        -   90.4   83.4   88.9   93.7
+""")
+
+# The validation scores that the authors give for their published checkpoints: COCO alone and all
+# eight tasks, with and without task embeddings.
+RELEASED = _table("""
+line                     coco    vg   vqa2  snli_ve   qnli   mnli    qqp   sst2
+released-coco           40.54     -      -        -      -      -      -      -
+released-coco-no-task   40.15     -      -        -      -      -      -      -
+released-all            38.99  3.29  66.96    73.16  87.90  80.90  90.65  89.22
+released-all-no-task    38.47  3.31  68.25    74.07  88.15  80.61  90.61  88.50
+""")
+
+
+def results_table(results: dict, experiment: str | None = None, split: str = "val") -> str:
+    """Task, metric, this run and, where the paper has the same setting, its number."""
+    theirs = (PAPER_TEST if split == "test" else PAPER | RELEASED).get(experiment)
+    who = "authors" if experiment in RELEASED else "paper"
+    lines = [f"{'task':<9} {'metric':<18} {'this run':>8}"
+             + ("" if theirs is None else f" {who + ' ' + experiment:>14}")]
+    for task, metrics in results.items():
+        for i, (metric, value) in enumerate(metrics.items()):  # the paper's is the first metric
+            lines.append(f"{'' if i else task:<9} {metric:<18} {value:>8.2f}"
+                         + ("" if theirs is None or i else f" {theirs.get(task, '-'):>14}"))
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------
+# A trained model from its file
+# -------------------------------------------------------------------------------------------------
+
+def read_checkpoint(path) -> dict:
+    """What train.py saved: plain values and tensors only, anything else is refused, not run."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"model", "config", "tasks", "labels"} <= set(checkpoint):
+            raise KeyError("it lacks model, config, tasks or labels")
+        return checkpoint
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; train.py writes last.pt into its --out") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as e:
+        raise InputError(f"{path}: torn, or no checkpoint of train.py ({in_short(e)}); previous.pt "
+                         "beside it may be whole; the authors' files go to --released") from None
+
+
+def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
+    """(model in eval mode, the file's dict): the file carries all settings that the model needs."""
+    checkpoint = read_checkpoint(path)
+    readers = {t.name: t.dataset for t in data.TASKS}
+    try:
+        tasks = [Task(**t, dataset=readers.get(t["name"])) for t in checkpoint["tasks"]]
+        model = UniT(Config(**checkpoint["config"]), tasks)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as e:  # TypeError: settings that this version does not know
+        raise InputError(f"{path}: weights or settings do not fit this version ({in_short(e)}); "
+                         "use the code that it was trained with") from None
+    return model.to(device).eval(), checkpoint
+
+
+def in_short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# -------------------------------------------------------------------------------------------------
+# Metrics
+# -------------------------------------------------------------------------------------------------
+
+def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
+    """Agreement with ten annotators in 0..1, as the official evaluation (visualqa.org) has it.
+
+    Leave one annotator out, count who of the other nine agrees: three make the answer right. The
+    mean over the ten is 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who agree.
+    """
+    answer, *ten = (x.replace("\n", " ").replace("\t", " ").strip() for x in [answer, *ten_answers])
+    # A trap: where all ten answers are one string, the official script compares them as they are.
+    if len(set(ten)) > 1:
+        answer, *ten = (data.normalise_answer(x) for x in [answer, *ten])
+    agree = [x == answer for x in ten]
+    return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(ten)
+
+
+def f1_score(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """F1 of class 1 in 0..1, GLUE's second number for QQP: 2 TP / (2 TP + FP + FN)."""
+    hits = np.sum((predicted == 1) & (truth == 1))
+    return 2 * hits / max(1, np.sum(predicted == 1) + np.sum(truth == 1))
+
+
+def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int = 200) -> dict:
+    """AP (mean over IoU 0.50..0.95) and AP50 in percent on these images; rows as of `to_rows`.
+
+    pycocotools keeps a record for each class x area x image: gigabytes with VG's 1,600 classes and
+    2,000 images. Classes don't see each other, so they go through it block by block, and for all
+    areas in one, which is all that AP needs: the same numbers in a third of the time. A class without
+    a box in these images has no precision and no part in the mean, here as there. {}: no box at all.
+    """
+    found, precision, collecting = COCO(), [], gc.isenabled()
+    classes = sorted({a["category_id"] for a in truth.loadAnns(truth.getAnnIds(imgIds=image_ids))})
+    gc.disable()  # it would walk millions of new dicts again and again: 6 times as slow
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found.dataset = {"images": [], "categories": [], "annotations": to_annotations(rows)}
+            found.createIndex()
+            for start in range(0, len(classes), block):
+                scorer = COCOeval(truth, found, "bbox")
+                scorer.params.imgIds = image_ids
+                scorer.params.catIds = classes[start:start + block]
+                scorer.params.areaRng, scorer.params.areaRngLbl = [[0, 1e10]], ["all"]
+                scorer.params.maxDets = [100]
+                scorer.evaluate()
+                scorer.accumulate()
+                # (10 IoUs, 101 recalls, classes, 1, 1)
+                precision.append(scorer.eval["precision"][..., 0, 0])
+    finally:
+        if collecting:
+            gc.enable()
+    precision = np.concatenate(precision or [np.empty((10, 101, 0))], axis=2)
+    precision = precision[:, :, precision[0, 0] > -1]  # -1: the class has only crowds
+    if not precision.size:
+        return {}
+    return {"AP": 100 * precision.mean(), "AP50": 100 * precision[0].mean()}
+
+
+def to_rows(image_id: int, found: Detections) -> np.ndarray:
+    """One image's detections (q, 7): image id, x, y, w, h, score, class (COCO.loadRes's order)."""
+    x, y, w, h = box_convert(found.boxes.double(), "xyxy", "xywh").unbind(1)
+    columns = torch.full_like(x, image_id), x, y, w, h, found.scores, found.labels
+    return torch.stack([c.double() for c in columns], 1).numpy()
+
+
+def to_annotations(rows: np.ndarray) -> list[dict]:
+    """What COCO.loadRes makes of rows, less a polygon for each box (and it fails on no rows).
+
+    Ids start at 1: pycocotools takes id 0 for "not matched".
+    """
+    images, labels = rows[:, 0].astype(int).tolist(), rows[:, 6].astype(int).tolist()
+    areas, scores = (rows[:, 3] * rows[:, 4]).tolist(), rows[:, 5].tolist()
+    columns = zip(images, labels, rows[:, 1:5].tolist(), scores, areas)
+    return [{"id": n, "image_id": i, "category_id": label, "bbox": box, "score": s, "area": area}
+            for n, (i, label, box, s, area) in enumerate(columns, 1)]
+
+
+def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, int]:
+    """(right, counted) in one image of VG. True boxes (n, 4) x0, y0, x1, y1 in pixels, labels (n,),
+    attributes (n, 16) padded with -1.
+
+    Counted: true boxes with attributes that a prediction of their class overlaps by an IoU of at
+    least 0.5. Right: the highest attribute of the one that overlaps best is among theirs.
+    """
+    if found.attributes is None or attributes is None or not len(boxes):
+        return 0, 0
+    iou = box_iou(boxes.double(), found.boxes.double())               # (n, q)
+    best = iou.masked_fill(labels[:, None] != found.labels, 0).max(1)
+    counted = (best.values >= 0.5) & (attributes >= 0).any(1)
+    right = (attributes == found.attributes[best.indices][:, None]).any(1)
+    return int((right & counted).sum()), int(counted.sum())
+
+
+# -------------------------------------------------------------------------------------------------
+# Evaluation
+# -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_workers: int = 0,
+             limit: int | None = None, precision: str = "fp32", out=None) -> dict:
+    """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
+
+    batch_size 0: one image, or 32 texts. `limit`: so many samples of each at most, spread evenly.
+    Under torch.distributed all processes call this; rank 0 gets the results, the others {}.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    was_training, results = model.training, {}
+    model.eval()
+    for name, dataset in datasets.items():
+        total = len(dataset)
+        if total == 0:
+            if rank == 0:
+                print(f"{name}: no samples")
+            continue
+        count = min(total, limit or total)
+        indices = np.arange(count) * total // count
+        mine = data.eval_loader(dataset, indices[rank::world], batch_size, num_workers)
+        mine = _progress(name, mine, len(indices[rank::world])) if rank == 0 else mine
+        items = [item for batch in mine for item in predictions(model, batch, device, precision)]
+        items = _gather(items, count, rank, world)
+        if rank == 0:
+            if out is not None:
+                write_predictions(Path(out) / "predictions", dataset, items)
+            metrics = score(dataset, indices, items)
+            if metrics:
+                results[name] = {k: round(float(v), 6) for k, v in metrics.items()}
+    model.train(was_training)
+    return results
+
+
+def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
+    """One item a sample: (id, class), or (image id, rows, (right, counted) attributes)."""
+    answers = run_model(model, batch, device, precision)
+    if isinstance(answers, Tensor):
+        return list(zip(batch.ids, answers.argmax(-1).tolist()))
+    items = []
+    for i, found in enumerate(answers):
+        hits = (0, 0)
+        if batch.attributes is not None:
+            scale = batch.sizes[i].flip(0).repeat(2)                  # width, height, width, height
+            corners = box_convert(batch.boxes[i], "cxcywh", "xyxy") * scale
+            hits = attribute_hits(found, corners, batch.labels[i], batch.attributes[i])
+        items.append((batch.ids[i], to_rows(batch.ids[i], found), hits))
+    return items
+
+
+def run_model(model: UniT, batch: Batch, device, precision: str = "fp32"):
+    """A batch's logits (B, C) in float32, or for detection a list of B Detections."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    batch = batch.to(device)
+    with torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32"):
+        outputs = model(batch)
+        if outputs.boxes is not None:
+            return unit.postprocess(model, outputs, batch)
+    logits = outputs.logits[-1].float()
+    if model.tasks[batch.task].soft_scores:
+        logits[:, 0] = -torch.inf  # class 0 is <unk>, which is never an answer (released system)
+    return logits
+
+
+def _progress(name: str, batches, total: int, every: float = 10.0):
+    """Passes batches on and tells every ten seconds how far it is and how long it will take."""
+    start = shown = time.time()
+    done = 0
+    for batch in batches:
+        yield batch
+        done, now = done + len(batch), time.time()
+        if now - shown > every and done < total:
+            left = round((now - start) / done * (total - done))
+            print(f"  {name}: {done} of {total}, {done / (now - start):.1f} a second, "
+                  f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+            shown = now
+
+
+def _gather(mine: list, total: int, rank: int, world: int) -> list:
+    """All processes' items on rank 0, each sample once and in its place."""
+    if world == 1:
+        return mine
+    parts = [None] * world if rank == 0 else None
+    dist.gather_object(mine, parts)
+    items = [None] * total
+    for r, part in enumerate(parts or []):
+        items[r::world] = part
+    return items
+
+
+def score(dataset, indices, items: list) -> dict:
+    """The metrics of predictions, in percent; {} where the truth is not known (test splits)."""
+    task, answers = dataset.task, [item[1] for item in items]
+    if task.kind == "detection":
+        if dataset.split == "test":
+            return {}
+        metrics = average_precision(dataset.ground_truth(), np.concatenate(answers),
+                                    [item[0] for item in items])
+        right, counted = np.sum([item[2] for item in items], axis=0)
+        return metrics | ({"attribute_accuracy": 100 * right / counted} if counted else {})
+    if task.soft_scores:
+        agree = [vqa_accuracy(dataset.class_names[a], ten)
+                 for a, ten in zip(answers, map(dataset.answers, indices)) if ten]
+        return {"accuracy": 100 * np.mean(agree)} if agree else {}
+    truth, answers = np.array([dataset.label(i) for i in indices]), np.array(answers)
+    if (truth < 0).any():
+        return {}
+    metrics = {"accuracy": 100 * np.mean(answers == truth)}
+    return metrics | ({"F1": 100 * f1_score(answers, truth)} if task.name == "qqp" else {})
+
+
+# -------------------------------------------------------------------------------------------------
+# Files: results, and what the test servers take
+# -------------------------------------------------------------------------------------------------
+
+# GLUE's server: file, and the labels by class id. Its zip has eleven files, four of which are ours
+# (whether it takes fewer is not known); VQA's wants all of test2015, also to score test-dev.
+NLI = ["entailment", "neutral", "contradiction"]
+GLUE_FILES = {"qnli": ("QNLI", ["entailment", "not_entailment"]), "mnli": ("MNLI-mm", NLI),
+              "qqp": ("QQP", ["0", "1"]), "sst2": ("SST-2", ["0", "1"])}
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w"):
+    """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+    os.replace(part, path)
+
+
+def write_json(path, value) -> None:
+    with whole_file(Path(path)) as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+
+
+def write_predictions(folder: Path, dataset, items: list) -> None:
+    """One data set's file for its test server; other splits and tasks in the same format."""
+    task, split = dataset.task, dataset.split
+    if task.kind == "detection":
+        names = {("coco", "test"): "test-dev2017", ("coco", "val"): "val2017"}
+        name = names.get((task.name, split), f"{task.name}_{split}")
+        write_detections(folder / f"detections_{name}_UniT_results.json", items)
+    elif task.soft_scores:  # named after its questions: val2014, test2015 or test-dev2015
+        name = re.search("mscoco_(.*)_questions", dataset.needed(dataset.data, split)[0])
+        name = f"vqa_OpenEnded_mscoco_{name[1] if name else split}_UniT_results.json"
+        write_json(folder / name, [{"question_id": i, "answer": dataset.class_names[a]}
+                                   for i, a in items])
+    else:
+        name, labels = GLUE_FILES.get(task.name, (task.name, dataset.class_names))
+        with whole_file(folder / f"{name}{'' if split == 'test' else '_' + split}.tsv") as file:
+            file.write("index\tprediction\n")
+            file.writelines(f"{i}\t{labels[a]}\n" for i, a in items)
+
+
+def write_detections(path: Path, items: list) -> None:
+    """COCO's result JSON, and a zip of it under the same stem. Boxes to 0.1 pixel.
+
+    Image by image: test-dev makes two million records, too many to hold as dicts.
+    """
+    with whole_file(path) as file:
+        comma = "["
+        for _, rows, _ in items:
+            for image, x, y, w, h, s, label in rows.tolist():
+                file.write(f'{comma}{{"image_id":{image:.0f},"category_id":{label:.0f},'
+                           f'"bbox":[{x:.1f},{y:.1f},{w:.1f},{h:.1f}],"score":{s:.5f}}}')
+                comma = ",\n"
+        file.write("]" if items else "[]")
+    with whole_file(path.with_suffix(".zip"), "wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(path, path.name)
+
+
+# -------------------------------------------------------------------------------------------------
+# One input
+# -------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
+            text_pair: str | None = None, task: str | None = None) -> list[dict]:
+    """The model's answers about a picture (path or PIL), a text, or both, the likeliest first.
+
+    Detection: {"label", "score", "box": [x0, y0, x1, y1] in pixels}, and "attribute" where the task
+    has them; else {"label", "score"}. Names and word pieces are the checkpoint's: no data needed.
+    """
+    task = choose_task(model, image is not None, text is not None, task)
+    sample = data.Sample(id=0)
+    if image is not None:
+        pixels = data.read_image(image)
+        sample.size = tuple(pixels.shape[1:])
+        # As for evaluation: floored sizes for vision and language; tiny pictures are 32 x 32.
+        shortest, longest = (32, 64) if is_tiny(model) else (data.SHORTEST, data.LONGEST)
+        sample.image = data.normalise(data.resize(pixels, shortest, longest, floor=task.text))
+    if text is not None:
+        tokenizer = data.Tokenizer(checkpoint["vocab"])
+        sample.tokens, sample.types = tokenizer.encode(text, text_pair, task.max_tokens)
+    device = next(model.parameters()).device
+    return answers_to(model, task, sample, checkpoint["labels"][task.name], device)
+
+
+def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[dict]:
+    """What `predict` returns; sample is a data.Sample, labels {"classes": [..], "attributes": [..]}."""
+    answer, = run_model(model, data.collate(task, [sample]), device)
+    if task.kind == "classification":
+        # Trained with binary cross entropy, each answer is a yes or no of its own.
+        binary = task.soft_scores and model.config.binary_vqa_loss
+        scores = answer.sigmoid() if binary else answer.softmax(-1)
+        return [{"label": labels["classes"][i], "score": float(scores[i])}
+                for i in scores.argsort(descending=True).tolist()]
+    found = []
+    for i in answer.scores.argsort(descending=True).tolist():
+        found.append({"label": labels["classes"][answer.labels[i]],
+                      "score": float(answer.scores[i]),
+                      "box": [round(x, 1) for x in answer.boxes[i].tolist()]})
+        if answer.attributes is not None:
+            found[-1]["attribute"] = labels["attributes"][answer.attributes[i]]
+    return found
+
+
+def choose_task(model: UniT, image: bool, text: bool, name: str | None) -> Task:
+    """The task of that name; without one, the first of the model's that takes these inputs."""
+    fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
+    named = [t for t in fit if t.name == name]
+    if named or (name is None and fit and (image or len(fit) == 1)):
+        return (named or fit)[0]
+    given = " and ".join(["an image"] * image + ["a text"] * text)
+    raise InputError(f"--tasks {name or '?'}: of this model's tasks, those that take {given} are: "
+                     f"{', '.join(t.name for t in fit) or 'none'}; give one of them")
+
+
+def is_tiny(model: UniT) -> bool:
+    return model.config.backbone == "small"
+
+
+# -------------------------------------------------------------------------------------------------
+# Pictures (Figures 3, E.1 and D.1)
+# -------------------------------------------------------------------------------------------------
+
+WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
+COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
+# What Figure E.1 calls the texts of a task.
+TEXT_NAMES = {"vqa2": ["question"], "snli_ve": ["hypothesis"], "qnli": ["question", "paragraph"],
+              "mnli": ["premise", "hypothesis"], "qqp": ["question 1", "question 2"]}
+
+
+def font(size: int = SIZE):
+    return ImageFont.load_default(size=size)
+
+
+def title(found: dict) -> str:
+    return f"{found.get('attribute', '')} {found['label']}".strip()
+
+
+def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
+    """A copy of the picture, `scale` times as large, with boxes and their names, best score on top.
+
+    Letters keep their size: tiny pictures are enlarged first, to have room for them.
+    """
+    size = round(picture.width * scale), round(picture.height * scale)
+    smooth = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
+    picture = picture.convert("RGB").resize(size, smooth)
+    draw = ImageDraw.Draw(picture)
+    for i, f in reversed(list(enumerate(found))):
+        colour, name = COLOURS[i % len(COLOURS)], f"{title(f)} {f['score']:.2f}"
+        x0, y0, x1, y1 = (min(max(v * scale, 0), side - 1) for v, side in zip(f["box"], 2 * size))
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=3)
+        width, height = draw.textlength(name, font()) + 6, SIZE + 4
+        x, y = max(0, min(x0, size[0] - width)), max(0, y0 - height)
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        draw.text((x + 3, y + 1), name, "white", font())
+    return picture
+
+
+def tile(picture: Image.Image | None, lines: list[tuple[str, str]]) -> Image.Image:
+    """A picture, or none, with lines (text, colour) under it, wrapped to its width."""
+    lines = [(part, colour) for text, colour in lines
+             for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9)]
+    top, step = picture.height + 4 if picture else 0, SIZE + 5
+    result = Image.new("RGB", (WIDTH, top + step * len(lines) + 1), "white")
+    if picture:
+        result.paste(picture)
+    for i, (part, colour) in enumerate(lines):
+        ImageDraw.Draw(result).text((0, top + step * i), part, colour, font())
+    return result
+
+
+def save_grid(rows: list[tuple[str, list[Image.Image]]], path) -> None:
+    """Titled rows of tiles, one below the other, as a PNG."""
+    heights = [max(t.height for t in tiles) + SIZE + 4 * PAD for _, tiles in rows]
+    width = max(len(tiles) for _, tiles in rows) * (WIDTH + PAD) + PAD
+    result, y = Image.new("RGB", (width, sum(heights)), "white"), 0
+    for (heading, tiles), height in zip(rows, heights):
+        ImageDraw.Draw(result).text((PAD, y + PAD), heading, "black", font(SIZE + 4))
+        for i, t in enumerate(tiles):
+            result.paste(t, (PAD + i * (WIDTH + PAD), y + SIZE + 2 * PAD + 6))
+        y += height
+    with whole_file(Path(path), "wb") as file:
+        result.save(file, "PNG")
+
+
+def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
+    """One held-out input with the model's answer."""
+    task, sample, picture = dataset.task, dataset.sample(index), None
+    labels = {"classes": dataset.class_names, "attributes": dataset.attribute_names}
+    answers = answers_to(model, task, sample, labels, device)
+    if task.image:
+        mean, std = (torch.tensor(x)[:, None, None] for x in (data.MEAN, data.STD))
+        pixels = ((sample.image * std + mean) * 255).round().clamp(0, 255).byte()
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(sample.size[::-1])
+        sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
+        picture = draw_boxes(picture, sure, WIDTH / picture.width)
+    if task.kind == "detection":
+        return tile(picture, [])
+    names = TEXT_NAMES.get(task.name, ["text", "text 2"])
+    lines = [(f"{name}: {text}", "black") for name, text in zip(names, dataset.texts(index))]
+    answer, ten = answers[0]["label"], dataset.answers(index) if task.soft_scores else []
+    label = dataset.label(index)
+    truth = max(ten, key=ten.count) if ten else dataset.class_names[label] if label >= 0 else answer
+    right = vqa_accuracy(answer, ten) >= 0.5 if ten else answer == truth
+    lines.append((f"prediction: {answer}" + ("" if right else f"  (truth: {truth})"),
+                  "#1b7f3b" if right else "#c62828"))
+    return tile(picture, lines)
+
+
+@torch.no_grad()
+def predictions_picture(model: UniT, datasets: dict, device, path, samples: int = 4) -> None:
+    """Figures 3 and E.1: a few held-out inputs of each task with the model's answers."""
+    was_training, rows = model.training, []
+    model.eval()
+    for name, dataset in datasets.items():
+        k = min(samples, len(dataset))
+        if k:
+            indices = [i * len(dataset) // k for i in range(k)]
+            rows.append((name, [show_sample(model, dataset, i, device) for i in indices]))
+    model.train(was_training)
+    if rows:
+        save_grid(rows, path)
+
+
+def curves_picture(log, path) -> None:
+    """Figure D.1: each metric against iterations, a panel a task, from a run's log.jsonl."""
+    series = {}  # {task: {metric: {iteration: value}}}
+    for line in Path(log).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut off
+            entry = json.loads(line)
+            for task, metrics in entry.get("results", {}).items():
+                for metric, value in metrics.items():
+                    series.setdefault(task, {}).setdefault(metric, {})[entry["iteration"]] = value
+    panels = [panel(task, metrics) for task, metrics in series.items()]
+    if panels:
+        save_grid([("" if i else "validation, percent", panels[i:i + 4])
+                   for i in range(0, len(panels), 4)], path)
+
+
+def panel(name: str, metrics: dict[str, dict[int, float]]) -> Image.Image:
+    """One plot of {metric: {iteration: percent}}, a line a metric."""
+    picture = Image.new("RGB", (WIDTH, 240), "white")
+    draw, small = ImageDraw.Draw(picture), font(12)
+    left, top, right, bottom = 34, 44, WIDTH - 12, 214
+    values = [v for points in metrics.values() for v in points.values()]
+    low, high = 10 * int(min(values) // 10), 10 * int(max(values) // 10 + 1)
+    last = max(i for points in metrics.values() for i in points)
+    for k in range(3):
+        y = bottom - k * (bottom - top) / 2
+        draw.line((left, y, right, y), "#cccccc" if k else "black")
+        draw.text((left - 5, y), f"{low + k * (high - low) / 2:g}", "black", small, "rm")
+    draw.text((left, bottom + 5), "0", "black", small)
+    draw.text((right, bottom + 5), f"{last:,} iterations", "black", small, "ra")
+    draw.text((0, 0), name, "black", font(SIZE + 2))
+    x_name = left
+    for (metric, points), colour in zip(metrics.items(), COLOURS):
+        xy = [(left + i / max(1, last) * (right - left),
+               bottom - (v - low) / (high - low) * (bottom - top))
+              for i, v in sorted(points.items())]
+        draw.line(xy, colour, 2, joint="curve")
+        for x, y in xy:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+        draw.text((x_name, 22), metric, colour, small)
+        x_name += draw.textlength(metric, small) + 14
+    return picture
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
+# -------------------------------------------------------------------------------------------------
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(allow_abbrev=False, description=(
+        "Evaluate a trained model on whole data sets, or ask it about one input."))
+    g = p.add_argument_group("the model (one of the two)").add_argument
+    g("--checkpoint", metavar="FILE", help="what train.py saved, for example runs/T3.3/last.pt")
+    g("--released", metavar="FILE", help="the authors' published file, .tar.gz or the .pth in it")
+    g = p.add_argument_group("whole data sets").add_argument
+    g("--data", metavar="DIR", help="folder of the data sets [that of the training, or data]")
+    g("--tasks", metavar="A,B", help="some of the model's tasks [all]")
+    g("--split", choices=["val", "test"], default="val",
+      help="test writes what the test servers take into OUT/predictions [val]")
+    g("--eval_samples", type=int, metavar="N", help="at most N samples of each task [all]")
+    g("--figures", action="store_true",
+      help="also draw predictions.png and, where there is a log.jsonl, curves.png")
+    g = p.add_argument_group("one input (no data set needed)").add_argument
+    g("--image", metavar="FILE", help="a picture; alone: detection, also drawn into prediction.png")
+    g("--question", metavar="TEXT", help="a question about --image")
+    g("--text", metavar="TEXT", help="a sentence for --tasks; with --image: a statement about it")
+    g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
+    g = p.add_argument_group("how").add_argument
+    g("--batch_size", type=int, default=0, metavar="N",
+      help="samples at a time; padding images to one size changes AP a little [1 image, 32 texts]")
+    g("--num_workers", type=int, default=2, metavar="N", help="processes that read data [2]")
+    g("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="[fp32]")
+    g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
+    return p
+
+
+def start_processes() -> torch.device:
+    """This process's device; joins the others if torchrun started several."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
+    """The authors' model, what `predict` needs beside it, and its row of RELEASED. Their files hold
+    no names: these come from `folder`; numbers stand in for what is not there."""
+    def lines(name, *first):
+        file = folder / name
+        found = data.read_lines(file) if file.exists() else map(str, range(1, 3130))
+        return [*first, *(x.split(",")[0] for x in found)]
+    model = unit.load_released(path)
+    # torchvision knows COCO's names by category id, with "N/A" for ids that are not used.
+    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    classes = {t.name: t.dataset.class_names for t in data.TASKS} | {
+        "coco": [x if x.islower() else "" for x in coco], "vg": lines("vg/objects_vocab.txt", ""),
+        "vqa2": lines("vqa2/answers_vqa.txt")}
+    labels = {name: {"classes": names, "attributes": lines("vg/attributes_vocab.txt", "")}
+              for name, names in classes.items()}
+    name = "released-" + ("all" if len(model.tasks) > 1 else "coco")
+    name += "" if model.config.task_embedding else "-no-task"
+    return model, {"labels": labels, "vocab": folder / "bert" / "vocab.txt"}, name
+
+
+def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
+    """The split's data sets, checked to have the classes that the model was trained for."""
+    has = {t.name for t in data.TASKS if t.dataset and split in t.dataset.files}
+    for name in [t for t in tasks if t not in has]:
+        print(f"{name}: has no {split} split")
+    _, datasets = data.load(folder, [t for t in tasks if t in has], split, tiny=is_tiny(model))
+    for name, dataset in datasets.items():
+        names, size = list(dataset.class_names), model.tasks[name].num_classes
+        if len(names) != size or names != labels.get(name, {"classes": names})["classes"]:
+            raise InputError(f"{folder}: {name} has other classes than the model was trained for "
+                             f"({len(names)} against {size}); give the --data of its training")
+    return datasets
+
+
+def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
+    """Prints what the model says about one input; detections are drawn too."""
+    text = args.question or args.text
+    for name in args.tasks.split(",") if args.tasks else [None]:
+        task = choose_task(model, bool(args.image), bool(text), name)
+        answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
+        if task.kind == "classification":
+            lines = [f"{a['score']:8.1%}  {a['label']}" for a in answers[:5]]
+            print(f"{task.name}:", *lines, sep="\n")
+            continue
+        sure = [a for a in answers if a["score"] >= 0.5]
+        print(f"{task.name}: {len(sure)} objects of at least 50%")
+        for a in sure:
+            print(f"  {a['score']:6.1%}  {title(a):<24} x0, y0, x1, y1 = {a['box']}")
+        picture = Image.open(args.image)
+        with whole_file(out / "prediction.png", "wb") as file:
+            draw_boxes(picture, sure, max(1, WIDTH / picture.width)).save(file, "PNG")
+        print(f"  drawn into {out / 'prediction.png'}")
+
+
+def run(args: argparse.Namespace) -> None:
+    if bool(args.checkpoint) == bool(args.released):
+        raise InputError("give either --checkpoint FILE or --released FILE (see --help)")
+    device, file = start_processes(), Path(args.checkpoint or args.released)
+    if args.released:
+        folder = Path(args.data or "data")
+        model, checkpoint, name = released_checkpoint(file, folder)
+    else:
+        model, checkpoint = load_checkpoint(file)
+        name = file.resolve().parent.name  # runs/T3.5/last.pt
+        folder = Path(args.data or checkpoint.get("train", {}).get("data", "data"))
+    model.to(device).eval()
+    out = Path(args.out or file.parent)
+    if args.image or args.question or args.text:
+        return answer_one(args, model, checkpoint, out)
+    tasks = args.tasks.split(",") if args.tasks else list(model.tasks)
+    if lost := [t for t in tasks if t not in model.tasks]:
+        raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
+    labels = {} if args.released else checkpoint["labels"]
+    datasets = load_datasets(model, labels, tasks, args.split, folder)
+    results = evaluate(model, datasets, device, args.batch_size, args.num_workers,
+                       args.eval_samples, args.precision, out)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    print(results_table(results, name, args.split))
+    print(f"images: {args.batch_size or 1} at a time; predictions: {out / 'predictions'}")
+    write_json(out / ("results.json" if args.split == "val" else "results_test.json"), results)
+    if args.figures:
+        predictions_picture(model, datasets, device, out / "predictions.png")
+        if (file.parent / "log.jsonl").exists():
+            curves_picture(file.parent / "log.jsonl", out / "curves.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        run(parser().parse_args(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
