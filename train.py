@@ -421,18 +421,18 @@ def update(step, optimizer, scaler, batches, train, boxes, world_size, device) -
     """One update from this process's micro-batches; returns the loss terms and the gradient's norm."""
     dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[train.precision]
     precision = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals: dict[str, Tensor] = {}
     for k, batch in enumerate(batches):
         wait = k < len(batches) - 1 and dist.is_initialized()
         with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once an iteration
             with precision:
-                terms = step(batch.to(device), train.batch_size, boxes)
+                terms = step(batch.to(device, parameters[0].dtype), train.batch_size, boxes)
             # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
             scaler.scale(sum(terms.values()) * world_size).backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value.detach()
     scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if train.update_unused:
         for p in parameters:  # Appendix A's worse strategy: zeros where the task did not reach
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
