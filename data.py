@@ -51,7 +51,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -1189,6 +1189,331 @@ def main() -> None:
 
 # ------------------------------------------------------------------------------------------------
 # The tiny data sets
+#
+# What eight real data sets ask of a model, in a size that a laptop learns in minutes: pictures of 32 x 32
+# pixels with one to three coloured shapes, and sentences made of templates. They are written as the
+# official files are, and read by the readers above. Ours throughout; the rules that keep them honest:
+#
+# * No part of the input gives the answer away. A label is a relation between two things (two sentences, a
+#   picture and a text, a word and the scope it stands in), and each of the two is equally likely under
+#   every label: tests/baselines.py measures what is left.
+# * Held-out splits share no picture with training and, in the four text tasks, no sentence: each
+#   sentence is about someone or something named by two words, and a hash keeps one such pair of words in
+#   five out of training. Every single word occurs in training.
+# * Labels are balanced after duplicates are removed. Everything follows from the seed.
+
+SIDE = 32                                            # pixels
+SHAPES = {1: "circle", 2: "square", 4: "triangle"}   # COCO ids, with a gap as in the official file
+COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
+           "yellow": (235, 220, 50), "purple": (170, 60, 200)}
+# How many: pictures of the first three, sentences or pairs of each of GLUE's four.
+TINY_SIZES = {"coco": (2400, 240), "vg": (1600, 240), "snli_ve": (3600, 400), "glue": (4000, 400)}
+TINY_TEST = 20                                       # rows of each test file, which has no labels
+
+
+def outline(shape: str, size: int) -> np.ndarray:
+    """(size, size) bool: the pixels of its box that a shape covers. It touches all four sides."""
+    y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1  # centres of pixels, in -1..1
+    return {"circle": x * x + y * y <= 1, "square": np.ones((size, size), bool),
+            "triangle": np.abs(x) <= (y + 1) / 2 + 1 / size}[shape]
+
+
+def tiny_picture(rng: np.random.Generator, most: int, distinct: bool = False):
+    """-> pixels (32, 32, 3) uint8 with 1 to `most` shapes, and of each (shape, colour, [x, y, w, h]).
+
+    The boxes do not overlap. distinct: no two shapes and no two colours are the same.
+    """
+    number = int(rng.integers(1, most + 1))
+    names = rng.choice(list(SHAPES.values()), number, replace=not distinct).tolist()
+    colours = rng.choice(list(COLOURS), number, replace=not distinct).tolist()
+    pixels = rng.normal(rng.uniform(60, 120), 5, (SIDE, SIDE, 3))
+    taken, things = np.zeros((SIDE, SIDE), bool), []
+    while len(things) < number:
+        size = int(rng.integers(10, 15))
+        x, y = rng.integers(0, SIDE - size + 1, 2).tolist()
+        if taken[y:y + size, x:x + size].any():
+            if rng.random() < 0.02:  # perhaps there is no room left
+                return tiny_picture(rng, most, distinct)
+            continue
+        taken[y:y + size, x:x + size] = True
+        name, colour = names[len(things)], colours[len(things)]
+        shade = np.array(COLOURS[colour]) + rng.integers(-12, 13, 3)
+        pixels[y:y + size, x:x + size][outline(name, size)] = shade
+        things.append((name, colour, [x, y, size, size]))
+    return pixels.clip(0, 255).astype(np.uint8), things
+
+
+def write_picture(pixels: np.ndarray, path: Path) -> None:
+    """JPEG, as the official ones, but nearly without loss: flat shapes suffer from the usual settings."""
+    Image.fromarray(pixels).save(path, quality=95, subsampling=0)
+
+
+def write_tiny(folder: Path | str, seed: int = 0) -> None:
+    """Writes the eight data sets and bert/vocab.txt under `folder`, laid out as the official archives."""
+    folder, rng = Path(folder), np.random.default_rng(seed)
+    for name in ("coco/annotations", "coco/train2017", "coco/val2017", "vg/VG_100K", "vqa2", "bert",
+                 "snli_ve/flickr30k_images", *(f"glue/{task}" for task in GLUE_TASKS)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    coco = {split: tiny_coco(folder, split, number, rng)
+            for split, number in zip(("train", "val"), TINY_SIZES["coco"])}
+    texts = tiny_vg(folder, coco["val"], rng) + tiny_vqa(folder, coco, rng)
+    for split, number in zip(("train", "dev", "test"), (*TINY_SIZES["snli_ve"], TINY_TEST)):
+        texts += tiny_snli_ve(folder, split, number, rng)
+    for task in GLUE_TASKS:
+        texts += tiny_glue(folder, task, rng)
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "bert/vocab.txt").write_text("\n".join(special + words) + "\n")
+
+
+def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
+    """instances_{split}2017.json and its pictures -> {image id: (pixels, things)}."""
+    ids = {name: n for n, name in SHAPES.items()}
+    images, annotations, made = [], [], {}
+    for n in range(1, number + 1):
+        image = n if split == "train" else 500_000 + n  # the ids of COCO's splits are disjoint
+        made[image] = pixels, things = tiny_picture(rng, most=3)
+        images.append({"id": image, "file_name": f"{image:012}.jpg", "height": SIDE, "width": SIDE})
+        write_picture(pixels, folder / f"coco/{split}2017" / images[-1]["file_name"])
+        for name, _, (x, y, w, h) in things:
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": image, "category_id": ids[name],
+                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0,
+                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+    content = {"info": {"description": "tiny"}, "licenses": [], "images": images,
+               "annotations": annotations, "categories": [
+                   {"supercategory": "shape", "id": n, "name": name} for n, name in SHAPES.items()]}
+    (folder / f"coco/annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    return made
+
+
+def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
+    """Visual Genome's raw files -> its questions. Held out are COCO val2017's pictures, as in Section 4.1:
+    image_data.json's coco_id tells. The others are VG's own."""
+    pictures = [(None, tiny_picture(rng, most=3)) for _ in range(TINY_SIZES["vg"][0])]
+    pictures += list(coco_val.items())[:TINY_SIZES["vg"][1]]
+    images, attributes, questions, texts = [], [], [], []
+    for n, (coco_id, (pixels, things)) in enumerate(pictures, 1):
+        write_picture(pixels, folder / f"vg/VG_100K/{n}.jpg")
+        images.append({"image_id": n, "coco_id": coco_id, "flickr_id": None, "width": SIDE,
+                       "height": SIDE, "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{n}.jpg"})
+        rows = []
+        for k, (name, colour, (x, y, w, h)) in enumerate(things):
+            row = {"object_id": 10 * n + k, "x": x, "y": y, "w": w, "h": h, "synsets": [],
+                   "names": ["disc" if name == "circle" and n % 2 else name]}  # an alias
+            if n % 10:  # in the real file half of the objects have no attributes
+                row["attributes"] = [colour.capitalize() + " "] if n % 5 == 0 else [colour]
+            rows.append(row)
+        attributes.append({"image_id": n, "attributes": rows})
+        question, answer = tiny_question(things, rng)
+        texts.append(question)
+        questions.append({"id": n, "qas": [{"qa_id": n, "image_id": n, "question": question,
+                                            "answer": f"{answer.capitalize()}."}]})
+    for name, content in (("image_data", images), ("attributes", attributes),
+                          ("question_answers", questions)):
+        (folder / f"vg/{name}.json").write_text(json.dumps(content))
+    (folder / "vg/objects_vocab.txt").write_text("triangle\ncircle,disc\nsquare\n")
+    (folder / "vg/attributes_vocab.txt").write_text("\n".join(COLOURS) + "\n")
+    return texts
+
+
+def tiny_question(things: list, rng) -> tuple[str, str]:
+    """A question about the picture with these things, and its answer."""
+    shapes, colours = ([thing[k] for thing in things] for k in (0, 1))
+    kind = rng.choice(["colour", "shape", "yes/no", "count"], p=[0.35, 0.35, 0.2, 0.1])
+    # What is asked about must be one: the only circle, the only red thing.
+    key = 1 if kind == "shape" else 0
+    single = [t for t in things if sum(t[key] == other[key] for other in things) == 1]
+    if kind == "count":
+        return rng.choice(["how many shapes are there?", "how many things do you see?"]), str(len(things))
+    if not single:
+        return tiny_question(things, rng)
+    shape, colour, _ = single[rng.integers(len(single))]
+    if kind == "colour":
+        return str(rng.choice(["what color is the {}?", "which color has the {}?"])).format(shape), colour
+    if kind == "shape":
+        return str(rng.choice(["what shape is {}?", "which shape is the {} thing?"])).format(colour), shape
+    answer = rng.choice(["yes", "no"])
+    if answer == "no":
+        colour = rng.choice([c for c in COLOURS if c != colour])
+    return f"is the {shape} {colour}?", str(answer)
+
+
+def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
+    """VQAv2's questions and annotations on COCO's pictures, by 2014's split -> the questions.
+
+    val2014 has all of val2017 and some of train2017, whose questions are for training (Section 4.1).
+    """
+    train = list(coco["train"].items())
+    some = len(train) // 10
+    texts = []
+    for split, pictures in (("train2014", train[some:]), ("val2014", [*train[:some], *coco["val"].items()])):
+        questions, annotations = [], []
+        for image, (_, things) in pictures:
+            asked = dict(tiny_question(things, rng) for _ in range(2))  # twice the same counts once
+            for k, (question, answer) in enumerate(asked.items()):
+                number = image * 1000 + k
+                questions.append({"question_id": number, "image_id": image, "question": question})
+                # One of the ten annotators does not know.
+                ten = [answer] * 9 + ["don't know"]
+                annotations.append({
+                    "question_id": number, "image_id": image, "question_type": "none of the above",
+                    "answer_type": "other", "multiple_choice_answer": answer, "answers": [
+                        {"answer_id": i, "answer": a, "answer_confidence": "yes"}
+                        for i, a in enumerate(ten, 1)]})
+                texts.append(question)
+        head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": split}
+        (folder / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json").write_text(
+            json.dumps({**head, "task_type": "Open-Ended", "questions": questions}))
+        (folder / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(
+            json.dumps({**head, "annotations": annotations}))
+    return texts
+
+
+def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
+    """A split of SNLI-VE and its pictures -> the statements.
+
+    "The circle is red" is entailed by a red circle, contradicted by a circle of another colour, and
+    neutral where there is no circle. Each label finds all shapes and colours in texts and pictures alike.
+    """
+    labels, first = ["entailment", "neutral", "contradiction"], {"train": 10, "dev": 20, "test": 30}
+    lines, texts = [], []
+    for n in range(number):
+        name, label = f"{first[split]}{n:06}", labels[n % 3]
+        pixels, things = tiny_picture(rng, most=2, distinct=True)
+        write_picture(pixels, folder / f"snli_ve/flickr30k_images/{name}.jpg")
+        shape, colour, _ = things[rng.integers(len(things))]
+        if label == "neutral":  # its colour may well be in the picture
+            shape = rng.choice([s for s in SHAPES.values() if s not in [t[0] for t in things]])
+        if label == "contradiction":
+            colour = rng.choice([c for c in COLOURS if c != colour])
+        text = str(rng.choice(["The {} is {}.", "The color of the {} is {}."])).format(shape, colour)
+        lines.append({"Flickr30K_ID": name, "captionID": f"{name}.jpg#0", "pairID": f"{name}.jpg#0r1{label[0]}",
+                      "annotator_labels": [label], "gold_label": label, "sentence2": text,
+                      "sentence1": "There are " + " and ".join(f"a {c} {s}" for s, c, _ in things) + "."})
+        texts.append(text)
+    (folder / f"snli_ve/snli_ve_{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return texts
+
+
+# Texts. "/" parts what is chosen from; {n} is the name of two words that the sentence is about.
+FIRST = "anna tom kate bob lucy max emma paul nina fred rosa jack".split()
+LAST = "smith jones brown baker clark evans green hall king moore scott young".split()
+TOPICS = [  # QNLI: questions, sentences that answer them, values {v} in those
+    ("where does {n} live?/in which city is {n}?",
+     "{n} lives in {v}./the home of {n} is in {v}.", "paris/rome/london/berlin/madrid/vienna"),
+    ("what does {n} eat?/which food does {n} like?",
+     "{n} always eats {v}./the lunch of {n} is {v}.", "rice/bread/soup/fish/cake/fruit"),
+    ("what is the job of {n}?/how does {n} earn money?",
+     "{n} works as a {v}./the boss hired {n} as a {v}.", "doctor/teacher/pilot/cook/painter/farmer"),
+    ("which animal does {n} own?/what pet does {n} have?",
+     "{n} has a {v}./a {v} belongs to {n}.", "dog/cat/horse/rabbit/parrot/goat"),
+    ("when was {n} born?/in which month is the birthday of {n}?",
+     "{n} was born in {v}./{n} turns thirty in {v}.", "january/march/april/june/august/october")]
+FACTS = [  # MNLI: two kinds of facts, three of each kind: premises, hypotheses
+    [("{n} stands next to the oven./{n} washes the dishes.", "{n} is in the kitchen."),
+     ("{n} sits under a tree./{n} waters the flowers.", "{n} is in the garden."),
+     ("{n} lies on the bed./{n} takes a nap under the blanket.", "{n} is in the bedroom.")],
+    [("{n} works as a nurse./{n} cares for the sick.", "the job of {n} is at a hospital."),
+     ("{n} works as a teacher./{n} gives lessons to children.", "the job of {n} is at a school."),
+     ("{n} works as a farmer./{n} grows corn and milks cows.", "the job of {n} is on a farm.")]]
+DISH = "fresh hot cold sweet spicy cheap creamy green".split(), \
+       "rice bread soup fish cake tea pasta salad curry pie stew toast".split()
+INTENTS = [  # QQP: questions of one row mean the same
+    "how do i cook {n}?/what is the way to prepare {n}?/can you teach me to make {n}?",
+    "where can i buy {n}?/which shop sells {n}?/who has {n} for sale?",
+    "is {n} healthy?/does {n} do me good?/are there vitamins in {n}?",
+    "what is the price of {n}?/how much money is {n}?/is {n} expensive?",
+    "how long does {n} keep?/when does {n} spoil?/after how many days is {n} stale?"]
+SCENE = "opening final first second main whole french new".split(), \
+        "film plot scene script cast ending music dialogue act story role song".split()
+GOOD = "charming funny brilliant moving clever fresh gripping lovely".split()
+BAD = "dull boring clumsy stale tedious silly lifeless dreadful".split()
+# SST-2: {x} is what is meant, {o} its opposite. In most, both or the wrong one occur: scope tells.
+REVIEWS = ["the {n} is {x}./a {x} {n}.", "the {n} is not {o}./the {n} is far from {o}.",
+           "the {n} is not {o} but {x}./the {n} is {x} and not {o}.",
+           "far from {o}, the {n} is {x}./the {n} is {x} and far from {o}."]
+
+
+def pick(rng, choices):
+    """One of a list, or of the parts of "a/b/c"."""
+    choices = choices.split("/") if isinstance(choices, str) else choices
+    return choices[rng.integers(len(choices))]
+
+
+def another(rng, choices: list, *not_these):
+    return pick(rng, [x for x in choices if x not in not_these])
+
+
+def tiny_qnli(label: int, n: str, rng) -> tuple:
+    """Does the sentence tell what the question wants to know?"""
+    topic = pick(rng, TOPICS)
+    told = topic if label == 0 else another(rng, TOPICS, topic)
+    return pick(rng, topic[0]).format(n=n), pick(rng, told[1]).format(n=n, v=pick(rng, told[2]))
+
+
+def tiny_mnli(label: int, n: str, rng) -> tuple:
+    """Entailed: the same fact; contradicted: another of its kind; neutral: one of the other kind."""
+    kind = int(rng.integers(2))
+    fact = pick(rng, FACTS[kind])
+    claim = [fact, pick(rng, FACTS[1 - kind]), another(rng, FACTS[kind], fact)][label]
+    return pick(rng, fact[0]).format(n=n), pick(rng, claim[1]).format(n=n)
+
+
+def tiny_qqp(label: int, n: str, rng) -> tuple:
+    """Two questions that mean the same (in other words) or not."""
+    first = pick(rng, INTENTS)
+    second = first if label == 1 else another(rng, INTENTS, first)
+    one = pick(rng, first)
+    return one.format(n=n), another(rng, second.split("/"), one).format(n=n)
+
+
+def tiny_sst2(label: int, n: str, rng) -> tuple:
+    x, o = pick(rng, GOOD), pick(rng, BAD)
+    x, o = (x, o) if label else (o, x)
+    return pick(rng, pick(rng, REVIEWS)).format(n=n, x=x, o=o),
+
+
+# GLUE's folder: maker, words of the two names, labels, dev file, header of train with {} for the texts.
+GLUE_TASKS = {
+    "QNLI": (tiny_qnli, (FIRST, LAST), ("entailment", "not_entailment"), "index question sentence label"),
+    "MNLI": (tiny_mnli, (FIRST, LAST), ("entailment", "neutral", "contradiction"),
+             "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse "
+             "sentence2_parse sentence1 sentence2 label1 gold_label"),
+    "QQP": (tiny_qqp, DISH, ("0", "1"), "id qid1 qid2 question1 question2 is_duplicate"),
+    "SST-2": (tiny_sst2, SCENE, ("0", "1"), "sentence label")}
+
+
+def tiny_glue(folder: Path, task: str, rng) -> list[str]:
+    """A task's train, dev and test files -> all its sentences."""
+    make, words, labels, header = GLUE_TASKS[task]
+    header = header.split()
+    names = [f"{a} {b}" for a, b in product(*words)]
+    held_out = {name for name in names if zlib.crc32(name.encode()) % 5 == 0}
+    texts = []
+    for split, number in zip(("train", "dev", "test"), (*TINY_SIZES["glue"], TINY_TEST)):
+        about = sorted(held_out) if split != "train" else [x for x in names if x not in held_out]
+        rows = {}  # texts -> label; a dictionary drops duplicates
+        while len(rows) < number:
+            label = len(rows) % len(labels)
+            rows.setdefault(make(label, pick(rng, about), rng), label)
+        columns = [c for c in header if split != "test" or c not in (header[-1], "label1", "qid1", "qid2")]
+        if task == "SST-2" and split == "test":
+            columns = ["index", "sentence"]
+        if task == "MNLI" and split == "dev":
+            columns = [*columns[:-1], "label2", "label3", "label4", "label5", "gold_label"]
+        lines = ["\t".join(columns)]
+        for n, (sentences, label) in enumerate(rows.items()):
+            places = [k for k, c in enumerate(columns) if re.fullmatch(r"(question|sentence)\d?", c)]
+            fields = [labels[label] if re.fullmatch(r"label\d?|gold_label|is_duplicate", c) else
+                      "tiny" if c == "genre" else str(n) for c in columns]
+            for k, sentence in zip(places, sentences):
+                fields[k] = sentence
+            lines.append("\t".join(fields))
+        mismatched = "_mismatched" if task == "MNLI" and split != "train" else ""
+        (folder / f"glue/{task}/{split}{mismatched}.tsv").write_text("\n".join(lines) + "\n")
+        texts += [sentence for sentences in rows for sentence in sentences]
+    return texts
 
 
 if __name__ == "__main__":
