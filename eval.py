@@ -151,8 +151,10 @@ def read_checkpoint(path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; train.py writes last.pt into its --out") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: torn, or no checkpoint of train.py ({in_short(e)}); previous.pt "
-                         "beside it may be whole; the authors' files go to --released") from None
+        unpickling = isinstance(e, pickle.UnpicklingError)  # torch's text advises to be less careful
+        why = "it holds other things than tensors and plain values" if unpickling else in_short(e)
+        raise InputError(f"{path}: torn, or no checkpoint of train.py ({why}); previous.pt beside it "
+                         "may be whole; the authors' files go to --released") from None
 
 
 def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
@@ -163,7 +165,7 @@ def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
         tasks = [Task(**t, dataset=readers.get(t["name"])) for t in checkpoint["tasks"]]
         model = UniT(Config(**checkpoint["config"]), tasks)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as e:  # TypeError: settings that this version does not know
+    except (TypeError, KeyError, RuntimeError) as e:  # TypeError: settings unknown to this version
         raise InputError(f"{path}: weights or settings do not fit this version ({in_short(e)}); "
                          "use the code that it was trained with") from None
     return model.to(device).eval(), checkpoint
@@ -202,8 +204,8 @@ def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int
 
     pycocotools keeps a record for each class x area x image: gigabytes with VG's 1,600 classes and
     2,000 images. Classes don't see each other, so they go through it block by block, and for all
-    areas in one, which is all that AP needs: the same numbers in a third of the time. A class without
-    a box in these images has no precision and no part in the mean, here as there. {}: no box at all.
+    areas in one, which is all that AP needs: the same numbers in a third of the time. A class that
+    these images have no box of has no part in the mean, here as there. {}: no box at all.
     """
     found, precision, collecting = COCO(), [], gc.isenabled()
     classes = sorted({a["category_id"] for a in truth.loadAnns(truth.getAnnIds(imgIds=image_ids))})
@@ -451,7 +453,7 @@ def write_detections(path: Path, items: list) -> None:
 @torch.no_grad()
 def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
             text_pair: str | None = None, task: str | None = None) -> list[dict]:
-    """The model's answers about a picture (path or PIL), a text, or both, the likeliest first.
+    """The model's answers about a picture (its path), a text, or both, the likeliest first.
 
     Detection: {"label", "score", "box": [x0, y0, x1, y1] in pixels}, and "attribute" where the task
     has them; else {"label", "score"}. Names and word pieces are the checkpoint's: no data needed.
@@ -472,7 +474,7 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
 
 
 def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[dict]:
-    """What `predict` returns; sample is a data.Sample, labels {"classes": [..], "attributes": [..]}."""
+    """What `predict` returns, of a data.Sample and a checkpoint's labels of this task."""
     answer, = run_model(model, data.collate(task, [sample]), device)
     if task.kind == "classification":
         # Trained with binary cross entropy, each answer is a yes or no of its own.
@@ -586,13 +588,21 @@ def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
         return tile(picture, [])
     names = TEXT_NAMES.get(task.name, ["text", "text 2"])
     lines = [(f"{name}: {text}", "black") for name, text in zip(names, dataset.texts(index))]
-    answer, ten = answers[0]["label"], dataset.answers(index) if task.soft_scores else []
-    label = dataset.label(index)
-    truth = max(ten, key=ten.count) if ten else dataset.class_names[label] if label >= 0 else answer
-    right = vqa_accuracy(answer, ten) >= 0.5 if ten else answer == truth
-    lines.append((f"prediction: {answer}" + ("" if right else f"  (truth: {truth})"),
-                  "#1b7f3b" if right else "#c62828"))
+    answer = answers[0]["label"]
+    truth = correction(dataset, index, answer)
+    lines.append((f"prediction: {answer}", "#1b7f3b") if truth is None else
+                 (f"prediction: {answer}  (truth: {truth})", "#c62828"))
     return tile(picture, lines)
+
+
+def correction(dataset, index: int, answer: str) -> str | None:
+    """The true answer; None if the given one is right, or the truth is not known."""
+    if dataset.task.soft_scores:
+        ten = dataset.answers(index)
+        wrong = ten and vqa_accuracy(answer, ten) < 0.5
+        return max(ten, key=ten.count) if wrong else None
+    label = dataset.label(index)
+    return None if label < 0 or dataset.class_names[label] == answer else dataset.class_names[label]
 
 
 @torch.no_grad()
@@ -753,6 +763,8 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     if bool(args.checkpoint) == bool(args.released):
         raise InputError("give either --checkpoint FILE or --released FILE (see --help)")
+    if min(args.eval_samples or 0, args.batch_size, args.num_workers) < 0:
+        raise InputError("--eval_samples, --batch_size and --num_workers cannot be negative")
     device, file = start_processes(), Path(args.checkpoint or args.released)
     if args.released:
         folder = Path(args.data or "data")

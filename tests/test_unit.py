@@ -425,6 +425,21 @@ def test_losses_of_half_precision_inputs(case, dtype):
             assert torch.isfinite(loss) and loss.dtype == torch.float32
 
 
+def test_mixed_precision_spares_heads_and_losses():
+    """Under autocast the transformers compute in bfloat16, whose step near 0.5 is five pixels of 1333.
+    So detection heads and losses stay in float32: from the same states, the same numbers."""
+    model = make_model([SHAPES])
+    outputs, batch = random_detections([3, 2])
+    head, hidden = model.heads["shapes"], outputs.hidden.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, boxes = head(hidden)
+        terms = model.losses(outputs, batch)
+    close(logits, head(hidden.float())[0], 1e-6)
+    close(boxes, head(hidden.float())[1], 1e-6)
+    for name, term in model.losses(outputs, batch).items():
+        close(terms[name], term, 1e-6)
+
+
 # ------------------------------------------------------------------------------------------------
 # Parts against other people's implementations
 # ------------------------------------------------------------------------------------------------
@@ -663,8 +678,12 @@ def test_memory_is_image_then_text(float64):
     text = model.text_encoder
     close(positions[:, 20:], text.position_projection(text.position_embeddings.weight[:6]).expand(
         2, -1, -1))
-    assert make_model().encode(batch, QUESTIONS)[0].shape == (2, 4 * 5 + 1, 20)
-    assert make_model().encode(replace(batch, task="sentences"), SENTENCES)[0].shape == (2, 1, 20)
+    model = make_model().eval()
+    text, memory = model.text_encoder, model.encode(batch, QUESTIONS)[0]
+    assert memory.shape == (2, 4 * 5 + 1, 20)
+    states = text.encode(batch.tokens, batch.token_types, text_mask, "questions")
+    close(memory[:, -1], text.projection(states[:, 0]))  # [CLS] is the first token
+    assert model.encode(batch, SENTENCES)[0].shape == (2, 1, 20)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -727,6 +746,14 @@ def test_eval_mode_gives_the_top_layer():
     assert make_model(loss_on_all_layers=True)(text_batch()).logits.shape == (3, 2, 2)
 
 
+def test_the_answer_is_read_from_the_first_query():
+    """Section 3.4: of all queries' states in the top layer, the classifier sees the first."""
+    model = make_model()
+    outputs = model(text_batch("questions", images=torch.randn(2, 3, 16, 16)))
+    assert outputs.hidden.shape == (3, 2, 3, 20)
+    close(outputs.logits[-1], model.heads["questions"](outputs.hidden[-1, :, 0]), 1e-5)
+
+
 def test_number_of_queries():
     """`num_queries` (Table C.1) changes all tasks but detection."""
     queries = make_model(num_queries=9).queries
@@ -758,6 +785,17 @@ def test_classifier_as_released():
     head.linear1.weight.data = torch.tensor([[10.0, 1.0]])
     head.linear1.bias.data = torch.tensor([7.0])
     close(head(torch.tensor([[5.0, 0.3]])), torch.tensor([[10.0 - 1.0 + 7.0]]), 1e-4)
+
+
+def test_dropout_of_the_classifier():
+    """Table A.1's dropout comes after GELU in Eq. 8, but first as released. If it drops everything,
+    all that is left is b_1 here, and there also what becomes of b_2."""
+    for as_released, left in ((False, 7.0), (True, 10.0 - 1.0 + 7.0)):
+        head = unit.Classifier(2, 1, dropout=1.0, as_released=as_released).train()
+        head.linear2.bias.data = torch.tensor([5.0, 0.3])
+        head.linear1.weight.data = torch.tensor([[10.0, 1.0]])
+        head.linear1.bias.data = torch.tensor([7.0])
+        close(head(torch.rand(1, 2)), torch.tensor([[left]]), 1e-4)
 
 
 def test_attribute_head_by_hand(float64):
