@@ -426,7 +426,7 @@ def test_losses_of_half_precision_inputs(case, dtype):
 
 
 def test_mixed_precision_spares_heads_and_losses():
-    """Under autocast the transformers compute in bfloat16, whose step near 0.5 is five pixels of 1333.
+    """Under autocast the transformers compute in bfloat16, whose step near 0.5 is 5 pixels of 1333.
     So detection heads and losses stay in float32: from the same states, the same numbers."""
     model = make_model([SHAPES])
     outputs, batch = random_detections([3, 2])
