@@ -151,10 +151,10 @@ def read_checkpoint(path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; train.py writes last.pt into its --out") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as e:
-        unpickling = isinstance(e, pickle.UnpicklingError)  # torch's text advises to be less careful
-        why = "it holds other things than tensors and plain values" if unpickling else in_short(e)
-        raise InputError(f"{path}: torn, or no checkpoint of train.py ({why}); previous.pt beside it "
-                         "may be whole; the authors' files go to --released") from None
+        hostile = isinstance(e, pickle.UnpicklingError)  # torch's text advises to be less careful
+        why = "it holds more than tensors and plain values" if hostile else in_short(e)
+        raise InputError(f"{path}: torn, or no checkpoint of train.py ({why}); previous.pt beside "
+                         "it may be whole; the authors' files go to --released") from None
 
 
 def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
@@ -415,7 +415,8 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
     if task.kind == "detection":
         names = {("coco", "test"): "test-dev2017", ("coco", "val"): "val2017"}
         name = names.get((task.name, split), f"{task.name}_{split}")
-        write_detections(folder / f"detections_{name}_UniT_results.json", items)
+        path = folder / f"detections_{name}_UniT_results.json"
+        write_detections(path, dataset.class_names, items)
     elif task.soft_scores:  # named after its questions: val2014, test2015 or test-dev2015
         name = re.search("mscoco_(.*)_questions", dataset.needed(dataset.data, split)[0])
         name = f"vqa_OpenEnded_mscoco_{name[1] if name else split}_UniT_results.json"
@@ -428,19 +429,21 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
             file.writelines(f"{i}\t{labels[a]}\n" for i, a in items)
 
 
-def write_detections(path: Path, items: list) -> None:
+def write_detections(path: Path, names: list[str], items: list) -> None:
     """COCO's result JSON, and a zip of it under the same stem. Boxes to 0.1 pixel.
 
-    Image by image: test-dev makes two million records, too many to hold as dicts.
+    Image by image: test-dev makes two million records, too many to hold as dicts. A class that does
+    not exist (COCO's ids have ten gaps) is left out: the metric never looks at it.
     """
+    used = np.array([name != "" for name in names])
     with whole_file(path) as file:
         comma = "["
         for _, rows, _ in items:
-            for image, x, y, w, h, s, label in rows.tolist():
+            for image, x, y, w, h, s, label in rows[used[rows[:, 6].astype(int)]].tolist():
                 file.write(f'{comma}{{"image_id":{image:.0f},"category_id":{label:.0f},'
                            f'"bbox":[{x:.1f},{y:.1f},{w:.1f},{h:.1f}],"score":{s:.5f}}}')
                 comma = ",\n"
-        file.write("]" if items else "[]")
+        file.write("[]" if comma == "[" else "]")
     with whole_file(path.with_suffix(".zip"), "wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(path, path.name)

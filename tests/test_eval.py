@@ -1,0 +1,485 @@
+"""eval.py in worked examples: metrics computed by hand, and files as the test servers take them."""
+import contextlib
+import io
+import json
+import re
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import data
+import eval as evaluation
+import unit
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+# --- VQA accuracy: the official scorer's rule ----------------------------------------------------
+
+@pytest.mark.parametrize("answer, ten, expected", [
+    ("cat", ["cat"] * 10, 1.0),
+    ("dog", ["cat"] * 10, 0.0),
+    ("cat", ["cat"] + ["dog"] * 9, 0.3),      # 9 x 1/3 without the one who said so, 1 x 0
+    ("cat", ["cat"] * 2 + ["dog"] * 8, 0.6),  # 8 x 2/3 + 2 x 1/3
+    ("cat", ["cat"] * 3 + ["dog"] * 7, 0.9),  # 7 x 1 + 3 x 2/3
+    ("cat", ["cat"] * 4 + ["dog"] * 6, 1.0),
+    # all ten the same string: compared as they are, without normalising ...
+    ("yes", ["A yes."] * 10, 0.0),
+    ("A yes.", ["A yes."] * 10, 1.0),
+    ("0", ["none"] * 10, 0.0),
+    # ... but white space is trimmed before that
+    (" yes\n", ["yes", "yes "] + ["yes"] * 8, 1.0),
+    # one of the ten differs: both sides are normalised
+    ("yes", ["A yes."] * 9 + ["no"], 1.0),
+    ("0", ["none"] * 9 + ["no"], 1.0),
+    ("none", ["0"] * 3 + ["2"] * 7, 0.9),
+    ("don't", ["dont"] * 2 + ["do"] * 8, 0.6),
+    ("1000", ["1,000"] * 3 + ["many"] * 7, 0.9),
+    ("1 2", ["1/2"] * 4 + ["half"] * 6, 1.0),
+    ("t shirt", ["t-shirt"] * 4 + ["shirt"] * 6, 1.0),
+    ("2", ["two"] * 5 + ["the two"] * 5, 1.0),
+])
+def test_vqa_accuracy(answer, ten, expected):
+    assert evaluation.vqa_accuracy(answer, ten) == pytest.approx(expected, abs=1e-12)
+
+
+def test_f1():
+    predicted, truth = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 1, 0, 1])
+    assert evaluation.f1_score(predicted, truth) == pytest.approx(2 / 3)  # precision and recall 2/3
+    assert evaluation.f1_score(np.zeros(3), np.zeros(3)) == 0
+
+
+# --- average precision ---------------------------------------------------------------------------
+
+def truth_of(rows) -> COCO:
+    """rows of (image, class, [x, y, w, h], crowd)"""
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": i} for i in sorted({r[0] for r in rows})],
+        "categories": [{"id": c} for c in sorted({r[1] for r in rows})],
+        "annotations": [{"id": n, "image_id": i, "category_id": c, "bbox": list(box),
+                         "area": box[2] * box[3], "iscrowd": crowd}
+                        for n, (i, c, box, crowd) in enumerate(rows, 1)]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def test_average_precision_by_hand():
+    truth = truth_of([(7, 3, (0, 0, 10, 10), 0), (7, 3, (50, 50, 10, 10), 0)])
+    rows = np.array([[7, 0, 0, 10, 10, 0.9, 3],        # right
+                     [7, 200, 200, 10, 10, 0.8, 3],    # wrong
+                     [7, 50, 50, 10, 10, 0.7, 3]])     # right: precision 1 to recall 0.5, then 2/3
+    expected = 100 * (51 + 50 * 2 / 3) / 101           # of the 101 recalls, 0 to 0.50 and 0.51 to 1
+    result = evaluation.average_precision(truth, rows, [7])
+    assert result == {"AP": pytest.approx(expected), "AP50": pytest.approx(expected)}
+
+
+def test_average_precision_counts_each_iou():
+    """A box that overlaps by 0.6 is right at 0.50, 0.55 and 0.60, three of ten thresholds."""
+    truth = truth_of([(1, 1, (0, 0, 10, 10), 0)])
+    result = evaluation.average_precision(truth, np.array([[1, 0, 0, 10, 6.001, 0.5, 1]]), [1])
+    assert result == {"AP": pytest.approx(30), "AP50": pytest.approx(100)}
+
+
+def test_average_precision_ignores_crowds_and_other_images():
+    truth = truth_of([(1, 1, (0, 0, 10, 10), 0), (1, 1, (40, 40, 50, 50), 1),
+                      (1, 2, (0, 0, 9, 9), 1), (2, 3, (0, 0, 10, 10), 0)])
+    rows = np.array([[1, 45, 45, 10, 10, 0.9, 1],  # inside the crowd: neither right nor wrong
+                     [1, 0, 0, 10, 10, 0.5, 1]])
+    assert evaluation.average_precision(truth, rows, [1])["AP"] == pytest.approx(100)
+    assert evaluation.average_precision(truth, rows, [1, 2])["AP"] == pytest.approx(50)
+    assert evaluation.average_precision(truth, np.empty((0, 7)), [1]) == {"AP": 0, "AP50": 0}
+    assert evaluation.average_precision(truth_of([]), rows, [1]) == {}
+
+
+def random_scene(images=12, classes=23, seed=0):
+    rng = np.random.default_rng(seed)
+    truth, rows = [], []
+    for image in range(1, images + 1):
+        for _ in range(9):
+            box, label = rng.uniform(1, 60, 4).round(1), int(rng.integers(1, classes + 1))
+            truth.append((image, label, box.tolist(), int(rng.random() < 0.1)))
+            rows.append([image, *(box + rng.normal(0, 3, 4)).clip(1), rng.random(), label])
+            rows.append([image, *rng.uniform(1, 60, 4), rng.random(), rng.integers(1, classes + 1)])
+    return truth_of(truth), np.array(rows), list(range(1, images + 1))
+
+
+def test_blocks_of_classes_give_the_numbers_of_pycocotools_in_one_go():
+    truth, rows, images = random_scene()
+    with contextlib.redirect_stdout(io.StringIO()):
+        scorer = COCOeval(truth, truth.loadRes(rows), "bbox")
+        scorer.evaluate(), scorer.accumulate(), scorer.summarize()
+    assert 5 < 100 * scorer.stats[0] < 95
+    for block in (1, 4, 200):
+        result = evaluation.average_precision(truth, rows, images, block)
+        assert result["AP"] == pytest.approx(100 * scorer.stats[0], abs=1e-10)
+        assert result["AP50"] == pytest.approx(100 * scorer.stats[1], abs=1e-10)
+
+
+def detections(boxes, labels, attributes=None, scores=None):
+    n = len(labels)
+    return unit.Detections(torch.tensor(scores or [0.5] * n), torch.tensor(labels),
+                           torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+                           None if attributes is None else torch.tensor(attributes))
+
+
+def test_rows_are_those_of_pycocotools():
+    rows = evaluation.to_rows(401244, detections([[10, 20, 40, 60]], [5], scores=[0.25]))
+    assert rows.tolist() == [[401244, 10, 20, 30, 40, 0.25, 5]]
+    assert evaluation.to_annotations(rows) == [
+        {"id": 1, "image_id": 401244, "category_id": 5, "bbox": [10, 20, 30, 40], "score": 0.25,
+         "area": 1200}]
+
+
+def test_attribute_hits():
+    boxes = torch.tensor([[0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60], [70, 70, 80, 80.]])
+    labels = torch.tensor([1, 2, 3, 4])
+    attributes = torch.full((4, 16), -1)
+    attributes[0, :2] = torch.tensor([5, 6])
+    attributes[1, 0], attributes[3, 0] = 7, 8   # the third box has none: not counted
+    found = detections([[0, 0, 10, 9], [0, 0, 10, 6],     # the better of two has attribute 6: right
+                        [20, 20, 30, 30],                 # attribute 5 instead of 7: counted, wrong
+                        [50, 50, 60, 60],
+                        [70, 70, 80, 74], [70, 70, 80, 80]],  # IoU 0.4, another class: not counted
+                       [1, 1, 2, 3, 4, 1], [6, 9, 5, 5, 8, 8])
+    assert evaluation.attribute_hits(found, boxes, labels, attributes) == (1, 2)
+    assert evaluation.attribute_hits(found, boxes[:0], labels[:0], attributes[:0]) == (0, 0)
+
+
+# --- whole data sets: a folder in the official formats, with val and test ------------------------
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] what is it ? a red cat dog no yes the".split()
+
+
+def write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def write_tsv(path: Path, header: str, rows: list) -> None:
+    write(path, "\n".join("\t".join(map(str, row)) for row in [header.split(), *rows]) + "\n")
+
+
+def make_data(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+
+    def picture(name):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / name)
+    write(folder / "bert/vocab.txt", "\n".join(WORDS) + "\n")
+    ids = [3, 5, 9, 12, 13]
+    images = [{"id": i, "file_name": f"{i:012}.jpg", "height": 32, "width": 32} for i in ids]
+    boxes = [{"id": n, "image_id": i, "category_id": 1 + n % 2, "bbox": [4, 5, 12, 10], "area": 120,
+              "iscrowd": 0, "attribute_ids": [1 + n % 3]} for n, i in enumerate(ids[:4], 1)]
+    shapes = [{"id": 1, "name": "square"}, {"id": 2, "name": "disc"}]
+    head = {"images": images, "categories": shapes}
+    write(folder / "coco/annotations/instances_val2017.json", head | {"annotations": boxes})
+    write(folder / "coco/annotations/image_info_test-dev2017.json", head)
+    colours = [{"id": n, "name": name} for n, name in enumerate(["red", "blue", "green"], 1)]
+    write(folder / "vg/instances_val.json", head | {"annotations": boxes, "attributes": colours})
+    for i in ids:
+        for place in ("coco/val2017/", "coco/test2017/", "vg/", "coco/test2015/COCO_test2015_"):
+            picture(f"{place}{i:012}.jpg")
+    questions = [{"question_id": 1000 * i, "image_id": i, "question": "what is it?"} for i in ids]
+    answers = [{"question_id": 1000 * i, "image_id": i, "multiple_choice_answer": "cat",
+                "answers": [{"answer": "cat"}] * 3 + [{"answer": "dog"}] * 7} for i in ids]
+    write(folder / "vqa2/v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
+    write(folder / "vqa2/v2_OpenEnded_mscoco_test2015_questions.json", {"questions": questions})
+    write(folder / "vqa2/v2_mscoco_val2014_annotations.json", {"annotations": answers})
+    write(folder / "vqa2/answers_vqa.txt", "<unk>\ncat\ndog")
+    labels = ["entailment", "neutral", "contradiction", "neutral", "entailment"]
+    for split in ("dev", "test"):
+        write(folder / f"snli_ve/snli_ve_{split}.jsonl", "".join(json.dumps(
+            {"Flickr30K_ID": str(i), "sentence1": "it", "sentence2": "a red cat",
+             "gold_label": label, "pairID": f"{i}.jpg#0r1n"}) + "\n" for i, label in zip(ids, labels)))
+    for i in ids:
+        picture(f"snli_ve/flickr30k_images/{i}.jpg")
+    n, glue = range(5), folder / "glue"
+    mnli = ["x"] * 7
+    write_tsv(glue / "QNLI/dev.tsv", "index question sentence label",
+              [(k, "what is it ?", "a cat", ["entailment", "not_entailment"][k % 2]) for k in n])
+    write_tsv(glue / "QNLI/test.tsv", "index question sentence", [(k, "it ?", "a cat") for k in n])
+    names = "index promptID pairID genre p1 p2 p3 sentence1 sentence2"
+    votes = " label1 label2 label3 label4 label5 gold_label"
+    write_tsv(glue / "MNLI/dev_mismatched.tsv", names + votes,
+              [(k, *mnli[:6], "a cat", "a dog", *["neutral"] * 5, labels[k]) for k in n])
+    write_tsv(glue / "MNLI/test_mismatched.tsv", names,
+              [(k, *mnli[:6], "a cat", "no cat") for k in n])
+    write_tsv(glue / "QQP/dev.tsv", "id qid1 qid2 question1 question2 is_duplicate",
+              [(k, 1, 2, "what ?", "is it ?", k % 2) for k in n])
+    write_tsv(glue / "QQP/test.tsv", "id question1 question2",
+              [(k, "what ?", "is it ?") for k in n])
+    write_tsv(glue / "SST-2/dev.tsv", "sentence label", [("a red cat ", k % 2) for k in n])
+    write_tsv(glue / "SST-2/test.tsv", "index sentence", [(k, "a red cat") for k in n])
+    return folder
+
+
+SMALL = unit.Config(
+    encoder_width=16, encoder_heads=2, encoder_ff=16, encoder_layers=1, bert_width=16, bert_heads=2,
+    bert_ff=16, bert_layers=1, vocab_size=len(WORDS), max_positions=64, decoder_width=16,
+    decoder_heads=2, decoder_ff=16, decoder_layers=1, dropout=0.0, backbone="small")
+NAMES = [task.name for task in data.TASKS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    """A file as train.py saves it, of a small model with random weights."""
+    tasks, datasets = data.load(folder, NAMES, "val", tiny=True)
+    torch.manual_seed(0)
+    model = unit.UniT(SMALL, tasks)
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    torch.save({
+        "model": model.state_dict(), "iteration": 1, "config": asdict(model.config),
+        "train": {"data": str(folder)}, "vocab": WORDS,
+        "tasks": [{k: v for k, v in vars(t).items() if k != "dataset"} for t in tasks],
+        "labels": {n: {"classes": d.class_names, "attributes": d.attribute_names}
+                   for n, d in datasets.items()}}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def val_run(checkpoint, tmp_path_factory):
+    """--out of the command on the validation split, with figures."""
+    out = tmp_path_factory.mktemp("out")
+    log = [{"iteration": i, "results": {
+        "coco": {"AP": 10 + i / 50, "AP50": 30 + i / 40}, "sst2": {"accuracy": 50 + i / 30}}}
+        for i in (300, 600, 900)]
+    write(checkpoint.parent / "log.jsonl",
+          "".join(json.dumps(x) + "\n" for x in log) + '{"iteration": 950, "resu')
+    evaluation.main(["--checkpoint", str(checkpoint), "--out", str(out), "--figures",
+                     "--num_workers", "0"])
+    return out
+
+
+def test_results_have_the_documented_form(val_run):
+    results = json.loads((val_run / "results.json").read_text())
+    assert {task: set(metrics) for task, metrics in results.items()} == {
+        "coco": {"AP", "AP50"}, "vg": set(results["vg"]) | {"AP", "AP50"},
+        "qqp": {"accuracy", "F1"}, **{t: {"accuracy"} for t in NAMES[2:] if t != "qqp"}}
+    assert all(0 <= v <= 100 for metrics in results.values() for v in metrics.values())
+    # 3 of 10 say cat, 7 dog; <unk> is never predicted, so each question scores 0.9 or 1
+    assert 90 <= results["vqa2"]["accuracy"] <= 100
+
+
+def test_predictions_agree_with_results(val_run, folder):
+    results = json.loads((val_run / "results.json").read_text())
+    lines = (val_run / "predictions/QNLI_val.tsv").read_text().splitlines()[1:]
+    right = [line.split("\t")[1] == ["entailment", "not_entailment"][k % 2]
+             for k, line in enumerate(lines)]
+    assert results["qnli"]["accuracy"] == pytest.approx(100 * np.mean(right))
+    _, datasets = data.load(folder, ["coco"], "val", tiny=True)
+    truth = datasets["coco"].ground_truth()
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = truth.loadRes(str(val_run / "predictions/detections_val2017_UniT_results.json"))
+        scorer = COCOeval(truth, found, "bbox")
+        scorer.evaluate(), scorer.accumulate(), scorer.summarize()
+    # not to the last digit, as the file's boxes are rounded
+    assert results["coco"]["AP"] == pytest.approx(100 * scorer.stats[0], abs=0.5)
+
+
+def test_pictures(val_run):
+    size = Image.open(val_run / "predictions.png").size
+    assert size[0] > 4 * 300 and size[1] > 8 * 60
+    picture = Image.open(val_run / "curves.png").convert("RGB")
+    assert picture.width > 2 * 300 and picture.height > 200
+    assert len(picture.getcolors(10**6)) > 10
+
+
+def test_tiny_pictures_are_enlarged_before_drawing():
+    found = [{"label": "square", "score": 0.9, "box": [4, 4, 40, 20]}]  # overshoots: kept inside
+    picture = evaluation.draw_boxes(Image.new("RGB", (32, 32), "white"), found, 10)
+    assert picture.size == (320, 320)
+    colour = tuple(bytes.fromhex(evaluation.COLOURS[0][1:]))
+    assert picture.getpixel((40, 100)) == picture.getpixel((318, 100)) == colour
+    assert picture.getpixel((200, 100)) == (255, 255, 255)
+
+
+def test_server_files(checkpoint, folder, tmp_path):
+    """Read back by the servers' rules."""
+    evaluation.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path), "--split", "test",
+                     "--num_workers", "0", "--data", str(folder)])
+    files = tmp_path / "predictions"
+    words = {"QNLI": {"entailment", "not_entailment"}, "QQP": {"0", "1"}, "SST-2": {"0", "1"},
+             "MNLI-mm": {"entailment", "neutral", "contradiction"}}
+    for name, allowed in words.items():
+        lines = (files / f"{name}.tsv").read_text().split("\n")
+        assert lines[0] == "index\tprediction" and lines[-1] == "" and len(lines) == 7
+        rows = [line.split("\t") for line in lines[1:-1]]
+        assert [int(index) for index, _ in rows] == list(range(5))
+        assert {label for _, label in rows} <= allowed
+    answers = json.loads((files / "vqa_OpenEnded_mscoco_test2015_UniT_results.json").read_text())
+    assert [set(a) for a in answers] == [{"question_id", "answer"}] * 5
+    assert {a["question_id"] for a in answers} == {3000, 5000, 9000, 12000, 13000}
+    assert {a["answer"] for a in answers} <= {"cat", "dog"}
+    stem = "detections_test-dev2017_UniT_results"
+    found = json.loads((files / f"{stem}.json").read_text())
+    assert {f["image_id"] for f in found} <= {3, 5, 9, 12, 13}
+    assert {f["category_id"] for f in found} <= {1, 2}  # id 0 is not a class
+    assert all(set(f) == {"image_id", "category_id", "bbox", "score"} for f in found)
+    assert all(round(x, 1) == x for f in found for x in f["bbox"])
+    assert found and all(0 < f["score"] < 1 for f in found)
+    with zipfile.ZipFile(files / f"{stem}.zip") as archive:
+        assert archive.namelist() == [f"{stem}.json"]
+        assert json.loads(archive.read(f"{stem}.json")) == found
+    results = json.loads((tmp_path / "results_test.json").read_text())
+    assert set(results) == {"snli_ve"}  # the only test labels that are public
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_limit_is_spread_and_the_mode_comes_back(checkpoint, folder, capsys):
+    model, _ = evaluation.load_checkpoint(checkpoint)
+    _, datasets = data.load(folder, ["sst2", "coco"], "val", tiny=True)
+    seen = []
+    datasets["sst2"].label = lambda index: seen.append(int(index)) or 0
+    model.train()
+    evaluation.evaluate(model, datasets, "cpu", limit=2)
+    assert model.training and set(seen) == {0, 2}
+    datasets["coco"].ids = datasets["coco"].ids[:0]
+    assert evaluation.evaluate(model, {"coco": datasets["coco"]}, "cpu") == {}
+    assert "coco: no samples" in capsys.readouterr().out
+
+
+def evaluate_as(rank: int, world: int, checkpoint, folder, out) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
+    model, _ = evaluation.load_checkpoint(checkpoint)
+    _, datasets = data.load(folder, NAMES, "val", tiny=True)
+    results = evaluation.evaluate(model, datasets, "cpu", batch_size=1, out=out)
+    assert rank == 0 or results == {}
+    evaluation.write_json(Path(out) / f"results{rank}.json", results)
+
+
+def test_two_processes_count_every_sample_once(checkpoint, folder, val_run, tmp_path):
+    torch.multiprocessing.spawn(evaluate_as, (2, checkpoint, folder, tmp_path), nprocs=2)
+    both, one = (json.loads(p.read_text())
+                 for p in (tmp_path / "results0.json", val_run / "results.json"))
+    assert both == {t: pytest.approx(metrics, abs=1e-3) for t, metrics in one.items()}
+    for file in (val_run / "predictions").glob("*.tsv"):
+        assert (tmp_path / "predictions" / file.name).read_text() == file.read_text()
+
+
+# --- one input -----------------------------------------------------------------------------------
+
+def test_one_input_in_three_lines(checkpoint, folder):
+    model, loaded = evaluation.load_checkpoint(checkpoint)
+    image = folder / "coco/val2017/000000000003.jpg"
+    answers = evaluation.predict(model, loaded, image, "what is it?")
+    assert {a["label"] for a in answers} == {"<unk>", "cat", "dog"}
+    assert answers[-1] == {"label": "<unk>", "score": 0}  # never an answer
+    assert sum(a["score"] for a in answers) == pytest.approx(1)
+    found = evaluation.predict(model, loaded, image, task="vg")
+    assert len(found) == 8 and {f["attribute"] for f in found} <= {"", "red", "blue", "green"}
+    assert found == sorted(found, key=lambda f: -f["score"])
+    verdicts = evaluation.predict(model, loaded, text="a cat", text_pair="no cat", task="mnli")
+    assert {v["label"] for v in verdicts} == {"entailment", "neutral", "contradiction"}
+
+
+def test_one_input_is_what_evaluation_sees(checkpoint, folder, val_run):
+    model, loaded = evaluation.load_checkpoint(checkpoint)
+    answer = evaluation.predict(model, loaded, text="a red cat", task="sst2")[0]["label"]
+    lines = (val_run / "predictions/SST-2_val.tsv").read_text().splitlines()
+    assert ["negative", "positive"][int(lines[1].split("\t")[1])] == answer
+
+
+def test_one_input_on_the_command_line(checkpoint, folder, tmp_path, capsys):
+    image = str(folder / "coco/val2017/000000000003.jpg")
+    command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path)]
+    evaluation.main([*command, "--image", image, "--question", "what is it?"])
+    assert re.search(r"vqa2:\n +\d+\.\d%  (cat|dog)\n", capsys.readouterr().out)
+    evaluation.main([*command, "--image", image])
+    assert "coco:" in capsys.readouterr().out
+    assert Image.open(tmp_path / "prediction.png").width == 320
+    evaluation.main([*command, "--text", "a cat", "--text_pair", "a dog", "--tasks", "mnli,qqp"])
+    assert re.search(r"mnli:\n.*entailment|qqp:\n.*duplicate", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "--checkpoint FILE or --released"),
+    (["--checkpoint", "missing.pt"], "missing.pt: no such file"),
+    (["--checkpoint", __file__], "no checkpoint of train.py"),
+    (["--checkpoint", "GOOD", "--tasks", "coc"], "this model's tasks are coco, vg"),
+    (["--checkpoint", "GOOD", "--text", "a cat"], "take a text are: qnli, mnli, qqp, sst2"),
+    (["--checkpoint", "GOOD", "--image", "no.jpg"], "no.jpg"),
+    (["--checkpoint", "GOOD", "--data", "nowhere"], "nowhere"),
+    (["--checkpoint", "GOOD", "--eval_samples", "-1"], "negative"),
+])
+def test_mistakes_are_one_line_and_status_2(flags, message, checkpoint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(checkpoint) if f == "GOOD" else f for f in flags])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert re.search(message, printed)
+
+
+def test_torn_and_foreign_checkpoints(checkpoint, tmp_path):
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes(checkpoint.read_bytes()[:2000])
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pt")
+    torch.save({"model": Path("x")}, tmp_path / "pickle.pt")  # more than tensors and plain values
+    for name in ("torn.pt", "foreign.pt", "pickle.pt"):
+        with pytest.raises(unit.InputError, match=f"{name}: torn, or no checkpoint"):
+            evaluation.load_checkpoint(tmp_path / name)
+    broken = torch.load(checkpoint, weights_only=True)
+    del broken["model"]["queries.coco"]
+    torch.save(broken, tmp_path / "less.pt")
+    with pytest.raises(unit.InputError, match="queries.coco"):
+        evaluation.load_checkpoint(tmp_path / "less.pt")
+
+
+def test_other_classes_than_the_model_was_trained_for(checkpoint, folder, tmp_path, capsys):
+    answers = folder / "vqa2/answers_vqa.txt"
+    before = answers.read_text()
+    answers.write_text("<unk>\ndog\ncat")
+    try:
+        with pytest.raises(SystemExit):
+            evaluation.main(["--checkpoint", str(checkpoint), "--tasks", "vqa2",
+                             "--out", str(tmp_path)])
+    finally:
+        answers.write_text(before)
+    assert "vqa2 has other classes" in capsys.readouterr().err
+
+
+# --- the paper's numbers -------------------------------------------------------------------------
+
+def test_results_table():
+    results = {"coco": {"AP": 38.94, "AP50": 58.1}, "qqp": {"accuracy": 90.0, "F1": 88.0}}
+    lines = evaluation.results_table(results, "T3.5").splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["coco", "AP", "38.94", "39.0"], ["AP50", "58.10"], ["qqp", "accuracy", "90.00", "90.64"],
+        ["F1", "88.00"]]
+    assert "paper T3.5" in lines[0] and "paper" not in evaluation.results_table(results)
+    assert "authors" in evaluation.results_table(results, "released-all")
+    assert "73.16" in evaluation.results_table({"snli_ve": {"accuracy": 70.0}}, "T3.5", "test")
+
+
+def test_every_line_of_the_papers_tables_is_there():
+    lines = {re.sub(r"-\w+$", "", name) for name in evaluation.PAPER}
+    lengths = {"1": 4, "2": 4, "3": 9, "4": 8, "C.1": 12}
+    assert lines == {f"T{t}.{n + 1}" for t, length in lengths.items() for n in range(length)}
+    assert evaluation.PAPER["T3.6-qnli"] == {"qnli": 86.92} and evaluation.PAPER["TC.1.6"] == {}
+    assert [n for n in evaluation.PAPER if n.startswith("T3.1-")] == [f"T3.1-{t}" for t in NAMES]
+
+
+@pytest.mark.skipif(not (SHARED / "paper/unit-paper.md").exists(), reason="the paper is not here")
+def test_the_papers_numbers_are_in_its_text():
+    text = (SHARED / "paper/unit-paper.md").read_text()
+    numbers = [v for row in [*evaluation.PAPER.values(), *evaluation.PAPER_TEST.values()]
+               for v in row.values()]
+    assert len(numbers) > 120
+    for v in numbers:
+        found = re.search(rf"(?<!\d){re.escape(f'{v:g}')}0?(?!\d)", text)
+        assert found or v == 86.92, v  # which the text's conversion made "86.927 -"
