@@ -49,7 +49,7 @@ import sys
 import threading
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
@@ -101,13 +101,19 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json(path: Path):
-    """The file's content. No garbage collection meanwhile: it would visit all objects, often."""
-    raw, collecting = read_bytes(path), gc.isenabled()
-    gc.disable()
     try:
-        return json.loads(raw)  # from bytes: a byte order mark is understood
+        return json.loads(read_bytes(path))  # from bytes: a byte order mark is understood
     except (ValueError, RecursionError) as error:
         raise bad(path, f"not valid JSON ({error})", "cut short? unpack it again") from None
+
+
+@contextlib.contextmanager
+def no_collection():
+    """Garbage collection off: it would visit the millions of objects being parsed, again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -323,7 +329,7 @@ CONTRACTIONS = {
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!:'
+PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!:')
 
 
 def normalise_answer(text: str) -> str:
@@ -334,7 +340,7 @@ def normalise_answer(text: str) -> str:
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     result, thousands = text, re.search(r"\d,\d", text)
-    for mark in PUNCTUATION:
+    for mark in PUNCTUATION.intersection(text):
         removed = thousands or f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if removed else " ")
     # Full stops but for decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
@@ -381,7 +387,8 @@ class Dataset:
             self.task = replace(task, num_queries=8 if task.kind == "detection" else 4)
         self.skipped, self.notes = Counter(), []  # {reason: how many}; what else the summary tells
         self.num_images = 0                       # different pictures
-        self.read()                               # sets self.ids and the arrays of its own
+        with no_collection():
+            self.read()                           # sets self.ids and the arrays of its own
 
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
@@ -776,13 +783,14 @@ class Vqa2(Classification):
             self.skipped["without answers"] = sum(not row[3] for row in rows)
             rows = [row for row in rows if row[3]]
         # The ten answers are places among the different ones; -1: none (a test split).
-        different, answers = {}, np.full((len(rows), 10), -1, np.int32)
-        for line, row in zip(answers, rows):
+        different, answers = defaultdict(lambda: len(different)), []
+        for row in rows:
             try:
-                given = [different.setdefault(a["answer"], len(different)) for a in row[3][:10]]
+                given = [different[answer["answer"]] for answer in row[3][:10]]
             except (KeyError, TypeError):
                 raise bad(path, f"question {row[0]}: bad answers ({row[3]!s:.80})") from None
-            line[:len(given)] = given
+            answers.append(given + [-1] * (10 - len(given)))
+        answers = np.array(answers, np.int32).reshape(-1, 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]

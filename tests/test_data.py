@@ -1,0 +1,882 @@
+"""data.py: each reader on files written here, in the official formats, and on real rows if there are any."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import unit  # first: makes torchvision importable
+import data
+from unit import InputError
+
+REAL = ROOT.parent / "shared" / "realdata"
+CONTRACTIONS = ROOT.parent / "shared" / "vqa_contractions.json"
+real = pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the project")
+TASK = {task.name: task for task in data.TASKS}
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+    return path
+
+
+def picture(path, size=(40, 30), mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def coco_file(boxes, images=None, categories=((1, "person"), (3, "car"))):
+    """boxes: (image, category, [x, y, w, h], crowd). Images 1, 2, ... of 40 x 30 where not given."""
+    count = max([image for image, *_ in boxes], default=1)
+    images = images or [dict(id=n, file_name=f"{n:012d}.jpg", width=40, height=30)
+                        for n in range(1, count + 1)]
+    return dict(images=images, categories=[dict(id=n, name=x) for n, x in categories],
+                annotations=[dict(id=n, image_id=i, category_id=c, bbox=b, iscrowd=crowd, area=b[2] * b[3])
+                             for n, (i, c, b, crowd) in enumerate(boxes, 1)])
+
+
+def make_coco(root, boxes, split="val", **extra):
+    content = coco_file(boxes, **extra)
+    write(root / f"coco/annotations/instances_{split}2017.json", content)
+    for row in content["images"]:
+        picture(root / f"coco/{split}2017" / row["file_name"], (row["width"], row["height"]))
+    return content
+
+
+def read(name, root, split="val", **extra):
+    return TASK[name].dataset(TASK[name], root, split, **extra)
+
+
+def vocabulary(root, words="what colour is the cat dog a red , . ? ' s"):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words.split()]
+    return write(root / "bert/vocab.txt", "\n".join(words) + "\n")
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_batches(first, second):
+    return len(first) == len(second) and all(
+        i == j and all(same(getattr(a, key), getattr(b, key)) for key in vars(a))
+        for (i, a), (j, b) in zip(first, second))
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+def test_the_eight_tasks():
+    """The released configuration's numbers."""
+    assert [t.name for t in data.TASKS] == "coco vg vqa2 snli_ve qnli mnli qqp sst2".split()
+    assert [t.num_queries for t in data.TASKS] == [100, 100] + [25] * 6
+    assert [t.num_classes for t in data.TASKS] == [91, 1601, 3129, 3, 2, 3, 2, 2]
+    assert [t.num_attributes for t in data.TASKS] == [0, 401] + [0] * 6
+    assert [t.max_tokens for t in data.TASKS[2:]] == [25, 25, 128, 128, 128, 128]
+    assert {t.text_states for t in data.TASKS} == {"cls"}
+    assert [t.name for t in data.TASKS if t.soft_scores] == ["vqa2"]
+
+
+# -------------------------------------------------------------------------- strings, files, answers
+
+def test_strings():
+    texts = ["", "cat", "Ärger 猫 \U0001f600", "a\nb", ""]
+    strings = data.Strings(texts)
+    assert len(strings) == 5 and [strings[n] for n in range(5)] == texts
+    assert data.Strings(["\ud800x"])[0] == "?x"  # half a character, as JSON may have
+    assert len(data.Strings([])) == 0
+
+
+def test_lines_of_any_ending(tmp_path):
+    expected = ["ä b", "", "c\u2028d"]
+    for raw in ("ä b\n\nc\u2028d", "ä b\n\nc\u2028d\n\n", "\ufeffä b\r\n\r\nc\u2028d\r\n"):
+        assert data.read_lines(write(tmp_path / "x.txt", raw.encode())) == expected
+    assert data.read_lines(write(tmp_path / "x.txt", b"")) == []
+    with pytest.raises(InputError, match="byte 1 is not UTF-8"):
+        data.read_lines(write(tmp_path / "x.txt", b"a\xff"))
+
+
+def test_json_errors(tmp_path):
+    assert data.read_json(write(tmp_path / "a.json", b"\xef\xbb\xbf{}")) == {}
+    with pytest.raises(InputError, match=r"a\.json: not valid JSON .* unpack it again"):
+        data.read_json(write(tmp_path / "a.json", '{"images": [{"id": 1}'))
+    with pytest.raises(InputError, match=r"b\.json: No such file"):
+        data.read_json(tmp_path / "b.json")
+
+
+@pytest.mark.skipif(not CONTRACTIONS.exists(), reason="no table beside the project")
+def test_contractions_are_the_official_table():
+    assert data.CONTRACTIONS == json.loads(CONTRACTIONS.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("Green.", "green"), ("Parked on the street.", "parked on street"), ("1/2", "1 2"),
+    ("t-shirt", "t shirt"), ("1,000", "1000"), ("u.s.", "us"), ("$5.00", "$5.00"), ("none", "0"),
+    ("one in back", "1 in back"), ("dont", "don't"), ("An  apple\tpie\n", "apple pie"),
+    ("cat, dog", "cat dog"), ("", ""), ("???", ""), ("Im", "im"), ("she's", "she's"),
+    ("somebody'd", "somebodyd"), ("shed", "shed"), ("a", "")])
+def test_normal_form_of_answers(answer, expected):
+    assert data.normalise_answer(answer) == expected
+
+
+def test_tokenizer_pairs_and_truncation(tmp_path):
+    tokenizer = data.Tokenizer(vocabulary(tmp_path))
+    ids, types = tokenizer.encode("What colour?", "The RED dog.")
+    words = data.read_vocabulary(tmp_path / "bert/vocab.txt")
+    assert [words[n] for n in ids] == "[CLS] what colour ? [SEP] the red dog . [SEP]".split()
+    assert types == [0] * 5 + [1] * 5
+    # The longer text loses first, as in BERT: 3 + 3 of 8 + 3 tokens beside three special ones.
+    ids, types = tokenizer.encode("cat " * 8, "dog " * 3, max_length=9)
+    assert [words[n] for n in ids] == "[CLS] cat cat cat [SEP] dog dog dog [SEP]".split()
+    assert len(tokenizer.encode("cat " * 50, max_length=25)[0]) == 25
+    assert tokenizer.encode("", max_length=25)[0] == [2, 3]
+    assert data.Tokenizer(words).encode("cat")[0] == tokenizer.encode("cat")[0]
+    with pytest.raises(InputError, match="bert/vocab.txt: missing.*bert-base-uncased"):
+        data.Tokenizer(tmp_path / "none/bert/vocab.txt")
+    with pytest.raises(InputError, match=r"no line \[CLS\]"):
+        data.Tokenizer(write(tmp_path / "v.txt", "[PAD]\n[UNK]\n[SEP]\n"))
+
+
+@real
+def test_tokenizer_is_berts(tmp_path):
+    """transformers' tokenizer is the yardstick, on real pairs of sentences."""
+    transformers = pytest.importorskip("transformers")
+    yardstick = transformers.BertTokenizer(str(REAL / "bert/vocab.txt"), do_lower_case=True)
+    ours, pairs = data.Tokenizer(REAL / "bert/vocab.txt"), read("qnli", REAL)
+    for index in range(0, len(pairs), 97):
+        first, second = pairs.texts(index)
+        theirs = yardstick(first, second, truncation="longest_first", max_length=40)
+        assert ours.encode(first, second, 40) == (theirs["input_ids"], theirs["token_type_ids"])
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+@pytest.mark.parametrize("mode, ending", [
+    ("L", "jpg"), ("1", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "png"), ("CMYK", "jpg"),
+    ("RGB", "png"), ("I;16", "png"), ("F", "tiff")])
+def test_any_mode_comes_out_as_rgb(tmp_path, mode, ending):
+    path = tmp_path / f"x.{ending}"
+    grey = np.add.outer(np.arange(30), np.arange(40)).astype(np.uint8) * 3
+    if mode == "I;16":
+        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    elif mode == "F":
+        Image.fromarray(grey.astype(np.float32)).save(path)
+    else:
+        image = Image.fromarray(grey)  # "P" from grey: a palette of greys, without dithering
+        (image if mode == "P" else image.convert("RGB")).convert(mode).save(path)
+    image = data.read_image(path)
+    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
+    if mode != "1":  # black and white: dithered
+        assert np.abs(image.numpy().astype(int) - grey).max() <= (12 if ending == "jpg" else 6)
+
+
+def test_transparent_palette(tmp_path):
+    image = Image.fromarray(np.full((4, 5), 200, np.uint8)).convert("P")
+    image.save(tmp_path / "x.png", transparency=bytes([0] * 256))
+    assert (data.read_image(tmp_path / "x.png") == 200).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+def test_broken_pictures_name_the_file(tmp_path, content):
+    path = picture(tmp_path / "x.jpg")
+    path.write_bytes(path.read_bytes()[:400] if content is None else content)
+    with pytest.raises(InputError, match=r"x\.jpg: cannot be read as a picture.*delete it"):
+        data.read_image(path)
+
+
+@pytest.mark.parametrize("size, expected, floored", [
+    ((480, 640), (800, 1067), (800, 1066)), ((640, 480), (1067, 800), (1066, 800)),
+    ((200, 640), (417, 1333), (416, 1333)), ((800, 800), (800, 800), (800, 800)),
+    ((1, 10_000), (1, 1333), (1, 1333)), ((1, 1), (800, 800), (800, 800))])
+def test_sizes(size, expected, floored):
+    """Shortest side 800, longest at most 1333; detection rounds, vision and language floors."""
+    assert tuple(data.fitted_size(*size, 800, 1333, False)) == expected
+    assert tuple(data.fitted_size(*size, 800, 1333, True)) == floored
+
+
+def test_shortest_side_is_exact():
+    for side in range(1, 1200):
+        assert min(data.fitted_size(side, side + 3, 800, 10**9, True)) == 800
+
+
+def test_normalise():
+    image = torch.randint(0, 256, (6, 5, 3), dtype=torch.uint8).permute(2, 0, 1)
+    mean, std = (torch.tensor(x).double()[:, None, None] for x in (data.MEAN, data.STD))
+    torch.testing.assert_close(data.normalise(image), ((image / 255 - mean) / std).float())
+
+
+class Fixed:
+    """A generator whose draws are given, to lead `augment` down one branch."""
+
+    def __init__(self, randoms, choices, integers):
+        self.randoms, self.choices, self.given = iter(randoms), iter(choices), iter(integers)
+
+    def random(self):
+        return next(self.randoms)
+
+    def choice(self, options):
+        value = next(self.choices)
+        assert value in options
+        return value
+
+    def integers(self, low, high, endpoint):
+        value = np.array(next(self.given))
+        assert endpoint and (value >= low).all() and (value <= high).all()
+        return value
+
+
+def test_augmentation_against_pixels():
+    """A bright rectangle in the picture must stay where its box says, through flip, crop and resizes."""
+    image = torch.zeros(3, 300, 400, dtype=torch.uint8)
+    image[:, 90:210, 120:200] = 255
+    boxes = np.array([[120 / 400, 90 / 300, 200 / 400, 210 / 300]])
+    for flip in (0.9, 0.1):
+        # Resized to 533 x 400; crop of 500 x 390 at x 20, y 5; then shortest side 480.
+        rng = Fixed([flip, 0.1], [400, 480], [(390, 500), (5, 20)])
+        out, found = data.augment(image, boxes, rng)
+        assert out.shape == (3, 480, 615)
+        height, width = out.shape[1:]
+        rows, columns = torch.where(out[0] > 127)
+        seen = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width,
+                (rows.max() + 1) / height]
+        assert np.abs(np.array(seen) - found[0]).max() < 3 / 480
+
+
+def test_augmentation_against_a_slow_computation():
+    """Boxes in pixels, step by step, as DETR moves them."""
+    image, rng = torch.zeros(3, 427, 640, dtype=torch.uint8), np.random.default_rng(0)
+    boxes = np.array([[10, 20, 300, 400], [500, 300, 640, 427], [0, 0, 640, 427], [3, 3, 9, 9.0]])
+    for crop, y, x, h, w, side in [(500, 0, 0, 384, 600, 800), (600, 200, 250, 400, 400, 480)]:
+        out, found = data.augment(image, boxes / (640, 427, 640, 427),
+                                  Fixed([0.2, 0.3], [crop, side], [(h, w), (y, x)]))
+        big_h, big_w = data.fitted_size(427, 640, crop, 10**6, False)
+        for box, relative in zip(boxes, found):
+            x0, x1 = sorted((640 - box[0], 640 - box[2]))
+            x0, x1 = (min(max(v / 640 * big_w - x, 0), w) for v in (x0, x1))
+            y0, y1 = (min(max(v / 427 * big_h - y, 0), h) for v in box[[1, 3]])
+            np.testing.assert_allclose(relative, [x0 / w, y0 / h, x1 / w, y1 / h], atol=1e-12)
+        assert list(out.shape[1:]) == data.fitted_size(h, w, side, 1333, False)
+    shapes = [data.augment(image, boxes, rng)[0].shape for _ in range(60)]
+    assert {min(s[1:]) for s in shapes} <= set(range(480, 801, 32)) and len(set(shapes)) > 20
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (9, 10_000)])
+def test_augmentation_of_odd_sizes(size):
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    for seed in range(6):
+        out, boxes = data.augment(image, np.array([[0, 0, 1, 1.0]]), np.random.default_rng(seed))
+        assert min(out.shape) >= 1 and max(out.shape[1:]) <= 1333
+        assert (boxes >= 0).all() and (boxes <= 1).all()
+
+
+# -------------------------------------------------------------------------------------------- COCO
+
+def test_coco_boxes(tmp_path):
+    """Clipped and relative in training, unchanged in the ground truth; what is dropped is counted."""
+    make_coco(tmp_path, [
+        (2, 3, [30, 20, 20, 20], 0),      # leaves the picture: 30..40, 20..30 of 40 x 30 stays
+        (1, 1, [4, 3, 8, 6], 0), (2, 1, [0, 0, 0, 5], 0), (2, 1, [50, 3, 5, 5], 0),
+        (1, 3, [0, 0, 40, 30], 1), (2, 1, [5, 5, -2, 3], 0), (1, 3, [0, 0, 40, 30], 0)])
+    dataset = read("coco", tmp_path)
+    assert len(dataset) == 2 and dataset.class_names[:4] == ["", "person", "", "car"]
+    assert len(dataset.class_names) == 91
+    first, second = dataset.sample(0), dataset.sample(1)
+    np.testing.assert_allclose(first.boxes, [[.2, .2, .2, .2], [.5, .5, 1, 1]], atol=1e-6)
+    assert first.labels.tolist() == [1, 3] and first.size == (30, 40) and first.id == 1
+    np.testing.assert_allclose(second.boxes, [[35 / 40, 25 / 30, .25, 1 / 3]], atol=1e-6)
+    assert first.image.shape == (3, 800, 1067)
+    assert "3 empty boxes, 1 crowd boxes" in dataset.summary
+    truth = dataset.ground_truth()
+    assert len(truth.anns) == 7 and sorted(a["iscrowd"] for a in truth.anns.values()) == [0] * 6 + [1]
+    assert [30, 20, 20, 20] in [a["bbox"] for a in truth.anns.values()]
+    assert min(truth.anns) == 1 and truth.getCatIds() == [1, 3] and truth.getImgIds() == [1, 2]
+
+
+def test_coco_oddities(tmp_path):
+    """Large ids, a repeated image id, boxes of unknown images, absent pictures, pictures without boxes."""
+    images = [dict(id=n, file_name=f"{k}.jpg", width=40, height=30)
+              for k, n in enumerate([7, 900100217285, 7, 8, 9])]
+    content = make_coco(tmp_path, [(900100217285, 1, [1, 2, 3, 4], 0), (5, 1, [1, 2, 3, 4], 0),
+                                   (8, 3, [1, 2, 3, 4], 0)], images=images)
+    (tmp_path / "coco/val2017/3.jpg").unlink()
+    dataset = read("coco", tmp_path)
+    assert dataset.ids.tolist() == [7, 900100217285, 9] and dataset.names[1] == "1.jpg"
+    assert [dataset.sample(n).boxes.shape for n in range(3)] == [(0, 4), (1, 4), (0, 4)]
+    for text in ("1 without picture (the first: 3.jpg)", "1 repeated image ids", "1 boxes of images not"):
+        assert text in dataset.summary
+    for row in content["images"]:
+        (tmp_path / "coco/val2017" / row["file_name"]).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="none of its pictures is under .*val2017"):
+        read("coco", tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.pop("annotations"), "no list 'annotations'"),
+    (lambda c: c["images"][0].pop("width"), "record 0: 'width'"),
+    (lambda c: c["images"][0].update(width=0), "record 0 has an image of no size"),
+    (lambda c: c["annotations"][1].pop("bbox"), "record 1: 'bbox' is not 4 finite number"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "record 1: 'bbox'"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None]), "record 1: 'bbox'"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 1e999]), "record 1: 'bbox'"),
+    (lambda c: c["annotations"][1].update(category_id=91), "record 1 has a category_id not in"),
+    (lambda c: c["annotations"][1].update(category_id=2), "record 1 has a category_id not in"),
+    (lambda c: c["categories"][1].update(id=91), "record 1 of categories has an id outside 1..90"),
+    (lambda c: c["images"][0].update(file_name="../../etc/passwd"), "leads out of"),
+    (lambda c: c["images"][0].update(file_name="/etc/passwd"), "leads out of"),
+    (lambda c: c["images"][0].update(file_name="a\\..\\b.jpg"), "leads out of"),
+    (lambda c: c["images"].insert(0, None), "record 0: 'id'")])
+def test_coco_bad_records(tmp_path, change, message):
+    content = make_coco(tmp_path, [(1, 1, [4, 3, 8, 6], 0), (1, 3, [4, 3, 8, 6], 0)])
+    change(content)
+    path = write(tmp_path / "coco/annotations/instances_val2017.json", content)
+    with pytest.raises(InputError, match=f"{path.name}: .*{message}.*; ."):
+        read("coco", tmp_path)
+
+
+def test_coco_test_split_has_no_boxes(tmp_path):
+    content = coco_file([], images=[dict(id=5, file_name="5.jpg", width=40, height=30)])
+    del content["annotations"]
+    write(tmp_path / "coco/annotations/image_info_test-dev2017.json", content)
+    picture(tmp_path / "coco/test2017/5.jpg")
+    dataset = read("coco", tmp_path, "test")
+    batch = data.collate(dataset.task, [dataset.sample(0)])
+    assert batch.boxes is None and batch.labels is None and batch.sizes.tolist() == [[30, 40]]
+
+
+def test_empty_split(tmp_path):
+    write(tmp_path / "coco/annotations/instances_val2017.json", coco_file([], images=[]) | {"images": []})
+    assert len(read("coco", tmp_path)) == 0 and "no samples" in read("coco", tmp_path).summary
+
+
+def test_generated_annotations(tmp_path):
+    """Random boxes, some absurd: those that reach training lie inside [0, 1] and are not empty."""
+    rng, boxes = np.random.default_rng(0), []
+    for _ in range(2000):
+        x, y, w, h = rng.normal(20, 30, 4).round(int(rng.integers(0, 3))).tolist()
+        boxes.append((int(rng.integers(1, 9)), int(rng.choice([1, 3])), [x, y, w, h], int(rng.random() < .1)))
+    make_coco(tmp_path, boxes, "train")
+    dataset = read("coco", tmp_path, "train")
+    for index in range(len(dataset)):
+        sample = dataset.sample(index, np.random.default_rng(index))
+        low, high = sample.boxes[:, :2] - sample.boxes[:, 2:] / 2, sample.boxes[:, :2] + sample.boxes[:, 2:] / 2
+        assert (sample.boxes[:, 2:] > 0).all() and len(sample.boxes) == len(sample.labels)
+        assert (low >= -1e-6).all() and (high <= 1 + 1e-6).all()
+
+
+@real
+def test_real_coco():
+    dataset = read("coco", REAL)
+    assert len(dataset) == 50 and "11 crowd boxes" in dataset.summary
+    truth, official = dataset.ground_truth(), json.loads(
+        (REAL / "coco/annotations/instances_val2017.json").read_text())
+    assert sorted(a["bbox"] for a in truth.anns.values()) == sorted(
+        a["bbox"] for a in official["annotations"])
+    assert sorted(a["area"] for a in truth.anns.values()) == sorted(
+        a["area"] for a in official["annotations"])
+    index = dataset.ids.tolist().index(58636)  # has no annotation
+    assert dataset.sample(index).boxes.shape == (0, 4)
+
+
+# -------------------------------------------------------------------------------------------- VG
+
+def make_vg(root):
+    write(root / "coco/annotations/instances_val2017.json", coco_file([], images=[
+        dict(id=500, file_name="500.jpg", width=40, height=30)]))
+    write(root / "vg/objects_vocab.txt", "man\nstop sign,stopsign\ndog\n")
+    write(root / "vg/attributes_vocab.txt", "red\ngray,grey\n" + "\n".join(f"a{n}" for n in range(20)))
+    url = "https://cs.stanford.edu/people/rak248/{}/{}.jpg"
+    images = [(1, "VG_100K_2", None), (2, "VG_100K", 500), (3, "VG_100K", 501), (1, "VG_100K", None)]
+    write(root / "vg/image_data.json", [
+        dict(image_id=n, url=url.format(folder, n), width=40, height=30, coco_id=coco, flickr_id=None)
+        for n, folder, coco in images])
+    thing = dict(x=1, y=2, w=10, h=5, object_id=1, synsets=[])
+    write(root / "vg/attributes.json", [
+        dict(image_id=1, attributes=[
+            thing | dict(names=[" Man "], attributes=["GREY ", "gray", "unheard of", "red"]),
+            thing | dict(names=["thing", "stopsign"], x=-3, w=50),
+            thing | dict(names=["dog"], w=0), thing | dict(names=[]), thing | dict(names=["ufo"])]),
+        dict(image_id=2, attributes=[thing | dict(names=["dog"],
+                                                  attributes=[f"a{n}" for n in range(18)])]),
+        dict(image_id=9, attributes=[]), dict(image_id=1, attributes=[])])
+    for n, folder, _ in images[:3]:
+        picture(root / f"vg/{folder}/{n}.jpg")
+
+
+def test_prepare_vg(tmp_path):
+    make_vg(tmp_path)
+    splits, dropped = data.prepare_vg(tmp_path)
+    assert [row["file_name"] for row in splits["train"]["images"]] == ["VG_100K_2/1.jpg", "VG_100K/3.jpg"]
+    assert [row["id"] for row in splits["val"]["images"]] == [2]  # COCO 500 is in val2017
+    man, sign = splits["train"]["annotations"]
+    assert (man["category_id"], man["attribute_ids"], man["bbox"]) == (1, [2, 1], [1, 2, 10, 5])
+    assert (sign["category_id"], sign["bbox"], sign["area"]) == (2, [0, 2, 40, 5], 200)
+    assert splits["val"]["annotations"][0]["attribute_ids"] == list(range(3, 19))
+    assert dropped == Counter({
+        "repeated image ids": 1, "rows of unknown or repeated images": 2, "empty boxes": 1,
+        "objects without a name": 1, "objects outside the vocabulary": 1,
+        "attributes outside the vocabulary": 1, "attributes beyond 16 an object": 2})
+
+
+def test_vg_reader(tmp_path, capsys):
+    """From the raw files in memory, or from what --prepare vg has written: the same samples."""
+    make_vg(tmp_path)
+    raw = read("vg", tmp_path, "train", tiny=True)
+    assert "was made in memory" in raw.summary
+    data.write_vg(tmp_path)
+    assert "2 pictures, 2 boxes" in capsys.readouterr().out
+    prepared = read("vg", tmp_path, "train", tiny=True)
+    assert "memory" not in prepared.summary
+    a, b = raw.sample(0), prepared.sample(0)
+    assert all(same(getattr(a, key), getattr(b, key)) for key in vars(a))
+    assert a.attributes.tolist() == [[2, 1] + [-1] * 14, [-1] * 16]
+    assert prepared.attribute_names[:3] == ["", "red", "gray"] and prepared.class_names[2] == "stop sign"
+    assert (prepared.task.num_classes, prepared.task.num_attributes) == (4, 23)
+    real_sizes = read("vg", tmp_path, "val").task
+    assert (real_sizes.num_classes, real_sizes.num_attributes) == (1601, 401)
+
+
+def test_vg_without_coco_names_the_file(tmp_path):
+    make_vg(tmp_path)
+    (tmp_path / "coco/annotations/instances_val2017.json").unlink()
+    with pytest.raises(InputError, match="instances_val2017.json: missing"):
+        read("vg", tmp_path, "train")
+
+
+def test_vg_bad_rows(tmp_path):
+    make_vg(tmp_path)
+    write(tmp_path / "vg/attributes.json", [dict(image_id=1, attributes=[dict(names=["man"], y=1)])])
+    with pytest.raises(InputError, match="attributes.json: a row lacks 'x'"):
+        data.prepare_vg(tmp_path)
+
+
+@real
+def test_real_vg(tmp_path):
+    splits, dropped = data.prepare_vg(REAL)
+    assert len(splits["train"]["images"]) == 100 and not splits["val"]["images"]
+    kept = len(splits["train"]["annotations"])
+    assert 3671 == kept + sum(n for why, n in dropped.items() if "object" in why and "attr" not in why
+                              or why == "empty boxes")
+    assert kept > 0.8 * 3671
+    dataset = read("vg", REAL, "train")
+    assert dataset.num_images == 4 and "96 without picture" in dataset.summary
+    assert (dataset.sample(0).attributes >= 1).any()
+
+
+# -------------------------------------------------------------------------------------------- VQA
+
+def make_vqa(root, words=None):
+    """Pictures 1, 2 (train2014), 3 (val2014, in val2017) and 4 (val2014 only); VG's 1 and 2 as above."""
+    make_vg(root)
+    vocabulary(root)
+    make_coco(root, [(3, 1, [1, 1, 5, 5], 0)], images=[dict(id=3, file_name="000000000003.jpg", width=40,
+                                                            height=30),
+                                                       dict(id=500, file_name="000000000500.jpg", width=40,
+                                                            height=30)])
+    for name in ("train2017/000000000001.jpg", "train2014/COCO_train2014_000000000002.jpg",
+                 "train2017/000000000004.jpg", "train2014/COCO_train2014_000000000001.jpg"):
+        picture(root / "coco" / name)
+    rows = {"train2014": [(10, 1, "what colour is the cat?", ["red"] * 4 + ["blue"] * 2 + ["none"] * 3 + ["x"]),
+                          (11, 1, "odd?", ["never"] * 10), (20, 2, "what?", ["red"] * 10),
+                          (99, 77, "no picture?", ["red"] * 10)],
+            "val2014": [(30, 3, "held out?", ["red"] * 10), (40, 4, "not held out?", ["Blue"] * 10),
+                        (31, 3, "odd?", ["never"] * 10)]}
+    for part, questions in rows.items():
+        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=[
+            dict(question_id=n, image_id=image, question=text) for n, image, text, _ in questions]))
+        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=[
+            dict(question_id=n, image_id=image, multiple_choice_answer=ten[0], answers=[
+                dict(answer=a, answer_confidence="yes", answer_id=k) for k, a in enumerate(ten, 1)])
+            for n, image, _, ten in questions]))
+    write(root / "vg/question_answers.json", [
+        dict(id=n, qas=[dict(image_id=n, qa_id=1000 + n, question="Where?", answer="Red."),
+                        dict(image_id=n, qa_id=2000 + n, question="Why?", answer="Nobody knows.")])
+        for n in (1, 2, 3, 50)])
+    if words:
+        write(root / "vqa2/answers_vqa.txt", "\n".join(words))
+    return rows
+
+
+def test_vqa_splits_and_scores(tmp_path):
+    make_vqa(tmp_path, ["<unk>", "0", "blue", "none", "red"])
+    train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
+    # 11 and the "why?" have no answer in the vocabulary; 99 no picture; VG 2 is COCO 500, in val2017.
+    assert train.ids.tolist() == [10, 20, 40, 1001, 1003]
+    assert val.ids.tolist() == [30, 31]
+    assert "1 without picture (the first: question 99's)" in train.summary
+    assert "3 without an answer in the vocabulary" in train.summary
+    assert "2 VG questions on unknown images" in train.summary
+    # 2017 names come first, then 2014.
+    assert [train.names[n] for n in range(5)] == [
+        "coco/train2017/000000000001.jpg", "coco/train2014/COCO_train2014_000000000002.jpg",
+        "coco/train2017/000000000004.jpg", "vg/VG_100K_2/1.jpg", "vg/VG_100K/3.jpg"]
+    # none is normalised to 0, as the scorer does: class "0", not class "none".
+    torch.testing.assert_close(train.scores(0), torch.tensor([0, 0.9, 0.6, 0, 1]))
+    assert train.scores(2).tolist() == [0, 0, 1, 0, 0] and train.scores(3).tolist() == [0, 0, 0, 0, 1]
+    assert val.scores(1).sum() == 0 and val.answers(1) == ["never"] * 10
+    assert train.answers(0) == ["red"] * 4 + ["blue"] * 2 + ["none"] * 3 + ["x"]
+    assert train.task.num_classes == 5 and train.class_names[0] == "<unk>"
+
+
+def test_vqa_vocabulary_is_built(tmp_path):
+    """Of both parts, normal forms of the most common answer seen for nine questions at least."""
+    make_vqa(tmp_path)
+    path = tmp_path / "vqa2/v2_mscoco_val2014_annotations.json"
+    rows = json.loads(path.read_text())["annotations"]
+    for count, answer in [(8, "zebra"), (5, "The Cat"), (4, "cat."), (9, "two"), (20, "an"), (9, "b")]:
+        rows += [dict(question_id=10**6, multiple_choice_answer=answer, answers=[])] * count
+    write(path, dict(annotations=rows))
+    assert read("vqa2", tmp_path).class_names == ["<unk>", "2", "b", "cat"]
+
+
+def test_vqa_test_split(tmp_path):
+    make_vqa(tmp_path, ["<unk>", "red"])
+    questions = dict(questions=[dict(question_id=70, image_id=7, question="what?")])
+    write(tmp_path / "vqa2/v2_OpenEnded_mscoco_test-dev2015_questions.json", questions)
+    picture(tmp_path / "coco/test2015/COCO_test2015_000000000007.jpg")
+    dataset = read("vqa2", tmp_path, "test")
+    assert dataset.ids.tolist() == [70] and dataset.answers(0) == [] and dataset.scores(0) is None
+    write(tmp_path / "vqa2/v2_OpenEnded_mscoco_test2015_questions.json", questions | {"questions": []})
+    assert len(read("vqa2", tmp_path, "test")) == 0  # test2015 holds test-dev
+
+
+def test_vqa_errors(tmp_path):
+    make_vqa(tmp_path, ["yes", "no"])
+    with pytest.raises(InputError, match="answers_vqa.txt: its first line is not <unk>"):
+        read("vqa2", tmp_path)
+    write(tmp_path / "vqa2/answers_vqa.txt", "<unk>\r\nred\r\n")
+    assert read("vqa2", tmp_path).class_names == ["<unk>", "red"]
+    path = tmp_path / "vqa2/v2_mscoco_val2014_annotations.json"
+    rows = json.loads(path.read_text())
+    rows["annotations"][0]["answers"][3] = {}
+    write(path, rows)
+    with pytest.raises(InputError, match="question 30: bad answers"):
+        read("vqa2", tmp_path)
+    del rows["annotations"][0]["answers"]
+    write(path, rows)
+    with pytest.raises(InputError, match="annotations.json: record 0: 'answers'"):
+        read("vqa2", tmp_path)
+    (tmp_path / "coco/annotations/instances_val2017.json").unlink()
+    with pytest.raises(InputError, match="instances_val2017.json: missing"):
+        read("vqa2", tmp_path)
+
+
+def test_vqa_without_vg_questions_says_so(tmp_path):
+    make_vqa(tmp_path, ["<unk>", "red", "blue"])
+    (tmp_path / "vg/question_answers.json").unlink()
+    dataset = read("vqa2", tmp_path, "train")
+    assert dataset.ids.tolist() == [10, 20, 40] and "without Visual Genome's questions" in dataset.summary
+
+
+@real
+def test_real_vqa():
+    dataset = data.load(REAL, ["vqa2"], "train")[1]["vqa2"]
+    assert len(dataset.class_names) == 3129 and len(dataset) > 70
+    folders = {dataset.names[n].split("/")[0] for n in range(len(dataset))}
+    assert folders == {"coco", "vg"}
+    sample = dataset.sample(0)
+    assert sample.scores.shape == (3129,) and 0 < sample.scores.max() <= 1
+    # 22 of the 1,100 questions have no answer in the vocabulary as they stand.
+    words = set(data.read_lines(REAL / "vqa2/answers_vqa.txt"))
+    outside = 0
+    for part in ("train", "val"):
+        for row in json.loads((REAL / f"vqa2/v2_mscoco_{part}2014_annotations.json").read_text())["annotations"]:
+            outside += not words & {a["answer"] for a in row["answers"]}
+    assert outside == 22
+
+
+# ------------------------------------------------------------------------------------ SNLI-VE, GLUE
+
+def test_snli_ve(tmp_path):
+    for name in ("11", "22"):
+        picture(tmp_path / f"snli_ve/flickr30k_images/{name}.jpg")
+    rows = [dict(Flickr30K_ID="11", sentence2="A dog.", gold_label="neutral"),
+            dict(Flikr30kID="22.jpg", sentence2="A cat.", gold_label="contradiction"),
+            dict(Flickr30K_ID="33", sentence2="No picture.", gold_label="entailment"),
+            dict(Flickr30K_ID="11", sentence2="?", gold_label="-"),
+            dict(Flickr30K_ID=11, sentence2="A red dog.", gold_label="entailment")]
+    path = tmp_path / "snli_ve/snli_ve_dev.jsonl"
+    write(path, "\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n")
+    vocabulary(tmp_path)
+    tasks, datasets = data.load(tmp_path, ["snli_ve"], "val")
+    dataset = datasets["snli_ve"]
+    assert [dataset.label(n) for n in range(3)] == [1, 2, 0] and len(dataset) == 3
+    assert dataset.names[1] == "22.jpg" and dataset.texts(1) == ["A cat."]
+    assert "1 with label '-'" in dataset.summary and "1 without picture" in dataset.summary
+    sample = dataset.sample(0)
+    assert sample.scores.tolist() == [0, 1, 0] and sample.image.shape == (3, 800, 1066)  # floored
+    for broken, message in [('{"Flickr30K_ID": "11"', "line 1: JSONDecodeError"),
+                            ('{"Flickr30K_ID": "11", "gold_label": "neutral"}', "line 1: KeyError.'sentence2'"),
+                            (json.dumps(rows[0] | dict(gold_label="maybe")), "unknown label 'maybe'; it is one"),
+                            (json.dumps(rows[0] | dict(Flickr30K_ID="../../x")), "leads out of"),
+                            (json.dumps(rows[2]), "none of its pictures")]:
+        write(path, broken + "\n")
+        with pytest.raises(InputError, match=message):
+            read("snli_ve", tmp_path)
+
+
+def test_glue_oddities(tmp_path):
+    """Quotes are text; short and long rows and "-" are counted; CRLF, byte order mark, outer spaces."""
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    rows = ['1\t1\t2\t"Why? \t What "is" it?\t0', '"\tWas it real?\t0', "2\t3\t4\tä b\tc\t1", "",
+            "3\t3\t4\tx\ty\t1\textra", "4\t5\t6\t\tempty first\t1"]
+    path = write(tmp_path / "glue/QQP/dev.tsv", "\ufeff" + "\r\n".join([header, *rows]) + "\r\n")
+    dataset = read("qqp", tmp_path)
+    assert [dataset.texts(n) for n in range(3)] == [['"Why?', 'What "is" it?'], ["ä b", "c"], ["", "empty first"]]
+    assert [dataset.label(n) for n in range(3)] == [0, 1, 1]
+    assert "3 rows of too few or too many columns" in dataset.summary
+    write(path, header + "\n1\t1\t2\ta\tb\tyes\n")
+    with pytest.raises(InputError, match=r"dev.tsv: line 2: unknown label 'yes'; it is one of 0, 1"):
+        read("qqp", tmp_path)
+    write(path, "a\tb\n")
+    with pytest.raises(InputError, match="line 1: no column 'question1'"):
+        read("qqp", tmp_path)
+    write(path, "")
+    with pytest.raises(InputError, match="line 1: no column"):
+        read("qqp", tmp_path)
+    (tmp_path / "glue/QQP/dev.tsv").unlink()
+    with pytest.raises(InputError, match="dev.tsv: missing; qqp val"):
+        read("qqp", tmp_path)
+
+
+def test_mnli_columns(tmp_path):
+    """gold_label is the last of 12 columns in train, of 16 in dev; the sentences are 8 and 9 in both."""
+    names = [f"c{n}" for n in range(8)] + ["sentence1", "sentence2"]
+    for file, extra in (("train", 1), ("dev_mismatched", 5)):
+        header = names + [f"label{n}" for n in range(1, extra + 1)] + ["gold_label"]
+        rows = [["x"] * 8 + ["premise", "hypothesis "] + ["neutral"] * extra + [gold]
+                for gold in ("contradiction", "-", "entailment")]
+        write(tmp_path / f"glue/MNLI/{file}.tsv", "\n".join("\t".join(row) for row in [header, *rows]))
+    for split in ("train", "val"):
+        dataset = read("mnli", tmp_path, split)
+        assert [dataset.label(n) for n in range(len(dataset))] == [2, 0]
+        assert dataset.texts(0) == ["premise", "hypothesis"] and "1 with label '-'" in dataset.summary
+
+
+def test_glue_test_split_keeps_every_row(tmp_path):
+    write(tmp_path / "glue/SST-2/test.tsv", "index\tsentence\n0\ta film .\n1\tanother\n")
+    dataset = read("sst2", tmp_path, "test")
+    assert dataset.ids.tolist() == [0, 1] and dataset.label(0) == -1 and dataset.scores(0) is None
+    write(tmp_path / "glue/SST-2/test.tsv", "index\tsentence\n0 no tab\n")
+    with pytest.raises(InputError, match="line 2: 1 columns, not 2; the server wants every row"):
+        read("sst2", tmp_path, "test")
+
+
+@real
+def test_real_texts():
+    sizes = {"qnli": 5463, "sst2": 872, "qqp": 160, "mnli": 2, "snli_ve": 16}
+    for name, size in sizes.items():
+        assert len(read(name, REAL)) == size
+    assert len(read("snli_ve", REAL, "train")) == 5  # the first release's key
+    for name in ("qnli", "mnli", "qqp", "sst2"):
+        assert len(read(name, REAL, "test")) >= 1
+    sst = read("sst2", REAL)
+    assert sst.texts(0) == ["it 's a charming and often affecting journey ."] and sst.label(0) == 1
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+def test_collate_pads_to_the_largest():
+    task = TASK["vqa2"]
+    samples = [data.Sample(n, torch.full((3, h, w), 1.0), (h, w), tokens, [0] * len(tokens),
+                           scores=torch.ones(3)) for n, (h, w, tokens) in enumerate(
+        [(4, 6, [2, 5, 3]), (5, 3, [2, 3])])]
+    batch = data.collate(task, samples)
+    assert batch.images.shape == (2, 3, 5, 6) and len(batch) == 2 and batch.task == "vqa2"
+    assert batch.images[:, 0].sum() == 24 + 15 and (~batch.image_mask).sum((1, 2)).tolist() == [24, 15]
+    assert not batch.image_mask[0, :4].any() and batch.image_mask[0, 4].all()
+    assert batch.tokens.tolist() == [[2, 5, 3], [2, 3, 0]]
+    assert batch.text_mask.tolist() == [[False] * 3, [False, False, True]]
+    assert batch.boxes is None and batch.scores.shape == (2, 3) and batch.sizes.tolist() == [[4, 6], [5, 3]]
+    alone = data.collate(task, samples[:1])
+    assert alone.image_mask is None and alone.text_mask is None
+
+
+# --------------------------------------------------------------------------------------- schedule
+
+SIZES = {"coco": 37, "vg": 11, "sst2": 5}
+CHANCES = {"coco": 0.2, "vg": 0.07, "sst2": 0.05}
+
+
+def test_schedule_is_a_pure_function():
+    a, b = (data.Schedule(SIZES, CHANCES, 8, n, seed=3) for n in (300, 200))
+    order = np.random.default_rng(0).permutation(200)
+    forward = [(a.task(i), a.samples(i).tolist()) for i in range(200)]
+    assert {int(i): (b.task(i), b.samples(i).tolist()) for i in order} == dict(enumerate(forward))
+    other = data.Schedule(SIZES, CHANCES, 8, 200, seed=4)
+    assert [other.task(i) for i in range(200)] != [x[0] for x in forward]
+
+
+def test_schedule_proportions_and_epochs():
+    schedule = data.Schedule(SIZES, CHANCES, 4, 20_000, seed=0)
+    tasks = [schedule.task(i) for i in range(20_000)]
+    for name in SIZES:  # renormalised over the tasks in use
+        assert abs(tasks.count(name) / 20_000 - CHANCES[name] / 0.32) < 0.012
+    for name, size in SIZES.items():  # every epoch is a permutation, and another one
+        seen = np.concatenate([schedule.samples(i) for i in range(2000) if tasks[i] == name])
+        epochs = seen[:len(seen) // size * size].reshape(-1, size)
+        assert (np.sort(epochs, 1) == np.arange(size)).all() and (epochs[0] != epochs[1]).any()
+
+
+def test_schedule_order_does_not_depend_on_the_other_tasks():
+    both = data.Schedule(SIZES, CHANCES, 5, 100, seed=0)
+    alone = data.Schedule({"vg": 11}, {"vg": 1}, 5, 100, seed=0)
+    mine = [i for i in range(100) if both.task(i) == "vg"]
+    assert [both.samples(i).tolist() for i in mine] == [alone.samples(i).tolist() for i in range(len(mine))]
+
+
+def test_schedule_edges():
+    first = data.Schedule(SIZES, CHANCES, 4, 50, seed=0, coco_first=20)
+    assert {first.task(i) for i in range(20)} == {"coco"} and len({first.task(i) for i in range(50)}) > 1
+    never = data.Schedule(SIZES, CHANCES | {"coco": 0}, 4, 2000, seed=0)
+    assert "coco" not in {never.task(i) for i in range(2000)}
+    with pytest.raises(InputError, match="vg has no training samples"):
+        data.Schedule(SIZES | {"vg": 0}, CHANCES, 4, 10, seed=0)
+    with pytest.raises(InputError, match="not all 0"):
+        data.Schedule(SIZES, dict.fromkeys(SIZES, 0), 4, 10, seed=0)
+
+
+# ----------------------------------------------------------------------------------------- loaders
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """COCO with pictures of several sizes, and SST-2."""
+    root = tmp_path_factory.mktemp("small")
+    images = [dict(id=n, file_name=f"{n}.jpg", width=30 + 3 * n, height=40) for n in range(1, 7)]
+    make_coco(root, [(n, 1, [1, 2, 20, 20], 0) for n in (1, 2, 4, 5)], "train", images=images)
+    vocabulary(root)
+    write(root / "glue/SST-2/train.tsv", "sentence\tlabel\n" + "".join(
+        f"{'cat ' * n}\t{n % 2}\n" for n in range(1, 9)))
+    return data.load(root, ["coco", "sst2"], "train", tiny=True)[1]
+
+
+def full_size(dataset):
+    return read("coco", dataset.data, "train")
+
+
+def load_all(datasets, **extra):
+    sizes = {name: len(dataset) for name, dataset in datasets.items()}
+    schedule = data.Schedule(sizes, {"coco": 0.5, "sst2": 0.5}, 4, 8, seed=1)
+    return list(data.train_loader(datasets, schedule, seed=1, **extra))
+
+
+def test_loader_does_not_depend_on_workers(small):
+    one, two = load_all(small), load_all(small, num_workers=2)
+    assert [i for i, _ in one] == list(range(8)) and {b.task for _, b in one} == {"coco", "sst2"}
+    assert same_batches(one, two)
+    assert same_batches(one[5:], load_all(small, start=5, num_workers=1))  # resume = start there
+
+
+def test_loader_does_not_depend_on_ranks_or_micro_batches(small):
+    """One process with pictures one by one, or two processes: the same samples, augmented alike."""
+    whole = load_all(small, micro_batch=1)
+    halves = [load_all(small, rank=r, world_size=2, micro_batch=1) for r in (0, 1)]
+    joined = [x for k in range(0, 16, 2) for half in halves for x in half[k:k + 2]]
+    assert same_batches(whole, joined)
+    assert [len(b) for _, b in load_all(small, rank=1, world_size=2)] == [2] * 8
+    with pytest.raises(InputError, match="--batch_size 4 is no multiple of the 3 processes"):
+        load_all(small, world_size=3)
+
+
+def test_default_micro_batch_is_one_picture(small):
+    datasets = small | {"coco": full_size(small["coco"])}
+    sizes = {(b.task, len(b)) for _, b in load_all(datasets)}
+    assert sizes == {("coco", 1), ("sst2", 4)}
+
+
+def test_loader_leaves_torchs_generator_alone(small):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load_all(small, num_workers=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_eval_loader_in_order(small):
+    dataset = small["coco"]
+    for workers in (0, 2):
+        batches = list(data.eval_loader(dataset, [5, 0, 3], 2, workers))
+        assert [b.ids for b in batches] == [[6, 1], [4]]
+        assert batches[0].image_mask is not None and batches[0].boxes[0].shape == (0, 4)
+    assert [len(b) for b in data.eval_loader(full_size(dataset), range(3))] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_picture_in_a_worker_is_one_line(tmp_path, workers):
+    make_coco(tmp_path, [(1, 1, [4, 3, 8, 6], 0)])
+    write(tmp_path / "coco/val2017/000000000001.jpg", b"\xff\xd8\xff")
+    with pytest.raises(InputError) as error:
+        list(data.eval_loader(read("coco", tmp_path), [0], 1, workers))
+    assert "\n" not in str(error.value) and "000000000001.jpg: cannot be read" in str(error.value)
+
+
+class Killer:
+    """A data set whose worker is killed."""
+    task, tiny = TASK["sst2"], True
+
+    def sample(self, index, rng=None):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_dead_worker_ends_the_run():
+    with pytest.raises(RuntimeError, match="killed|exited unexpectedly"):
+        list(data.eval_loader(Killer(), range(4), 1, 1))
+
+
+# ------------------------------------------------------------------------------------ command line
+
+def command(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
+                          capture_output=True, text=True, timeout=120)
+
+
+def test_report_names_what_is_missing(tmp_path):
+    make_vqa(tmp_path, ["<unk>", "red"])
+    run = command("--data", tmp_path)
+    assert run.returncode == 0 and not run.stderr
+    lines = {tuple(line.split()[:2]): line for line in run.stdout.splitlines() if line}
+    assert "missing: coco/annotations/instances_train2017.json" in lines["coco", "train"]
+    assert re.search(r" 2 samples +2 pictures", lines["coco", "val"])
+    assert "missing: glue/MNLI/dev_mismatched.tsv" in lines["mnli", "val"]
+    assert "found   bert/vocab.txt" in run.stdout and "missing detr/detr-r50" in run.stdout
+
+
+def test_command_line_errors(tmp_path):
+    for arguments, message in [(["--data", tmp_path / "none"], "no such folder; give the data sets' by --data"),
+                               (["--data", tmp_path, "--prepare", "vg"], "image_data.json: missing; --prepare vg")]:
+        run = command(*arguments)
+        assert run.returncode == 2 and run.stderr.startswith("error: ") and message in run.stderr
+        assert run.stderr.count("\n") == 1
+    assert command("--dat", tmp_path).returncode == 2
+    assert "--prepare" in command("--help").stdout
+
+
+def test_unknown_task_and_split(tmp_path):
+    with pytest.raises(InputError, match="unknown task 'foo'; there are coco, vg"):
+        data.load(tmp_path, ["foo"], "val")
+    with pytest.raises(InputError, match="vg has no split 'test', but train, val"):
+        data.load(tmp_path, ["vg"], "test")
+
+
+@real
+def test_report_on_real_rows():
+    run = command("--data", REAL)
+    assert run.returncode == 0 and not run.stderr
+    assert re.search(r"qnli +val +5,463 samples", run.stdout) and "none of its pictures" in run.stdout
