@@ -617,10 +617,14 @@ def initialise(model: UniT) -> None:
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
-    if text is not None:  # BERT's own; replaced by pretrained weights in every run of the paper
+    if text is not None:  # replaced by pretrained weights in every run of the paper
         for name, p in text.named_parameters():
-            if p.dim() > 1 and "w_task" not in name and "projection" not in name:
-                nn.init.normal_(p, std=0.02)
+            if "w_task" in name or "projection" in name:
+                continue
+            if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
     for head in model.heads.values():
         for module in getattr(head, "attribute_head", None) and head.attribute_head.modules() or ():
             if isinstance(module, (nn.Linear, nn.Embedding)):
