@@ -952,8 +952,8 @@ def test_initial_weights(shared):
     assert normal(torch.cat([*model.queries.values()]), 1.0)
     vectors = [*image.w_task.values(), *model.text_encoder.w_task.values()]
     assert normal(torch.cat(vectors, 1), 1.0)
-    assert normal(model.text_encoder.word_embeddings.weight, 0.02)
-    assert normal(model.text_encoder.layers[0].linear1.weight, 0.02)
+    assert normal(model.text_encoder.word_embeddings.weight, 12 ** -0.5)
+    assert normal(model.text_encoder.layers[0].linear1.weight, 12 ** -0.5)
     attributes = model.heads["shapes"].attribute_head
     assert normal(attributes.linear1.weight, 0.01)
     assert normal(attributes.class_embedding.weight, 0.01)
