@@ -278,7 +278,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
              limit: int | None = None, precision: str = "fp32", out=None) -> dict:
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
 
-    batch_size 0: one image, or 32 texts. `limit`: so many samples of each at most, spread evenly.
+    batch_size 0: one image, or 32 texts. `limit`: so many samples of each at most, always the same.
     Under torch.distributed all processes call this; rank 0 gets the results, the others {}.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -290,12 +290,11 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
             if rank == 0:
                 print(f"{name}: no samples")
             continue
-        count = min(total, limit or total)
-        indices = np.arange(count) * total // count
+        indices = some(total, limit or total)
         mine = data.eval_loader(dataset, indices[rank::world], batch_size, num_workers)
         mine = _progress(name, mine, len(indices[rank::world])) if rank == 0 else mine
         items = [item for batch in mine for item in predictions(model, batch, device, precision)]
-        items = _gather(items, count, rank, world)
+        items = _gather(items, len(indices), rank, world)
         if rank == 0:
             if out is not None:
                 write_predictions(Path(out) / "predictions", dataset, items)
@@ -304,6 +303,11 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
                 results[name] = {k: round(float(v), 6) for k, v in metrics.items()}
     model.train(was_training)
     return results
+
+
+def some(total: int, count: int) -> np.ndarray:
+    """`count` of `total` indices, in order. Drawn, as every n-th may fall in step with the labels."""
+    return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
 def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
@@ -530,20 +534,21 @@ def title(found: dict) -> str:
 
 
 def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
-    """A copy of the picture, `scale` times as large, with boxes and their names, best score on top.
-
-    Letters keep their size: tiny pictures are enlarged first, to have room for them.
-    """
+    """A copy of the picture, `scale` times as large (tiny ones have no room for letters), with what
+    `predict` found drawn in; the first of `found` on top."""
     size = round(picture.width * scale), round(picture.height * scale)
     smooth = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
     picture = picture.convert("RGB").resize(size, smooth)
     draw = ImageDraw.Draw(picture)
-    for i, f in reversed(list(enumerate(found))):
-        colour, name = COLOURS[i % len(COLOURS)], f"{title(f)} {f['score']:.2f}"
-        x0, y0, x1, y1 = (min(max(v * scale, 0), side - 1) for v, side in zip(f["box"], 2 * size))
+    corners = [[min(max(v * scale, 0), side - 1) for v, side in zip(f["box"], 2 * size)]
+               for f in found]
+    for i, (x0, y0, x1, y1) in reversed(list(enumerate(corners))):
+        colour = COLOURS[i % len(COLOURS)]
         draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=3)
+    for i, (x, y, _, _) in reversed(list(enumerate(corners))):  # names last: no line crosses them
+        colour, name = COLOURS[i % len(COLOURS)], f"{title(found[i])} {found[i]['score']:.2f}"
         width, height = draw.textlength(name, font()) + 6, SIZE + 4
-        x, y = max(0, min(x0, size[0] - width)), max(0, y0 - height)
+        x, y = max(0, min(x, size[0] - width)), max(0, y - height)
         draw.rectangle((x, y, x + width, y + height), fill=colour)
         draw.text((x + 3, y + 1), name, "white", font())
     return picture
@@ -614,10 +619,9 @@ def predictions_picture(model: UniT, datasets: dict, device, path, samples: int 
     was_training, rows = model.training, []
     model.eval()
     for name, dataset in datasets.items():
-        k = min(samples, len(dataset))
-        if k:
-            indices = [i * len(dataset) // k for i in range(k)]
-            rows.append((name, [show_sample(model, dataset, i, device) for i in indices]))
+        tiles = [show_sample(model, dataset, i, device) for i in some(len(dataset), samples)]
+        if tiles:
+            rows.append((name, tiles))
     model.train(was_training)
     if rows:
         save_grid(rows, path)
@@ -644,7 +648,7 @@ def panel(name: str, metrics: dict[str, dict[int, float]]) -> Image.Image:
     draw, small = ImageDraw.Draw(picture), font(12)
     left, top, right, bottom = 34, 44, WIDTH - 12, 214
     values = [v for points in metrics.values() for v in points.values()]
-    low, high = 10 * int(min(values) // 10), 10 * int(max(values) // 10 + 1)
+    low, high = min(90, 10 * int(min(values) // 10)), min(100, 10 * int(max(values) // 10 + 1))
     last = max(i for points in metrics.values() for i in points)
     for k in range(3):
         y = bottom - k * (bottom - top) / 2
@@ -790,7 +794,8 @@ def run(args: argparse.Namespace) -> None:
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     print(results_table(results, name, args.split))
-    print(f"images: {args.batch_size or 1} at a time; predictions: {out / 'predictions'}")
+    at_a_time = args.batch_size or (32 if is_tiny(model) else 1)
+    print(f"images: {at_a_time} at a time; predictions: {out / 'predictions'}")
     write_json(out / ("results.json" if args.split == "val" else "results_test.json"), results)
     if args.figures:
         predictions_picture(model, datasets, device, out / "predictions.png")

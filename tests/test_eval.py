@@ -200,7 +200,8 @@ def make_data(folder: Path) -> Path:
     for split in ("dev", "test"):
         write(folder / f"snli_ve/snli_ve_{split}.jsonl", "".join(json.dumps(
             {"Flickr30K_ID": str(i), "sentence1": "it", "sentence2": "a red cat",
-             "gold_label": label, "pairID": f"{i}.jpg#0r1n"}) + "\n" for i, label in zip(ids, labels)))
+             "gold_label": label, "pairID": f"{i}.jpg#0r1n"}) + "\n"
+            for i, label in zip(ids, labels)))
     for i in ids:
         picture(f"snli_ve/flickr30k_images/{i}.jpg")
     n, glue = range(5), folder / "glue"
@@ -340,14 +341,16 @@ def test_server_files(checkpoint, folder, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_limit_is_spread_and_the_mode_comes_back(checkpoint, folder, capsys):
+def test_limit_and_the_mode_comes_back(checkpoint, folder, capsys):
     model, _ = evaluation.load_checkpoint(checkpoint)
     _, datasets = data.load(folder, ["sst2", "coco"], "val", tiny=True)
     seen = []
     datasets["sst2"].label = lambda index: seen.append(int(index)) or 0
     model.train()
     evaluation.evaluate(model, datasets, "cpu", limit=2)
-    assert model.training and set(seen) == {0, 2}
+    assert model.training and len(set(seen)) == 2
+    assert evaluation.some(100, 3).tolist() == sorted(set(evaluation.some(100, 3).tolist()))
+    assert evaluation.some(5, 9).tolist() == [0, 1, 2, 3, 4]
     datasets["coco"].ids = datasets["coco"].ids[:0]
     assert evaluation.evaluate(model, {"coco": datasets["coco"]}, "cpu") == {}
     assert "coco: no samples" in capsys.readouterr().out
@@ -405,6 +408,19 @@ def test_one_input_on_the_command_line(checkpoint, folder, tmp_path, capsys):
     assert Image.open(tmp_path / "prediction.png").width == 320
     evaluation.main([*command, "--text", "a cat", "--text_pair", "a dog", "--tasks", "mnli,qqp"])
     assert re.search(r"mnli:\n.*entailment|qqp:\n.*duplicate", capsys.readouterr().out)
+
+
+def test_released_model_has_names_from_the_data_folder(checkpoint, folder, tmp_path, monkeypatch,
+                                                       capsys):
+    model, _ = evaluation.load_checkpoint(checkpoint)
+    monkeypatch.setattr(unit, "load_released", lambda path: model, raising=False)
+    command = ["--released", "unit.pth", "--data", str(folder), "--out", str(tmp_path)]
+    image = str(folder / "coco/val2017/000000000003.jpg")
+    evaluation.main([*command, "--image", image, "--question", "what is it?"])
+    assert re.search(r"%  (cat|dog)\n", capsys.readouterr().out)  # of answers_vqa.txt
+    evaluation.main([*command, "--tasks", "vqa2,sst2", "--num_workers", "0"])
+    printed = capsys.readouterr().out
+    assert re.search(r"authors released-all\nvqa2 +accuracy +\d+\.\d\d +66.96\n", printed)
 
 
 @pytest.mark.parametrize("flags, message", [
