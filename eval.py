@@ -306,7 +306,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
 
 
 def some(total: int, count: int) -> np.ndarray:
-    """`count` of `total` indices, in order. Drawn, as every n-th may fall in step with the labels."""
+    """`count` of `total` indices, in order. Drawn: every n-th may fall in step with the labels."""
     return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
@@ -719,13 +719,14 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
     def lines(name, *first):
         file = folder / name
         found = data.read_lines(file) if file.exists() else map(str, range(1, 3130))
-        return [*first, *(x.split(",")[0] for x in found)]
+        # VG's ids start at 1, and its lines are names with aliases behind commas.
+        return [*first, *(x.split(",")[0] if first else x for x in found)]
     model = unit.load_released(path)
-    # torchvision knows COCO's names by category id, with "N/A" for ids that are not used.
-    coco = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    # torchvision knows COCO's names by category id.
+    coco = ["" if x in ("__background__", "N/A") else x
+            for x in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]]
     classes = {t.name: t.dataset.class_names for t in data.TASKS} | {
-        "coco": [x if x.islower() else "" for x in coco], "vg": lines("vg/objects_vocab.txt", ""),
-        "vqa2": lines("vqa2/answers_vqa.txt")}
+        "coco": coco, "vg": lines("vg/objects_vocab.txt", ""), "vqa2": lines("vqa2/answers_vqa.txt")}
     labels = {name: {"classes": names, "attributes": lines("vg/attributes_vocab.txt", "")}
               for name, names in classes.items()}
     name = "released-" + ("all" if len(model.tasks) > 1 else "coco")
