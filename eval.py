@@ -726,7 +726,8 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
     coco = ["" if x in ("__background__", "N/A") else x
             for x in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]]
     classes = {t.name: t.dataset.class_names for t in data.TASKS} | {
-        "coco": coco, "vg": lines("vg/objects_vocab.txt", ""), "vqa2": lines("vqa2/answers_vqa.txt")}
+        "coco": coco, "vqa2": lines("vqa2/answers_vqa.txt"),
+        "vg": lines("vg/objects_vocab.txt", "")}
     labels = {name: {"classes": names, "attributes": lines("vg/attributes_vocab.txt", "")}
               for name, names in classes.items()}
     name = "released-" + ("all" if len(model.tasks) > 1 else "coco")
