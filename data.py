@@ -100,16 +100,17 @@ def read_bytes(path: Path) -> bytes:
         raise bad(path, error.strerror, "the README says where each file belongs") from None
 
 
-def read_json(path: Path):
-    try:
-        return json.loads(read_bytes(path))  # from bytes: a byte order mark is understood
+def read_json(path: Path, hook=None):
+    """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
+    try:  # from bytes, not text: a byte order mark is understood
+        return json.loads(read_bytes(path), object_hook=hook)
     except (ValueError, RecursionError) as error:
         raise bad(path, f"not valid JSON ({error})", "cut short? unpack it again") from None
 
 
 @contextlib.contextmanager
 def no_collection():
-    """Garbage collection off: it would visit the millions of objects being parsed, again and again."""
+    """No garbage collection: it would visit millions of objects just parsed, again and again."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -716,10 +717,16 @@ class Vqa2(Classification):
 
     def read(self) -> None:
         paths = [self.data / file for file in self.needed(self.data, self.split)]
-        answers, common = {}, Counter()  # {question id: ten answers}, {answer: questions}
+        # {question id: ten places among the different answers}, {most common answer: questions}
+        answers, common = {}, Counter()
+        self.different = defaultdict(lambda: len(self.different))  # {answer: its place}
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
-            rows = table(read_json(path), "annotations", path)
-            answers.update(zip(column(rows, "question_id", path), column(rows, "answers", path)))
+            rows = table(read_json(path, self.shorten), "annotations", path)
+            numbers = column(rows, "question_id", path)
+            for number, ten in zip(numbers, column(rows, "answers", path)):
+                if not isinstance(ten, list) or {*map(type, ten)} - {int}:
+                    raise bad(path, f"question {number}: bad answers ({ten!s:.80})")
+                answers[number] = ten[:10]
             common.update(column(rows, "multiple_choice_answer", path))
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
@@ -738,6 +745,11 @@ class Vqa2(Classification):
         if self.split == "train":
             found += self.genome_questions(held_out)
         self.fill(found, paths[0])
+
+    def shorten(self, row: dict):
+        """{"answer": text, ...} -> the text's place. There are 6.6 million of them: kept as objects
+        until the file is read, they are slow to visit again."""
+        return self.different[str(row["answer"])] if "answer" in row else row
 
     def read_answers(self, common: Counter) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
@@ -769,7 +781,7 @@ class Vqa2(Classification):
                     self.skipped["VG questions on unknown images"] += len(row["qas"])
                 elif coco_ids[image] not in held_out:
                     found += [(int(qa["qa_id"]), pictures.get(image), qa["question"],
-                               [{"answer": qa["answer"]}] * 10) for qa in row["qas"]]
+                               [self.different[str(qa["answer"])]] * 10) for qa in row["qas"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
@@ -782,26 +794,21 @@ class Vqa2(Classification):
         if self.split != "test":
             self.skipped["without answers"] = sum(not row[3] for row in rows)
             rows = [row for row in rows if row[3]]
-        # The ten answers are places among the different ones; -1: none (a test split).
-        different, answers = defaultdict(lambda: len(different)), []
-        for row in rows:
-            try:
-                given = [different[answer["answer"]] for answer in row[3][:10]]
-            except (KeyError, TypeError):
-                raise bad(path, f"question {row[0]}: bad answers ({row[3]!s:.80})") from None
-            answers.append(given + [-1] * (10 - len(given)))
+        # Fewer than ten answers (test splits have none) are filled up with -1.
+        answers = [[*row[3], *[-1] * (10 - len(row[3]))] for row in rows]
         answers = np.array(answers, np.int32).reshape(-1, 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
         self.classes = np.array([forms.get(normalise_answer(str(answer)), -1)
-                                 for answer in different] + [-1], np.int32)
+                                 for answer in self.different] + [-1], np.int32)
         if self.split == "train":  # no loss without a target
             keep = (self.classes[answers] >= 0).any(1)
             self.skipped["without an answer in the vocabulary"] = int((~keep).sum())
             rows, answers = [row for row, k in zip(rows, keep) if k], answers[keep]
-        self.answer_ids, self.answer_texts = answers, Strings(different)
+        self.answer_ids, self.answer_texts = answers, Strings(self.different)
+        del self.different
         self.ids = np.array([row[0] for row in rows], np.int64)
         self.folder, self.names = self.data, Strings(row[1] for row in rows)
         self.first = Strings(row[2] for row in rows)
