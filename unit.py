@@ -35,9 +35,12 @@ import argparse
 import io
 import json
 import math
+import os
 import re
+import socket
 import tarfile
 from dataclasses import dataclass, field, fields, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -781,3 +784,393 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
         best = at_least_float32(head(outputs.hidden[-1], labels)).softmax(-1).max(-1)
         columns += [best.indices, best.values]
     return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading pretrained and released weights
+# --------------------------------------------------------------------------------------------------
+
+class MissingFile(InputError):
+    """A file that is not there and could not be fetched; the message says where to put it."""
+
+
+# The published files, by the name they are kept under: address, (beginning of the) SHA-256, size.
+_BERT = "https://huggingface.co/google-bert/bert-base-uncased/resolve/" \
+        "86b5e0934494bd15c9632b12f734a8a67f723594/"
+_UNIT = "https://dl.fbaipublicfiles.com/mmf/data/models/unit_models/unit."
+PUBLISHED = {
+    "vocab.txt": (_BERT + "vocab.txt", "231,508 bytes",
+                  "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    "model.safetensors": (_BERT + "model.safetensors", "440,449,768 bytes",
+                          "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
+    "pytorch_model.bin": (_BERT + "pytorch_model.bin", "440,473,133 bytes",
+                          "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
+    "detr-r50-dc5-f0fb7ef5.pth": ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth",
+                                  "159 MB", "f0fb7ef5"),
+    "resnet50-0676ba61.pth": ("https://download.pytorch.org/models/resnet50-0676ba61.pth",
+                              "25,557,032 parameters", "0676ba61"),
+} | {f"unit.{name}.tar.gz": (f"{_UNIT}{name}.tar.gz", "size not known", sha256)
+     for name, sha256 in {
+    "coco.single_task":
+        "d235fe2d27b47d8f19ce82bea2b1bc6d33151b7c6c1a5558c2a501911b9f4880",
+    "coco.single_task_without_task_embedding":
+        "ded272f84b6fb27e3aaca3de4d494f8bbfdb1b6a870a43069b43aed6d94bd7d3",
+    "all_8_datasets.shared_dec_with_coco_init":
+        "63cd3a5cfd6728b6e529714d5dcdc5cb3d9b7d1038dbbb2351264d145e5852d4",
+    "all_8_datasets.shared_dec_with_coco_init_without_task_embedding":
+        "c4a3c1072f07e605de76402ff7c0e2bc8d4514561c52dc94b3d28b3d4d7f698e"}.items()}
+TIMEOUT = 10  # seconds without an answer, after which a machine counts as offline
+
+
+def fetch(path: Path | str) -> Path:
+    """`path`. If nothing is there and its name is a published file's, that is downloaded to it."""
+    path = Path(path)
+    if path.exists():
+        return path
+    if path.name not in PUBLISHED:
+        raise MissingFile(f"{path}: no such file; check the path")
+    url, size, sha256 = PUBLISHED[path.name]
+    before, turn = socket.getdefaulttimeout(), None
+    try:
+        import fcntl  # not on Windows, which needs it only here
+        path.parent.mkdir(exist_ok=True)
+        turn = os.open(path.parent, os.O_RDONLY)
+        fcntl.flock(turn, fcntl.LOCK_EX)   # the first process of a machine fetches, others wait
+        socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
+        if not path.exists():
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except (OSError, RuntimeError, HTTPException, ImportError) as error:
+        raise MissingFile(f"{path}: not there, and fetching it failed ({error}); get {url} "
+                          f"({size}, SHA-256 {sha256}) by other means and put it there") from None
+    finally:
+        socket.setdefaulttimeout(before)
+        if turn is not None:
+            os.close(turn)                 # lets go of the lock
+    return path
+
+
+def read_weights(path: Path | str, admit=()) -> dict[str, Tensor]:
+    """The tensors of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive.
+
+    Weights only: a pickle that asks for anything but tensors, plain values and the classes in
+    `admit` is refused before any of its code runs. Nothing is written to disk.
+    """
+    path = Path(path)
+    try:
+        if path.name.endswith(".safetensors"):
+            found = read_safetensors(path)
+        else:
+            archive = path.name.endswith((".tar", ".tar.gz", ".tgz"))
+            with path.open("rb") as file:
+                zipped = file.read(2) == b"PK"  # PyTorch's older format cannot be mapped
+            with torch.serialization.safe_globals(list(admit)):
+                found = torch.load(read_archive(path) if archive else path, map_location="cpu",
+                                   weights_only=True, mmap=zipped and not archive)
+    except Exception as error:  # a broken file can break a reader in any way
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise InputError(f"{path}: asks for {refused[1]}, and loading that could run code; "
+                             f"it must hold tensors and plain values only") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: cannot be read ({reason}); get it again") from None
+    for key in ("model", "state_dict"):  # where training programs put the weights
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"{path}: holds no weights; give a file of named tensors")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or \
+                value.layout != torch.strided or value.is_quantized:
+            raise InputError(f"{path}: {key!r} is not a plain tensor; give a file of named tensors")
+    return {key.removeprefix("module."): value for key, value in found.items()}
+
+
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """8 bytes header length, little-endian; header, JSON: name -> dtype, shape, data_offsets; data.
+
+    Raises ValueError unless the tensors fill the data one after another, as the format demands:
+    then no two overlap, none reaches out of the file, and no name is there twice.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (start, stop) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not end == start <= stop <= len(data):
+            raise ValueError(f"{name} at {start}..{stop}, not from {end} to at most {len(data)}")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
+            raise ValueError(f"{name} of shape {shape} in {stop - start} bytes")
+        tensors[name] = data[start:stop].clone().view(dtype).reshape(shape)  # a copy is aligned
+        end = stop
+    if end != len(data):
+        raise ValueError(f"{len(data) - end} bytes that belong to no tensor")
+    return tensors
+
+
+def read_archive(path: Path) -> io.BytesIO:
+    """The one checkpoint in a tar archive, in memory: nothing is unpacked, nothing climbs out."""
+    found = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = Path(member.name)
+            if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
+                raise ValueError(f"its member {member.name} is a link or lies outside its folder")
+            if member.isfile() and name.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+                if member.size > 2 ** 33:  # the largest published model has 2 GB
+                    raise ValueError(f"its member {member.name} unpacks to {member.size} bytes")
+                found[member.name] = archive.extractfile(member).read()
+    if len(found) != 1:
+        raise ValueError(f"it should hold one checkpoint, but holds {', '.join(found) or 'none'}")
+    return io.BytesIO(*found.values())
+
+
+def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], source, unused: str, path, fix: str):
+    """Copies a file's tensors into ours once every name and shape fits, else raises InputError.
+
+    source(our name) -> the file's name and, where only a part is taken, which rows (a function).
+    `unused`: a pattern of the keys that files carry without use.
+    """
+    values, used = {}, set()
+    for name, tensor in ours.items():
+        key, rows = source(name)
+        if key not in theirs:
+            raise InputError(f"{path}: {key} is missing; {fix}")
+        value = theirs[key] if rows is None else rows(torch.atleast_1d(theirs[key]))
+        if value.shape != tensor.shape:
+            raise InputError(f"{path}: {key} is {tuple(theirs[key].shape)}, which does not fit our "
+                             f"{name} {tuple(tensor.shape)}; {fix}")
+        values[name] = value
+        used.add(key)
+    if left := [key for key in theirs if key not in used and not re.search(unused, key)]:
+        raise InputError(f"{path}: {', '.join(left[:3])} ({len(left)} in all) fit nowhere; {fix}")
+    for name, value in values.items():
+        ours[name].copy_(value)
+
+
+def rename(name: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+# Our names to BERT's, in this order.
+BERT_NAMES = [
+    (r"^(word|position|token_type)_embeddings", r"embeddings.\1_embeddings"),
+    (r"^norm\.", "embeddings.LayerNorm."), (r"^layers\.", "encoder.layer."),
+    (r"attention\.q_proj", "attention.self.query"), (r"attention\.k_proj", "attention.self.key"),
+    (r"attention\.v_proj", "attention.self.value"),
+    (r"attention\.out_proj", "attention.output.dense"), (r"norm1", "attention.output.LayerNorm"),
+    (r"linear1", "intermediate.dense"), (r"linear2", "output.dense"),
+    (r"norm2", "output.LayerNorm")]
+BERT_UNUSED = r"^(cls|pooler)\.|\bposition_ids$"
+OUR_OWN = ("projection.", "position_projection.", "w_task.")  # in our text encoder, but not of BERT
+
+
+def bert_config(folder: Path | str) -> dict[str, int]:
+    """The fields of Config that BERT's own config.json gives (none if there is no such file)."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        given = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not BERT's settings ({error}); get it again") from None
+    for key, value in {"hidden_act": "gelu", "position_embedding_type": "absolute",
+                       "type_vocab_size": 2, "layer_norm_eps": 1e-12}.items():
+        if given.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {given[key]}, not {value}; take another BERT")
+    names = {"hidden_size": "bert_width", "num_attention_heads": "bert_heads",
+             "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
+             "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
+    sizes = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise InputError(f"{path}: {wrong[0]} is {sizes[wrong[0]]!r}, not a positive integer")
+    return sizes
+
+
+def load_bert(model: UniT, path: Path | str) -> Path:
+    """BERT's weights, from a folder or a file. Names are old (gamma, beta) or new, with or without
+    the prefix of a pretraining model. Returns the file."""
+    path = Path(path)
+    if path.is_dir():
+        old = path / "pytorch_model.bin"
+        path = old if old.exists() and not (path / "model.safetensors").exists() else \
+            path / "model.safetensors"
+    fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
+    for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
+        if getattr(model.config, name) != size:
+            raise InputError(f"{path.parent / 'config.json'}: {name} is {size}, the model's is "
+                             f"{getattr(model.config, name)}; {fix}")
+    rules = [(r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")]
+    found = {rename(key, rules): value for key, value in read_weights(fetch(path)).items()}
+    ours = {name: tensor for name, tensor in model.text_encoder.state_dict().items()
+            if not name.startswith(OUR_OWN)}
+    fill(ours, found, lambda name: (rename(name, BERT_NAMES), None), BERT_UNUSED, path, fix)
+    return path
+
+
+def load_backbone(model: UniT, path: Path | str) -> Path:
+    """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
+    found = read_weights(fetch(path), admit=[argparse.Namespace])  # DETR's files keep their flags
+    detr = "backbone.0.body."
+    prefix = detr if any(key.startswith(detr) for key in found) else ""
+    unused = r"^(transformer|class_embed|bbox_embed|query_embed|input_proj)\." if prefix else (
+        r"^fc\.")
+    fill(model.image_encoder.backbone.body.state_dict(), found, lambda name: (prefix + name, None),
+         unused + r"|\.num_batches_tracked$", path, "give DETR's detr-r50-dc5 or resnet50-0676ba61")
+    return Path(path)
+
+
+def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -> list[str]:
+    """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
+    line 3). Returns what was loaded; raises MissingFile, the rest loaded, for what is absent."""
+    parts, lines, missing = [], [], []
+    if model.text_encoder is not None:
+        parts.append(("BERT", load_bert, "bert"))
+    if model.image_encoder is not None and model.config.backbone == "resnet50":
+        file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
+        parts.append(("backbone", load_backbone, file))
+    for name, load, path in parts:
+        try:
+            lines.append(f"{name}: pretrained weights of {load(model, Path(data_dir) / path)}")
+        except MissingFile as error:
+            missing.append(f"{name}: {error}")
+    if missing:
+        raise MissingFile("; ".join(missing + lines))
+    return lines
+
+
+# Our tasks: group and name in the released files, and the row of the task tables (RELEASED).
+RELEASED_TASKS = {
+    "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
+    "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
+    "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
+    "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
+# Our names to theirs, in this order; tasks are under their names already, BERT's are above.
+_BASE, _TRANSFORMER = "unit_base_model.", "unit_base_model.transformer."
+RELEASED_NAMES = [
+    (r"^image_encoder\.backbone", _BASE + "backbone.0"),
+    (r"^image_encoder\.input_proj", _BASE + "input_proj"),
+    (r"^image_encoder\.layers", _TRANSFORMER + "encoder.layers"),
+    (r"^image_encoder\.projection", _TRANSFORMER + "enc2dec_proj"),
+    (r"^image_encoder\.position_projection", _TRANSFORMER + "pos_embed_proj"),
+    (r"^image_encoder\.w_task.*", _TRANSFORMER + "task_embeddings_enc.weight"),
+    (r"^text_encoder\.projection", "bert_projection"),
+    (r"^text_encoder\.position_projection", "bert_pos_projection"),
+    (r"^text_encoder\.w_task.*", "task_embeddings_lang.weight"),
+    (r"^decoders\.shared", _TRANSFORMER + "decoder"), (r"^decoders\.", _TRANSFORMER + "decoders."),
+    (r"^queries\.(.*)", _BASE + r"query_embeds.\1.weight"),
+    (r"^heads\.\w+\.(\w+)\.class_head", r"class_embeds.\1"),
+    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}") for i in range(3)),
+    (r"^heads\.\w+\.(\w+)\.attribute_head", r"det_losses.\1.attribute_head"),
+    (r"attribute_head\.class_embedding", "attribute_head.cls_embed"),
+    (r"attribute_head\.linear", "attribute_head.attr_linear"),
+    (r"^heads\.(\w+\.\w+)\.linear2", r"classifiers.\1.0.dense"),
+    (r"^heads\.(\w+\.\w+)\.norm", r"classifiers.\1.0.LayerNorm"),
+    (r"^heads\.(\w+\.\w+)\.linear1", r"classifiers.\1.1"),
+    (r"cross_attention", "multihead_attn"), (r"(self_)?attention", "self_attn"),
+    (r"[qkv]_proj\.", "in_proj_")]
+# The same tensors under a second name.
+RELEASED_ALIASES = [(r"^bert_model\.embeddings\.", "bert_model.module.embeddings."),
+                    (r"\.transformer\.decoders\.\w+\.\w+\.", ".transformer.decoder.")]
+# Carried without use: BERT's pooler, counters, constants of the losses, query tables without a
+# head; and, where no task has a text, the text encoder that the authors' code makes all the same.
+RELEASED_UNUSED = (r"\bposition_ids$|\.pooler\.|\.num_batches_tracked$|\.empty_weight$"
+                   r"|^unit_base_model\.query_embeds\.")
+RELEASED_UNUSED_TEXT = r"|^bert_(model|projection|pos_projection)\.|^task_embeddings_lang\."
+
+
+def released_source(name: str):
+    """Where a tensor of ours lies in the released files: key and, if it is a part, which rows."""
+    room, item, *rest = name.split(".", 2)
+    if room == "text_encoder" and not name.removeprefix("text_encoder.").startswith(OUR_OWN):
+        return "bert_model.module." + rename(name.removeprefix("text_encoder."), BERT_NAMES), None
+    if room in ("decoders", "queries", "heads") and item in RELEASED_TASKS:
+        item = RELEASED_TASKS[item][0]
+    key = rename(".".join([room, item, *rest]), RELEASED_NAMES)
+    if item == "w_task":                                # one row a task of a table of 256
+        row = RELEASED_TASKS[rest[0]][1]
+        return key, lambda table: table[row:row + 1]
+    if part := re.search(r"\b([qkv])_proj\.", name):    # packed: q, k, v on top of each other
+        return key, lambda packed: packed.tensor_split(3)["qkv".index(part[1])]
+    return key, None
+
+
+def load_released(path: Path | str, **overrides) -> UniT:
+    """The authors' model in eval mode, from their archive or the file in it.
+
+    Tasks, sizes, decoders and task embeddings are those of its tensors. Heads of attention do not
+    show there: they are Config's, unless `overrides` says otherwise.
+    """
+    found = {rename(key, [(r"^detr_model\.", _BASE)]): value
+             for key, value in read_weights(fetch(path)).items()}
+    for key in list(found):
+        original = rename(key, RELEASED_ALIASES)
+        if original != key and original in found:
+            a, b = found.pop(key), found[original]
+            if a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
+                raise InputError(f"{path}: {key} should equal {original}; get the file again")
+    tasks, config = released_settings(found, path)
+    with torch.device("meta"):  # initial weights would be drawn for nothing
+        model = UniT(replace(config, **AS_RELEASED | overrides), tasks)
+    model.to_empty(device="cpu")
+    text = "" if model.text_encoder else RELEASED_UNUSED_TEXT
+    fill(model.state_dict(), found, released_source, RELEASED_UNUSED + text, path,
+         "give one of the authors' files (README)")
+    return model.eval()
+
+
+def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], Config]:
+    """What the shapes of a released file's tensors tell."""
+    def size(key: str, dim: int = 0) -> int:
+        if key not in found or found[key].dim() <= dim:
+            raise InputError(f"{path}: {key} is missing; give one of the authors' files (README)")
+        return found[key].shape[dim]
+
+    def count(prefix: str) -> int:
+        return len({key[len(prefix):].split(".")[0] for key in found if key.startswith(prefix)})
+
+    tasks = []
+    for name, (key, _) in RELEASED_TASKS.items():
+        group, dataset = key.split(".")
+        head = f"class_embeds.{dataset}" if group == "detection" else f"classifiers.{key}.1"
+        if f"{head}.weight" not in found:
+            continue
+        attributes = f"det_losses.{dataset}.attribute_head.attr_linear2.weight"
+        tasks.append(Task(
+            name, kind="detection" if group == "detection" else "classification",
+            image=group != "glue", text=group != "detection",
+            num_queries=size(f"{_BASE}query_embeds.{key}.weight"),
+            num_classes=size(f"{head}.weight") - (group == "detection"),  # less no-object
+            num_attributes=size(attributes) if attributes in found else 0,
+            max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
+    if not tasks:
+        raise InputError(f"{path}: no task's head in it; give one of the authors' files (README)")
+    shared = any(key.startswith(_TRANSFORMER + "decoder.") for key in found)
+    decoder = _TRANSFORMER + ("decoder" if shared else
+                              f"decoders.{RELEASED_TASKS[tasks[0].name][0]}") + ".layers."
+    encoder, bert = _TRANSFORMER + "encoder.layers.", "bert_model.module."
+    sizes = dict(
+        encoder_width=size(encoder + "0.linear1.weight", 1),
+        encoder_ff=size(encoder + "0.linear1.weight"), encoder_layers=count(encoder),
+        decoder_width=size(decoder + "0.linear1.weight", 1),
+        decoder_ff=size(decoder + "0.linear1.weight"), decoder_layers=count(decoder),
+        shared_decoder=shared, task_embedding=_TRANSFORMER + "task_embeddings_enc.weight" in found)
+    if any(t.text for t in tasks):
+        words = bert + "embeddings.word_embeddings.weight"
+        sizes |= dict(
+            bert_width=size(words, 1), vocab_size=size(words),
+            bert_ff=size(bert + "encoder.layer.0.intermediate.dense.weight"),
+            bert_layers=count(bert + "encoder.layer."),
+            max_positions=size(bert + "embeddings.position_embeddings.weight"))
+    return tasks, Config(**sizes)
