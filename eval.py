@@ -702,15 +702,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def start_processes() -> torch.device:
-    """This process's device; joins the others if torchrun started several."""
+def start_processes() -> tuple[int, int, torch.device]:
+    """rank, number of processes and device; joins torchrun's group if there is one (train.py's too).
+
+    CPU tensors travel by gloo even where gradients go by NCCL: what the processes tell each other
+    between iterations (boxes counted, stop?) then costs the GPU no synchronisation.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
+        # cuDNN's attention has had NaN gradients under a mask (torch 2.13 on Hopper).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
@@ -774,7 +781,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("give either --checkpoint FILE or --released FILE (see --help)")
     if min(args.eval_samples or 0, args.batch_size, args.num_workers) < 0:
         raise InputError("--eval_samples, --batch_size and --num_workers cannot be negative")
-    device, file = start_processes(), Path(args.checkpoint or args.released)
+    (rank, _, device), file = start_processes(), Path(args.checkpoint or args.released)
     if args.released:
         folder = Path(args.data or "data")
         model, checkpoint, name = released_checkpoint(file, folder)
@@ -793,7 +800,7 @@ def run(args: argparse.Namespace) -> None:
     datasets = load_datasets(model, labels, tasks, args.split, folder)
     results = evaluate(model, datasets, device, args.batch_size, args.num_workers,
                        args.eval_samples, args.precision, out)
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if rank > 0:
         return
     print(results_table(results, name, args.split))
     at_a_time = args.batch_size or (32 if is_tiny(model) else 1)

@@ -167,24 +167,6 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
 # Processes
 # --------------------------------------------------------------------------------------------------
 
-def start_processes() -> tuple[int, int, torch.device]:
-    """rank, world size and device; joins torchrun's group if there is one.
-
-    CPU tensors travel by gloo even where gradients go by NCCL: what the processes tell each other
-    between iterations (boxes counted, stop?) then costs the GPU no synchronisation.
-    """
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # cuDNN's attention has had NaN gradients under a mask (torch 2.13 on Hopper).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def sum_over_processes(*numbers: float) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     if dist.is_initialized():
@@ -729,7 +711,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def start(args: argparse.Namespace) -> None:
     config, train, out = settings(args)
-    rank, world_size, device = processes = start_processes()
+    rank, world_size, device = processes = evaluation.start_processes()
     say = print if rank == 0 else lambda *_: None
     state = None
     if args.resume:
