@@ -1002,10 +1002,9 @@ def load_bert(model: UniT, path: Path | str) -> Path:
     """BERT's weights, from a folder or a file. Names are old (gamma, beta) or new, with or without
     the prefix of a pretraining model. Returns the file."""
     path = Path(path)
-    if path.is_dir():
-        old = path / "pytorch_model.bin"
-        path = old if old.exists() and not (path / "model.safetensors").exists() else \
-            path / "model.safetensors"
+    if path.is_dir() or not path.suffix:  # a folder, or where one will be
+        files = [path / "model.safetensors", path / "pytorch_model.bin"]
+        path = next((file for file in files if file.exists()), files[0])
     fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
     for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
         if getattr(model.config, name) != size:
@@ -1117,8 +1116,8 @@ def load_released(path: Path | str, **overrides) -> UniT:
     for key in list(found):
         original = rename(key, RELEASED_ALIASES)
         if original != key and original in found:
-            a, b = found.pop(key), found[original]
-            if a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
+            a, b = found.pop(key), found[original]  # mostly one tensor in memory, too
+            if a.data_ptr() != b.data_ptr() and not torch.equal(a.double(), b.double()):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
     tasks, config = released_settings(found, path)
     with torch.device("meta"):  # initial weights would be drawn for nothing
@@ -1137,9 +1136,6 @@ def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], Confi
             raise InputError(f"{path}: {key} is missing; give one of the authors' files (README)")
         return found[key].shape[dim]
 
-    def count(prefix: str) -> int:
-        return len({key[len(prefix):].split(".")[0] for key in found if key.startswith(prefix)})
-
     tasks = []
     for name, (key, _) in RELEASED_TASKS.items():
         group, dataset = key.split(".")
@@ -1157,20 +1153,19 @@ def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], Confi
     if not tasks:
         raise InputError(f"{path}: no task's head in it; give one of the authors' files (README)")
     shared = any(key.startswith(_TRANSFORMER + "decoder.") for key in found)
-    decoder = _TRANSFORMER + ("decoder" if shared else
-                              f"decoders.{RELEASED_TASKS[tasks[0].name][0]}") + ".layers."
-    encoder, bert = _TRANSFORMER + "encoder.layers.", "bert_model.module."
-    sizes = dict(
-        encoder_width=size(encoder + "0.linear1.weight", 1),
-        encoder_ff=size(encoder + "0.linear1.weight"), encoder_layers=count(encoder),
-        decoder_width=size(decoder + "0.linear1.weight", 1),
-        decoder_ff=size(decoder + "0.linear1.weight"), decoder_layers=count(decoder),
-        shared_decoder=shared, task_embedding=_TRANSFORMER + "task_embeddings_enc.weight" in found)
+    decoder = "decoder" if shared else f"decoders.{RELEASED_TASKS[tasks[0].name][0]}"
+    parts = [("encoder", _TRANSFORMER + "encoder.layers.", "linear1"),
+             ("decoder", _TRANSFORMER + decoder + ".layers.", "linear1")]
+    sizes = dict(shared_decoder=shared,
+                 task_embedding=_TRANSFORMER + "task_embeddings_enc.weight" in found)
     if any(t.text for t in tasks):
-        words = bert + "embeddings.word_embeddings.weight"
-        sizes |= dict(
-            bert_width=size(words, 1), vocab_size=size(words),
-            bert_ff=size(bert + "encoder.layer.0.intermediate.dense.weight"),
-            bert_layers=count(bert + "encoder.layer."),
-            max_positions=size(bert + "embeddings.position_embeddings.weight"))
+        parts.append(("bert", "bert_model.module.encoder.layer.", "intermediate.dense"))
+        embeddings = "bert_model.module.embeddings."
+        sizes |= dict(vocab_size=size(embeddings + "word_embeddings.weight"),
+                      max_positions=size(embeddings + "position_embeddings.weight"))
+    for part, prefix, linear in parts:  # a layer's first linear map has both of its sizes
+        first = f"{prefix}0.{linear}.weight"
+        layers = {key[len(prefix):].split(".")[0] for key in found if key.startswith(prefix)}
+        sizes |= {f"{part}_width": size(first, 1), f"{part}_ff": size(first),
+                  f"{part}_layers": len(layers)}
     return tasks, Config(**sizes)

