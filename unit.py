@@ -794,31 +794,28 @@ class MissingFile(InputError):
     """A file that is not there and could not be fetched; the message says where to put it."""
 
 
-# The published files, by the name they are kept under: address, (beginning of the) SHA-256, size.
 _BERT = "https://huggingface.co/google-bert/bert-base-uncased/resolve/" \
         "86b5e0934494bd15c9632b12f734a8a67f723594/"
 _UNIT = "https://dl.fbaipublicfiles.com/mmf/data/models/unit_models/unit."
-PUBLISHED = {
-    "vocab.txt": (_BERT + "vocab.txt", "231,508 bytes",
-                  "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-    "model.safetensors": (_BERT + "model.safetensors", "440,449,768 bytes",
-                          "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
-    "pytorch_model.bin": (_BERT + "pytorch_model.bin", "440,473,133 bytes",
-                          "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
-    "detr-r50-dc5-f0fb7ef5.pth": ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth",
-                                  "159 MB", "f0fb7ef5"),
-    "resnet50-0676ba61.pth": ("https://download.pytorch.org/models/resnet50-0676ba61.pth",
-                              "25,557,032 parameters", "0676ba61"),
-} | {f"unit.{name}.tar.gz": (f"{_UNIT}{name}.tar.gz", "size not known", sha256)
-     for name, sha256 in {
-    "coco.single_task":
-        "d235fe2d27b47d8f19ce82bea2b1bc6d33151b7c6c1a5558c2a501911b9f4880",
-    "coco.single_task_without_task_embedding":
-        "ded272f84b6fb27e3aaca3de4d494f8bbfdb1b6a870a43069b43aed6d94bd7d3",
-    "all_8_datasets.shared_dec_with_coco_init":
-        "63cd3a5cfd6728b6e529714d5dcdc5cb3d9b7d1038dbbb2351264d145e5852d4",
-    "all_8_datasets.shared_dec_with_coco_init_without_task_embedding":
-        "c4a3c1072f07e605de76402ff7c0e2bc8d4514561c52dc94b3d28b3d4d7f698e"}.items()}
+# The published files by name: address, size, SHA-256 (of some only the beginning is published).
+PUBLISHED = {address.rpartition("/")[2]: (address, size, sha256) for address, size, sha256 in (
+    (_BERT + "vocab.txt", "231,508 bytes",
+     "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    (_BERT + "model.safetensors", "440,449,768 bytes",
+     "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
+    (_BERT + "pytorch_model.bin", "440,473,133 bytes",
+     "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
+    ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth", "159 MB", "f0fb7ef5"),
+    ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "25,557,032 parameters",
+     "0676ba61"),
+    (_UNIT + "coco.single_task.tar.gz", "size not known",
+     "d235fe2d27b47d8f19ce82bea2b1bc6d33151b7c6c1a5558c2a501911b9f4880"),
+    (_UNIT + "coco.single_task_without_task_embedding.tar.gz", "size not known",
+     "ded272f84b6fb27e3aaca3de4d494f8bbfdb1b6a870a43069b43aed6d94bd7d3"),
+    (_UNIT + "all_8_datasets.shared_dec_with_coco_init.tar.gz", "size not known",
+     "63cd3a5cfd6728b6e529714d5dcdc5cb3d9b7d1038dbbb2351264d145e5852d4"),
+    (_UNIT + "all_8_datasets.shared_dec_with_coco_init_without_task_embedding.tar.gz",
+     "size not known", "c4a3c1072f07e605de76402ff7c0e2bc8d4514561c52dc94b3d28b3d4d7f698e"))}
 TIMEOUT = 10  # seconds without an answer, after which a machine counts as offline
 
 
@@ -1025,6 +1022,7 @@ def load_backbone(model: UniT, path: Path | str) -> Path:
     prefix = detr if any(key.startswith(detr) for key in found) else ""
     unused = r"^(transformer|class_embed|bbox_embed|query_embed|input_proj)\." if prefix else (
         r"^fc\.")
+    # DETR's frozen batch norms have no counters, torchvision's have.
     fill(model.image_encoder.backbone.body.state_dict(), found, lambda name: (prefix + name, None),
          unused + r"|\.num_batches_tracked$", path, "give DETR's detr-r50-dc5 or resnet50-0676ba61")
     return Path(path)
@@ -1120,7 +1118,7 @@ def load_released(path: Path | str, **overrides) -> UniT:
             if a.data_ptr() != b.data_ptr() and not torch.equal(a.double(), b.double()):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
     tasks, config = released_settings(found, path)
-    with torch.device("meta"):  # initial weights would be drawn for nothing
+    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(replace(config, **AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
     text = "" if model.text_encoder else RELEASED_UNUSED_TEXT

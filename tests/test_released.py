@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import socket
 import tarfile
 import zlib
 from functools import cache
@@ -654,6 +655,18 @@ def test_fetch_without_a_net(tmp_path, monkeypatch, name):
     assert url.endswith("/" + name) and re.fullmatch("[0-9a-f]{8}|[0-9a-f]{64}", digest)
 
 
+def test_fetch_gives_up_on_silence(tmp_path, monkeypatch):
+    """A server that says nothing does not hang a run; the setting is put back."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(unit, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/vocab.txt"
+        monkeypatch.setitem(unit.PUBLISHED, "vocab.txt", (address, "1 byte", "00"))
+        with pytest.raises(unit.MissingFile, match="timed out"):
+            unit.fetch(tmp_path / "vocab.txt")
+    assert socket.getdefaulttimeout() is None and not list(tmp_path.iterdir())
+
+
 def test_unknown_files_are_not_fetched(tmp_path):
     with pytest.raises(unit.MissingFile, match="no such file"):
         unit.load_released(tmp_path / "mine.pth")
@@ -797,7 +810,7 @@ def test_detr_may_keep_its_flags_and_nothing_else(tmp_path):
 
 
 def test_safetensors_types(tmp_path):
-    """Every type that PyTorch has, scalars, empty tensors, an odd header length."""
+    """Every type that the format and PyTorch share; scalars, empty tensors."""
     tensors = {"scalar": torch.tensor(3.5), "none": torch.zeros(0, 4), "ids": torch.arange(3),
                "matrix": torch.randn(2, 3)}
     write_safetensors(tmp_path / "x.safetensors", tensors)
