@@ -670,6 +670,10 @@ def write_tiny_data(folder: Path) -> None:
 def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     """Data sets and model as the settings ask for: model, train sets, held-out sets, vocabulary."""
     folder = Path(train.data)
+    if not args.tiny and any(t.text and t.name in train.tasks for t in data.TASKS):
+        with contextlib.suppress(unit.MissingFile):  # data.load says what to do if it stays missing
+            unit.fetch(folder / "bert" / "vocab.txt")
+        config = dataclasses.replace(config, **unit.bert_config(folder / "bert"))
     tasks, datasets = data.load(folder, train.tasks, "train", args.tiny)
     _, held_out = data.load(folder, train.tasks, "val", args.tiny)
     for dataset in (*datasets.values(), *held_out.values()):
@@ -685,7 +689,7 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
         try:
             for line in unit.load_pretrained(model, folder, train.imagenet_backbone):
                 say(line)
-        except InputError as error:
+        except unit.MissingFile as error:
             say(f"WARNING: {error}\nWARNING: training starts from RANDOM weights there")
     if train.init and not state:  # after the pretrained weights, which it replaces where it has its own
         for line in initialise_from(model, train.init, train.init_parts, args.as_released):

@@ -1,0 +1,327 @@
+"""train.py: schedule, optimiser, what a batch's cut does not change, stopping and going on.
+
+The runs are real ones: the command line, processes started by torchrun, signals sent from outside, on
+small parts of the tiny data sets.
+"""
+import dataclasses
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+import unit
+from conftest import ROOT, run_python
+
+SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
+         "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
+         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 3e-3 --lr_backbone 3e-3 "
+         "--num_workers 0 --eval_samples 4").split()
+
+
+def command(out, *more, data_dir, processes=1, float64=False, wait=True, **kwargs):
+    """Runs train.py --tiny on small sizes, under torchrun if there are several processes."""
+    head = [sys.executable]
+    if processes > 1:
+        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = ROOT / "train.py"
+    if float64:  # the command line has no such flag: nobody trains in double precision
+        script = Path(out).parent / "float64.py"
+        script.write_text("import torch\ntorch.set_default_dtype(torch.float64)\n"
+                          "import train\ntrain.main()\n")
+    arguments = [*head, str(script), "--tiny", "--data", str(data_dir), "--out", str(out), *SMALL,
+                 *map(str, more)]
+    return run_python(arguments, wait=wait, **kwargs)
+
+
+def weights(out, name="last.pt"):
+    return torch.load(Path(out) / name, weights_only=True)["model"]
+
+
+# A gradient that is mathematically zero is rounding noise, which AdamW blows up to full steps.
+ZERO_GRADIENT = re.compile(r"k_proj\.bias|decoders\.\w+\.layers\.0\.self_attention\.[qk]_proj"
+                           r"|decoders\.\w+\.layers\.0\.self_attention\.v_proj\.weight"
+                           r"|image_encoder\.position_projection\.bias"
+                           r"|text_encoder\.position_projection\.bias")
+
+
+def farthest(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a if not ZERO_GRADIENT.search(k))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Schedule and optimiser
+# ---------------------------------------------------------------------------------------------------
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    run = train.TrainConfig(iterations=10_000, warmup=2000)
+    assert train.lr_factor(0, run) == 1 / 2000
+    assert train.lr_factor(1999, run) == 1
+    assert train.lr_factor(6000, run) == pytest.approx(0.5)   # half of the cosine's way
+    assert train.lr_factor(9999, run) < 1e-6
+
+
+def test_sampling_probabilities_are_table_a2():
+    assert train.table_a2(train.EIGHT) == (0.20, 0.07, 0.26, 0.12, 0.10, 0.10, 0.10, 0.05)  # line 2
+    assert train.table_a2(train.ABLATION) == (0.30, 0.50, 0.20)                             # line 3
+    assert train.table_a2(("coco", "vqa2")) == (1.0, 1.0)                                   # line 1
+
+
+@pytest.fixture()
+def model():
+    torch.manual_seed(0)
+    tasks = [unit.Task(n, "classification", False, True, 2, 3, max_tokens=8) for n in ("a", "b")]
+    return unit.UniT(unit.Config(bert_width=8, bert_heads=2, bert_ff=8, bert_layers=1, vocab_size=20,
+                                 max_positions=8, decoder_width=8, decoder_heads=2, decoder_ff=8,
+                                 decoder_layers=1, dropout=0.0), tasks)
+
+
+def text_batch(task, n=4):
+    torch.manual_seed(1)
+    return unit.Batch(task, list(range(n)), tokens=torch.randint(0, 20, (n, 5)),
+                      token_types=torch.zeros(n, 5, dtype=torch.long),
+                      scores=torch.nn.functional.one_hot(torch.arange(n) % 3, 3).float())
+
+
+def one_update(model, task, config, optimizer, scaler=None):
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    config = dataclasses.replace(config, batch_size=4)
+    return train.update(train.Step(model), optimizer, scaler, [text_batch(task)], config, 0.0, 1,
+                        torch.device("cpu"))
+
+
+def test_unused_parameters_are_skipped_unless_asked(model):
+    """Appendix A: after a step on task b, a's classifier goes on moving by momentum, or stands still."""
+    for update_unused in (False, True):
+        config = train.TrainConfig(update_unused=update_unused, lr=1e-2)
+        optimizer = train.make_optimizer(model, config)
+        one_update(model, "a", config, optimizer)
+        before = {n: p.detach().clone() for n, p in model.heads["a"].named_parameters()}
+        one_update(model, "b", config, optimizer)
+        moved = any(not torch.equal(before[n], p) for n, p in model.heads["a"].named_parameters())
+        assert moved == update_unused
+
+
+def test_a_scaled_step_that_overflows_is_skipped(model):
+    config = train.TrainConfig(precision="fp16")
+    optimizer = train.make_optimizer(model, config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    one_update(model, "a", config, optimizer, scaler)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert scaler.get_scale() < 1e38
+
+
+def test_the_backbone_has_its_own_learning_rate():
+    tasks = [unit.Task("a", "detection", True, False, 2, 3)]
+    tiny = {k: v for k, v in train.TINY.items() if k in {f.name for f in dataclasses.fields(unit.Config)}}
+    model = unit.UniT(unit.Config(**tiny | {"vocab_size": 9}), tasks)
+    groups = train.make_optimizer(model, train.TrainConfig()).param_groups
+    assert [g["base_lr"] for g in groups] == [5e-5, 1e-5]
+    assert (sum(p.numel() for p in groups[1]["params"])
+            == sum(p.numel() for p in model.image_encoder.backbone.parameters()))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The batch of 64 is 64 on any number of processes
+# ---------------------------------------------------------------------------------------------------
+
+ARRANGEMENTS = [(1, 8), (1, 4), (2, 4), (2, 2), (4, 2)]  # processes, micro-batch
+
+
+@pytest.mark.parametrize("float64, tolerance", [(True, 1e-9), (False, 1e-4)])
+def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, float64, tolerance):
+    """20 iterations of all eight tasks, pictures without boxes and boxes without attributes among
+    them: 1 x 8, 1 x (4 + 4), 2 x 4, 2 x (2 + 2) and 4 x 2 samples end with the same weights."""
+    found = []
+    for processes, micro_batch in ARRANGEMENTS:
+        out = tmp_path / f"{processes}x{micro_batch}"
+        command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0, "--save_every",
+                100, "--probabilities", ",".join(["1"] * 8), data_dir=small_tiny_data,
+                processes=processes, float64=float64)
+        found.append(weights(out))
+    seen = {json.loads(x).get("task") for x in (out / "log.jsonl").read_text().splitlines()}
+    assert seen >= set(train.EIGHT)
+    torch.manual_seed(0)
+    first = found[0]
+    assert first["heads.coco.class_head.weight"].dtype == (torch.float64 if float64 else torch.float32)
+    for other in found[1:]:
+        assert farthest(first, other) < tolerance
+
+
+def test_evaluation_is_shared_among_processes(tmp_path, small_tiny_data):
+    """Two processes predict their shares; every sample counts once and the numbers are the same."""
+    out = tmp_path / "run"
+    command(out, "--iterations", 2, data_dir=small_tiny_data)
+    found = []
+    for processes in (1, 2):
+        to = tmp_path / f"eval{processes}"
+        head = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                          f"--nproc_per_node={processes}"]
+        run_python([sys.executable, *head, ROOT / "eval.py", "--checkpoint", out / "last.pt", "--out", to])
+        found.append(json.loads((to / "results.json").read_text()))
+    assert found[0] == found[1]
+    assert set(found[0]) == set(train.EIGHT)
+
+
+# ---------------------------------------------------------------------------------------------------
+# A run can stop anywhere and go on
+# ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, small_tiny_data):
+    """The run that the interrupted ones are held against: dropout on, so that it must come back too."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    command(out, "--iterations", 60, "--dropout", 0.1, "--save_every", 7, data_dir=small_tiny_data)
+    return weights(out)
+
+
+INTERRUPTED = ("--iterations", 60, "--dropout", 0.1, "--save_every", 7, "--log_every", 1)
+
+
+def wait_for_iteration(process, iteration):
+    for line in process.stdout:
+        if re.match(rf"\s*{iteration}/", line):
+            return
+    pytest.fail(f"the run ended before iteration {iteration}")
+
+
+@pytest.mark.parametrize("number, workers", [(signal.SIGKILL, 0), (signal.SIGKILL, 2),
+                                             (signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_resuming_is_exact(tmp_path, small_tiny_data, uninterrupted, number, workers):
+    """Killed, terminated or interrupted, a run that goes on ends with the same bits, whatever the
+    number of data workers."""
+    out = tmp_path / "run"
+    process = command(out, *INTERRUPTED, "--num_workers", workers, data_dir=small_tiny_data, wait=False)
+    wait_for_iteration(process, 31)
+    process.send_signal(number)
+    rest = process.communicate(timeout=60)[0]
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number and "saved: go on with --resume" in rest
+    for line in (out / "log.jsonl").read_text().splitlines():
+        json.loads(line)
+    output = command(out, *INTERRUPTED, "--resume", data_dir=small_tiny_data)
+    assert "going on after iteration" in output
+    assert "going on after iteration 0" not in output
+    end = weights(out)
+    assert all(torch.equal(uninterrupted[k], end[k]) for k in uninterrupted)
+    iterations = [json.loads(x)["iteration"] for x in (out / "log.jsonl").read_text().splitlines()
+                  if "loss" in json.loads(x)]
+    assert iterations == list(range(1, 61))  # none twice, none lost
+
+
+def test_resuming_at_another_number_of_processes_keeps_the_schedule(tmp_path, small_tiny_data):
+    out = tmp_path / "run"
+    command(out, "--iterations", 10, "--dropout", 0, data_dir=small_tiny_data)
+    other = tmp_path / "other"
+    process = command(other, "--iterations", 10, "--dropout", 0, "--save_every", 4, "--log_every", 1,
+                      data_dir=small_tiny_data, wait=False)
+    wait_for_iteration(process, 5)
+    process.kill()
+    process.communicate()
+    command(other, "--iterations", 10, "--resume", data_dir=small_tiny_data, processes=2)
+    tasks = [[json.loads(x).get("task") for x in (o / "log.jsonl").read_text().splitlines()]
+             for o in (out, other)]
+    assert tasks[0] == tasks[1]
+    assert farthest(weights(out), weights(other)) < 1e-4
+
+
+def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, small_tiny_data):
+    out = tmp_path / "run"
+    command(out, "--iterations", 6, "--save_every", 3, data_dir=small_tiny_data)
+    whole, end = (out / "last.pt").read_bytes(), weights(out)
+    (out / "last.pt").write_bytes(whole[:len(whole) // 2])
+    (out / "last.pt.new").write_bytes(whole[:100])  # and a save that was killed
+    output = command(out, "--resume", data_dir=small_tiny_data)
+    assert "last.pt" in output and "going on after iteration 3" in output
+    assert all(torch.equal(end[k], v) for k, v in weights(out).items())
+
+
+def test_a_full_disk_is_said_and_the_previous_checkpoint_stays(tmp_path, small_tiny_data):
+    out = tmp_path / "run"
+    process = command(out, "--iterations", 30, "--save_every", 3, "--log_every", 1,
+                      data_dir=small_tiny_data, wait=False)
+    wait_for_iteration(process, 5)
+    process.kill()
+    process.communicate()
+    before = (out / "last.pt").read_bytes()
+    limit = len(before) // 2  # no file may grow beyond: as on a full disk, the write fails half way
+    output = command(out, "--resume", data_dir=small_tiny_data, expect=2, preexec_fn=lambda:
+                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert "is the disk full?" in output and "Traceback" not in output
+    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.new").exists()
+
+
+@pytest.mark.parametrize("whom", ["data worker", "process"])
+def test_a_death_ends_the_run(tmp_path, small_tiny_data, whom):
+    """A data worker or one of two processes is killed: an error within a minute, not a hang."""
+    processes = 2 if whom == "process" else 1
+    run = command(tmp_path / "run", "--iterations", 100_000, "--log_every", 1, "--num_workers",
+                  int(processes == 1), data_dir=small_tiny_data, processes=processes, wait=False)
+    wait_for_iteration(run, 5)
+    children = [int(p) for p in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    os.kill(children[-1], signal.SIGKILL)
+    began = time.time()
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode not in (0, None) and time.time() - began < 60, output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_tiny_data):
+    """Weights that blow up: the message names iteration, task, term and samples; nothing is saved."""
+    out = tmp_path / "run"
+    output = command(out, "--iterations", 50, "--lr", "1e30", "--clip", "1e30", "--save_every", 50,
+                     data_dir=small_tiny_data, expect=2)
+    assert re.search(r"not finite: iteration \d+, task \w+, term .+, samples \[\d+", output), output
+    assert not (out / "last.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Initialising from another run, freezing
+# ---------------------------------------------------------------------------------------------------
+
+def test_init_and_freeze(tmp_path, small_tiny_data):
+    """COCO init. (Section 4.1) and frozen encoders (Table C.1 line 10): what is named is taken, what
+    is frozen stays."""
+    first, then = tmp_path / "coco", tmp_path / "joint"
+    command(first, "--iterations", 3, "--tasks", "coco", data_dir=small_tiny_data)
+    output = command(then, "--iterations", 6, "--tasks", "coco,snli_ve,mnli", "--init",
+                     first / "last.pt", "--init_parts", "image_encoder,heads", "--freeze",
+                     "image_encoder", "--probabilities", "1,1,1", data_dir=small_tiny_data)
+    assert "tensors taken: image_encoder" in output and "dropped: " in output
+    a, b = weights(first), weights(then)
+    for name in a:
+        if name.startswith("image_encoder."):
+            assert torch.equal(a[name], b[name])  # taken, and frozen
+    assert not torch.equal(a["heads.coco.class_head.weight"], b["heads.coco.class_head.weight"])
+    assert "w_task.mnli" in " ".join(b) and "image_encoder.w_task.snli_ve" in b
+
+
+def test_separate_decoders_each_start_from_the_shared_one(model, tmp_path):
+    """Section 4.2, line 4: COCO init. of separate decoders takes the single-task run's for each."""
+    config = dataclasses.replace(model.config, shared_decoder=False)
+    separate = unit.UniT(config, [*model.tasks.values()])
+    path = tmp_path / "shared.pt"
+    torch.save({"model": model.state_dict(), "config": {}, "tasks": [], "labels": {}}, path)
+    train.initialise_from(separate, str(path), ("decoder",), as_released=False)
+    for task in model.tasks:
+        for name, value in model.decoders["shared"].state_dict().items():
+            assert torch.equal(separate.decoders[task].state_dict()[name], value)
+
+
+def test_nothing_to_resume_and_nothing_overwritten(tmp_path, small_tiny_data):
+    out = tmp_path / "run"
+    assert "nothing to resume" in command(out, "--resume", data_dir=small_tiny_data, expect=2)
+    command(out, "--iterations", 1, data_dir=small_tiny_data)
+    assert "--overwrite" in command(out, "--iterations", 1, data_dir=small_tiny_data, expect=2)
+    assert "--decoder_width" in command(out, "--resume", "--decoder_width", "32",
+                                        data_dir=small_tiny_data, expect=2)
