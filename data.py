@@ -1207,7 +1207,8 @@ def main() -> None:
 #
 # What eight real data sets ask of a model, in a size that a laptop learns in minutes: pictures of
 # 32 x 32 pixels with one to three coloured shapes, and sentences made of templates. They are
-# written as the official files are, and read by the readers above. Ours throughout. What keeps them honest:
+# written as the official files are, and read by the readers above. Ours throughout.
+# What keeps them honest:
 #
 # * No part of the input gives the answer away. A label is a relation between two things (two
 #   sentences, a picture and a text, a word and its scope), and each of the two is about equally

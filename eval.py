@@ -471,7 +471,7 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
         pixels = data.read_image(image)
         sample.size = tuple(pixels.shape[1:])
         # As for evaluation: floored sizes for vision and language; tiny pictures are 32 x 32.
-        shortest, longest = (32, 64) if is_tiny(model) else (data.SHORTEST, data.LONGEST)
+        shortest, longest = (32, 64) if is_tiny(model.config) else (data.SHORTEST, data.LONGEST)
         sample.image = data.normalise(data.resize(pixels, shortest, longest, floor=task.text))
     if text is not None:
         tokenizer = data.Tokenizer(checkpoint["vocab"])
@@ -510,8 +510,8 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None) -> Task:
                      f"{', '.join(t.name for t in fit) or 'none'}; give one of them")
 
 
-def is_tiny(model: UniT) -> bool:
-    return model.config.backbone == "small"
+def is_tiny(config: Config) -> bool:
+    return config.backbone == "small"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -747,7 +747,7 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
     has = {t.name for t in data.TASKS if t.dataset and split in t.dataset.files}
     for name in [t for t in tasks if t not in has]:
         print(f"{name}: has no {split} split")
-    _, datasets = data.load(folder, [t for t in tasks if t in has], split, tiny=is_tiny(model))
+    _, datasets = data.load(folder, [t for t in tasks if t in has], split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
         if len(names) != size or names != labels.get(name, {"classes": names})["classes"]:
@@ -803,7 +803,7 @@ def run(args: argparse.Namespace) -> None:
     if rank > 0:
         return
     print(results_table(results, name, args.split))
-    at_a_time = args.batch_size or (32 if is_tiny(model) else 1)
+    at_a_time = args.batch_size or (32 if is_tiny(model.config) else 1)
     print(f"images: {at_a_time} at a time; predictions: {out / 'predictions'}")
     write_json(out / ("results.json" if args.split == "val" else "results_test.json"), results)
     if args.figures:

@@ -52,8 +52,8 @@ class TrainConfig:
     clip: float = option(0.1, "largest norm of the gradient (released config)")
     update_unused: bool = option(
         False, "also update parameters the task did not reach (Appendix A: it often diverges)")
-    coco_first: int = option(
-        0, "of the iterations, how many come first on COCO alone: COCO init. in one run (ours, tiny)")
+    coco_first: float = option(
+        0.0, "share of the iterations that come first, on COCO alone: COCO init. in one run (ours)")
     imagenet_backbone: bool = option(
         False, "backbone from ImageNet instead of DETR (Table C.1 line 3)")
     init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
@@ -151,7 +151,7 @@ TINY = dict(
     # One [CLS] among 16 picture positions is heard late; the words themselves at once (Table 4 line 5).
     all_text_states=("vqa2", "snli_ve"),
     # From scratch, two detection sets starve each other: COCO comes first (the paper's COCO init.).
-    coco_first=1000, probabilities=(.15, .18, .25, .20, .06, .07, .06, .03),
+    coco_first=0.18, probabilities=(.15, .18, .25, .20, .06, .07, .06, .03),
     iterations=5500, batch_size=32, lr=1.2e-3, lr_backbone=1.2e-3, warmup=200, clip=1.0,
     num_workers=1, log_every=250, save_every=1000, eval_every=1100, data="runs/tiny-data")
 # What an experiment changes is scaled to tiny's sizes: a decoder of 1536 is twice tiny's width.
@@ -453,7 +453,8 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
             device_ids=[device] if device.type == "cuda" else None)
     schedule = data.Schedule({t: len(datasets[t]) for t in train.tasks},
                              dict(zip(train.tasks, train.probabilities or table_a2(train.tasks))),
-                             train.batch_size, train.iterations, train.seed, train.coco_first)
+                             train.batch_size, train.iterations, train.seed,
+                             round(train.coco_first * train.iterations))
     loader = data.train_loader(datasets, schedule, start, rank, world_size, train.micro_batch,
                                train.num_workers, train.seed)
     log, stop, results = Log(out, train, start, main), Stop(), {}
@@ -462,6 +463,13 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         log.flush()  # first: a loss that is not finite must not reach a checkpoint
         if main:
             save(out, checkpoint(model, optimizer, scaler, iteration, train, *extra))
+
+    def score(iteration):
+        results = evaluation.evaluate(model, held_out, device, limit=train.eval_samples or None,
+                                      precision=train.precision, out=out)
+        log.write([{"iteration": iteration, "results": results}])
+        model.train()
+        return results
 
     model.train()
     for i, group in itertools.groupby(loader, key=lambda item: item[0]):
@@ -488,12 +496,8 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         except FloatingPointError as error:
             raise_not_finite(error, log, schedule, datasets, i, task)
         if i + 1 == train.iterations or (train.eval_every and (i + 1) % train.eval_every == 0):
-            results = evaluation.evaluate(model, held_out, device, limit=train.eval_samples or None,
-                                          precision=train.precision, num_workers=train.num_workers,
-                                          out=out)
-            log.write([{"iteration": i + 1, "results": results}])
-            model.train()
-    return results
+            results = score(i + 1)
+    return results if start < train.iterations else score(start)  # complete already: as it stands
 
 
 def raise_not_finite(error, log, schedule, datasets, iteration, task):
@@ -564,7 +568,7 @@ def scaled_to_tiny(overrides: dict) -> dict:
     if result["tasks"] != EIGHT:
         result["probabilities"] = ()
     if "init" in result or "coco" not in result["tasks"]:
-        result["coco_first"] = 0
+        result["coco_first"] = 0.0
     return result
 
 
@@ -675,13 +679,13 @@ def write_tiny_data(folder: Path) -> None:
 
 def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     """Data sets and model as the settings ask for: model, train sets, held-out sets, vocabulary."""
-    folder = Path(train.data)
-    if not args.tiny and any(t.text and t.name in train.tasks for t in data.TASKS):
+    folder, tiny = Path(train.data), evaluation.is_tiny(config)
+    if not tiny and any(t.text and t.name in train.tasks for t in data.TASKS):
         with contextlib.suppress(unit.MissingFile):  # data.load says what to do if it stays missing
             unit.fetch(folder / "bert" / "vocab.txt")
         config = dataclasses.replace(config, **unit.bert_config(folder / "bert"))
-    tasks, datasets = data.load(folder, train.tasks, "train", args.tiny)
-    _, held_out = data.load(folder, train.tasks, "val", args.tiny)
+    tasks, datasets = data.load(folder, train.tasks, "train", tiny)
+    _, held_out = data.load(folder, train.tasks, "val", tiny)
     for dataset in (*datasets.values(), *held_out.values()):
         say(dataset.summary)
     vocab = data.read_vocabulary(folder / "bert" / "vocab.txt") if any(t.text for t in tasks) else []
@@ -691,7 +695,7 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     if state:
         model.load_state_dict(state["model"])
         say(f"going on after iteration {state['iteration']} of {train.iterations}")
-    elif not args.tiny:
+    elif not tiny:
         try:
             for line in unit.load_pretrained(model, folder, train.imagenet_backbone):
                 say(line)
@@ -723,7 +727,7 @@ def start(args: argparse.Namespace) -> None:
     config, train, out = settings(args)
     rank, world_size, device = processes = evaluation.start_processes()
     say = print if rank == 0 else lambda *_: None
-    if args.tiny:  # matrices so small that a second thread costs more than it brings
+    if evaluation.is_tiny(config):  # matrices so small that a second thread costs more than it brings
         torch.set_num_threads(1)
     state = None
     if args.resume:
@@ -752,7 +756,7 @@ def start(args: argparse.Namespace) -> None:
 
 def finish(model, results, held_out, out: Path, args, device) -> None:
     evaluation.write_json(out / "results.json", results)
-    if args.tiny:
+    if evaluation.is_tiny(model.config):
         evaluation.predictions_picture(model, held_out, device, out / "predictions.png")
         evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
     name = args.experiment or ("" if args.tiny else "T3.3")

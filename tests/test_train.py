@@ -22,8 +22,8 @@ from conftest import ROOT, run_python
 
 SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
          "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
-         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 3e-3 --lr_backbone 3e-3 "
-         "--num_workers 0 --eval_samples 4").split()
+         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 --lr_backbone 1e-3 "
+         "--num_workers 0 --eval_samples 4 --coco_first 0").split()
 
 
 def command(out, *more, data_dir, processes=1, float64=False, wait=True, **kwargs):
@@ -45,16 +45,20 @@ def weights(out, name="last.pt"):
     return torch.load(Path(out) / name, weights_only=True)["model"]
 
 
-# A gradient that is mathematically zero is rounding noise, which AdamW blows up to full steps.
-ZERO_GRADIENT = re.compile(r"k_proj\.bias|decoders\.\w+\.layers\.0\.self_attention\.[qk]_proj"
-                           r"|decoders\.\w+\.layers\.0\.self_attention\.v_proj\.weight"
-                           r"|image_encoder\.position_projection\.bias"
-                           r"|text_encoder\.position_projection\.bias")
+# A gradient that is mathematically zero is rounding noise, which AdamW blows up to full steps: key
+# biases and what is added to all keys alike; the first decoder layer's self-attention, which sees no
+# content; and where the memory is one [CLS], all queries are the same, so that self-attention's queries
+# and keys and the query embeddings change nothing.
+ZERO_GRADIENT = re.compile(r"k_proj\.bias|position_projection\.bias|self_attention\.[qk]_proj"
+                           r"|layers\.0\.self_attention\.v_proj\.weight"
+                           r"|queries\.(qnli|mnli|qqp|sst2)")
 
 
-def farthest(a: dict, b: dict) -> float:
+def farthest(a: dict, b: dict, skip: bool = True) -> tuple[float, str]:
+    """The largest difference between two runs' weights, and where it is."""
     assert a.keys() == b.keys()
-    return max((a[k] - b[k]).abs().max().item() for k in a if not ZERO_GRADIENT.search(k))
+    return max(((a[k] - b[k]).abs().max().item(), k) for k in a
+               if not (skip and ZERO_GRADIENT.search(k)))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -150,11 +154,10 @@ def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, flo
         found.append(weights(out))
     seen = {json.loads(x).get("task") for x in (out / "log.jsonl").read_text().splitlines()}
     assert seen >= set(train.EIGHT)
-    torch.manual_seed(0)
     first = found[0]
     assert first["heads.coco.class_head.weight"].dtype == (torch.float64 if float64 else torch.float32)
     for other in found[1:]:
-        assert farthest(first, other) < tolerance
+        assert farthest(first, other, skip=not float64)[0] < tolerance
 
 
 def test_evaluation_is_shared_among_processes(tmp_path, small_tiny_data):
@@ -233,7 +236,7 @@ def test_resuming_at_another_number_of_processes_keeps_the_schedule(tmp_path, sm
     tasks = [[json.loads(x).get("task") for x in (o / "log.jsonl").read_text().splitlines()]
              for o in (out, other)]
     assert tasks[0] == tasks[1]
-    assert farthest(weights(out), weights(other)) < 1e-4
+    assert farthest(weights(out), weights(other))[0] < 1e-4
 
 
 def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, small_tiny_data):

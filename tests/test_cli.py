@@ -1,0 +1,186 @@
+"""The command line as a user types it, and the README held to what it says."""
+import dataclasses
+import json
+import re
+import shlex
+import sys
+import time
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+import unit
+from conftest import ROOT, run_python
+
+README = (ROOT / "README.md").read_text()
+REALDATA = ROOT.parent / "shared" / "realdata"
+
+
+def run(*arguments, **kwargs):
+    return run_python([sys.executable, ROOT / arguments[0], *arguments[1:]], **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Experiments: every line of the paper's tables
+# --------------------------------------------------------------------------------------------------
+
+# Read off the paper: table -> line numbers, and the lines that are one run for each task.
+PAPER_LINES = {"T1.": range(1, 5), "T2.": range(1, 5), "T3.": range(1, 7), "T4.": range(1, 9),
+               "TC.1.": range(1, 13)}
+SINGLE_TASK = {"T1.1": 3, "T2.1": 3, "T3.1": 8, "T3.6": 8}
+
+
+def test_list_shows_every_line_of_the_paper():
+    listed = [line.split()[0] for line in run("train.py", "--list").splitlines()[1:]]
+    for table, lines in PAPER_LINES.items():
+        for line in lines:
+            name = f"{table}{line}"
+            found = [x for x in listed if x == name or x.startswith(name + "-")]
+            assert len(found) == SINGLE_TASK.get(name, 1), name
+
+
+@pytest.mark.parametrize("name", train.EXPERIMENTS)
+def test_every_experiment_builds_and_takes_a_step(name, small_tiny_data, tmp_path):
+    """At tiny's sizes, its checkpoint to start from replaced by nothing."""
+    args = train.make_parser().parse_args(["--tiny", "--experiment", name, "--data",
+                                           str(small_tiny_data), "--batch_size", "2"])
+    config, run_config, _ = train.settings(args)
+    run_config = dataclasses.replace(run_config, init="", init_parts=())
+    train.check(config, run_config, 1)
+    model, datasets, _, _ = train.build(config, run_config, args, None, lambda *_: None)
+    optimizer = train.make_optimizer(model, run_config)
+    for task in run_config.tasks:
+        batch = data.collate(datasets[task].task, [datasets[task].sample(i) for i in range(2)])
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        terms, norm = train.update(train.Step(model), optimizer, scaler, [batch], run_config, 3.0, 1,
+                                   torch.device("cpu"))
+        assert all(v.isfinite() for v in terms.values()) and norm > 0
+    changed = train.EXPERIMENTS[name]
+    if "decoder_width" in changed:  # 256 of 768 is a third of tiny's width too
+        assert config.decoder_width * 768 == pytest.approx(64 * changed["decoder_width"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["T1.1-coco", "T4.7", "TC.1.4"])
+def test_three_experiments_as_commands(name, tmp_path, small_tiny_data):
+    run("train.py", "--tiny", "--experiment", name, "--data", small_tiny_data, "--iterations", 3,
+        "--out", tmp_path / name)
+    results = json.loads((tmp_path / name / "results.json").read_text())
+    assert set(results) == set(train.EXPERIMENTS[name]["tasks"])
+
+
+def test_a_missing_checkpoint_to_start_from_is_named_with_its_command(tmp_path):
+    output = run("train.py", "--experiment", "T1.4", "--out", tmp_path / "T1.4", expect=2)
+    assert "python train.py --experiment T1.1-coco" in output and "Traceback" not in output
+
+
+# --------------------------------------------------------------------------------------------------
+# The tiny run
+# --------------------------------------------------------------------------------------------------
+
+def test_the_smoke_run(tmp_path):
+    """Data, 20 iterations, evaluation of all eight, the table, both pictures: within 45 seconds."""
+    began = time.time()
+    output = run("train.py", "--tiny", "--iterations", 20, "--data", tmp_path / "data", "--out",
+                 tmp_path / "run")
+    assert time.time() - began < 45 * (2 if torch.get_num_threads() < 2 else 1.5)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results) == {t.name for t in data.TASKS}
+    for task in results:
+        assert task in output
+    for name in ("config.json", "log.jsonl", "last.pt", "predictions.png", "curves.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    evaluated = run("eval.py", "--checkpoint", tmp_path / "run/last.pt", "--tasks", "sst2,coco",
+                    "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again == {k: results[k] for k in ("sst2", "coco")}, evaluated
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REALDATA.exists(), reason="no folder of real rows")
+def test_full_size_on_real_rows(tmp_path):
+    """Official files, full size, random weights: no code path belongs to the tiny data alone."""
+    output = run("train.py", "--data", REALDATA, "--batch_size", 1, "--eval_samples", 1,
+                 "--iterations", 2, "--tasks", "coco,qnli", "--out", tmp_path / "run",
+                 "--num_workers", 1, "--backbone", "resnet50")
+    assert "RANDOM" in output
+    assert set(json.loads((tmp_path / "run/results.json").read_text())) == {"coco", "qnli"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes: one line that names the fix, exit status 2
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command, says", [
+    ("train.py --experiment T9.9", "--list"),
+    ("train.py --tiny --tasks coco,cocoa", "cocoa"),
+    ("train.py --tiny --batch_size 0", "--batch_size"),
+    ("train.py --tiny --precision fp8", "fp32, fp16 or bf16"),
+    ("train.py --tiny --init_parts legs", "image_encoder"),
+    ("train.py --tiny --probabilities 1,2", "one for each"),
+    ("train.py --tiny --iterations 0", "at least 1"),
+    ("train.py --tiny --iteration 5", "unrecognized arguments"),  # no abbreviations
+    ("train.py --tiny --shared_decoder maybe", "neither true nor false"),
+    ("train.py --data nowhere --out OUT", "nowhere"),
+    ("train.py --tiny --resume --out OUT", "nothing to resume"),
+    ("train.py --tiny --out /proc/nowhere", "/proc/nowhere"),
+    ("train.py --tiny --init nowhere.pt", "nowhere.pt"),
+    ("eval.py --checkpoint nowhere.pt", "nowhere.pt"),
+    ("data.py --data nowhere", "nowhere"),
+])
+def test_mistakes_get_one_clear_line(command, says, tmp_path):
+    words = [w.replace("OUT", str(tmp_path / "out")) for w in shlex.split(command)]
+    output = run(*words, expect=2, cwd=tmp_path)
+    assert says in output and "Traceback" not in output
+
+
+def test_help_names_every_flag_with_its_default():
+    output = run("train.py", "--help")
+    for config in (train.TrainConfig, unit.Config):
+        for field in dataclasses.fields(config):
+            assert f"--{field.name} " in output
+
+
+# --------------------------------------------------------------------------------------------------
+# The README
+# --------------------------------------------------------------------------------------------------
+
+PARSERS = {"train.py": train.make_parser, "eval.py": evaluation.parser}
+
+
+def test_the_readme_s_commands_parse():
+    commands = re.findall(r"(?:python|torchrun[^\n]*?|--nproc_per_node=\d+) ((?:train|eval)\.py[^\n`#&|]*)", README)
+    assert len(commands) > 10
+    for command in commands:
+        script, *words = shlex.split(command)
+        PARSERS[script]().parse_args(words)  # exits on an unknown flag
+
+
+def test_the_readme_s_links_and_flags_exist():
+    anchors = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+               for h in re.findall(r"^## (.+)$", README, re.M)}
+    for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
+        assert anchor in anchors
+    known = {o for p in PARSERS.values() for a in p()._actions for o in a.option_strings}
+    known |= {"--prepare", "--data", "--write_tiny", "--nproc_per_node", "--nnodes", "--index-url",
+              "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
+              "--gpus-per-node", "--cpus-per-task", "--signal"}
+    for flag in re.findall(r"(?<![\w-])(--[a-z]\w[\w-]*)", README):
+        assert flag in known, flag
+
+
+def test_the_readme_s_experiments_are_those_of_the_code():
+    rows = re.findall(r"^\| `(T[\w.-]+|S4[\w.-]+|A-\w+)` \|", README, re.M)
+    assert rows == list(train.EXPERIMENTS)
+
+
+def test_every_equation_section_and_table_of_the_paper_is_cited():
+    code = "".join((ROOT / name).read_text() for name in ("unit.py", "data.py", "eval.py", "train.py"))
+    for number in range(1, 10):
+        assert re.search(rf"# .*Eq\. {number}\b|Eq\. \d-\d", code) and f"Eq. {number}" in code
+    for section in ("3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2"):
+        assert f"Section {section}" in code, section
+    for table in ("1", "2", "3", "4", "A.1", "A.2", "C.1"):
+        assert re.search(rf"Tables? [^\n]*{re.escape(table)}", code), table
