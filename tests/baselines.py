@@ -6,11 +6,11 @@
 For each classification task, held-out accuracy in percent of
 * majority: the most frequent label of training;
 * first, second: words (and pairs of neighbouring words) of one of the two sentences alone;
-* text, picture: the same for the question or statement without the picture; the pixels without a text;
+* text, picture: the same for the text without the picture; the pixels without a text;
 * bag of words: `linear` adds up a weight a word, for its count and for its presence, of a pair for
   each sentence too.
-`any` is a network on the same counts. It is shown beside the baselines and is not in `best`: on a pair
-it knows which words occur together in the two sentences, which is the whole task but for word
+`any` is a network on the same counts. It is shown beside the baselines and is not in `best`: on a
+pair it knows which words occur together in the two sentences, which is the whole task but for word
 order, and these templates need little of that. On SST-2, where scope decides, it tells how much.
 Each is trained at several strengths of weight decay, and the best on the held-out split is
 taken: too good rather than not good enough.
@@ -75,7 +75,7 @@ def counts(train: list, val: list, presence: bool = True) -> tuple[Tensor, Tenso
 
 
 def with_pairs(text: list[str]) -> list[str]:
-    """One text's words and its pairs of neighbours: a little order, for the baselines of one text."""
+    """One text's words and its pairs of neighbours: a little order, where one text is all."""
     return text + [f"{a} {b}" for a, b in zip(text, text[1:])]
 
 
@@ -120,12 +120,13 @@ def measure(train, val) -> dict[str, float]:
 
 
 def table(folder: Path, tiny: bool) -> None:
-    print(f"{'':10}" + "".join(f"{column:>10}" for column in COLUMNS) + f"{'best':>10}")
+    print(f"{'':10}" + "".join(f"{column:>10}" for column in [*COLUMNS, "best"]))
     for name in TASKS:
         splits = [data.load(folder, [name], split, tiny)[1][name] for split in ("train", "val")]
         found = measure(*splits)
+        found["best"] = max(value for column, value in found.items() if column != "any")
         print(f"{name:10}" + "".join(f"{found[c]:10.1f}" if c in found else f"{'-':>10}"
-                                     for c in COLUMNS) + f"{max(v for c, v in found.items() if c != 'any'):10.1f}", flush=True)
+                                     for c in [*COLUMNS, "best"]), flush=True)
 
 
 def main() -> None:
