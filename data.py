@@ -1237,14 +1237,14 @@ def outline(shape: str, size: int) -> np.ndarray:
             "triangle": np.abs(x) <= (y + 1) / 2 + 1 / size}[shape]
 
 
-def tiny_picture(rng: np.random.Generator, most: int, distinct: bool = False, sides=(10, 15)):
+def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
     """-> pixels (32, 32, 3) uint8 with 1 to `most` shapes; of each (shape, colour, [x, y, w, h]).
 
-    The boxes do not overlap. distinct: no two shapes and no two colours are the same.
+    The boxes do not overlap. sides: of a shape, from and below.
     """
-    number = int(rng.integers(1, most + 1))
-    names = rng.choice(SHAPES, number, replace=not distinct).tolist()
-    colours = rng.choice(list(COLOURS), number, replace=not distinct).tolist()
+    number = int(rng.choice([1, 2, 3][:most], p=[[1.0], [0.5, 0.5], [0.4, 0.4, 0.2]][most - 1]))
+    names = rng.choice(SHAPES, number).tolist()
+    colours = rng.choice(list(COLOURS), number).tolist()
     pixels = rng.normal(rng.uniform(60, 120), 5, (SIDE, SIDE, 3))
     taken, things = np.zeros((SIDE, SIDE), bool), []
     while len(things) < number:
@@ -1252,7 +1252,7 @@ def tiny_picture(rng: np.random.Generator, most: int, distinct: bool = False, si
         x, y = rng.integers(0, SIDE - size + 1, 2).tolist()
         if taken[y:y + size, x:x + size].any():
             if rng.random() < 0.02:  # perhaps there is no room left
-                return tiny_picture(rng, most, distinct, sides)
+                return tiny_picture(rng, most, sides)
             continue
         taken[y:y + size, x:x + size] = True
         name, colour = names[len(things)], colours[len(things)]
@@ -1398,28 +1398,24 @@ def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
 def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     """A split of SNLI-VE and its pictures -> the statements.
 
-    "The circle is red" is entailed by a red circle, contradicted by a picture with a circle and
-    nothing red, and neutral where there is no circle. Each label finds all shapes and colours in
-    texts and pictures alike. The shapes are larger and fewer than COCO's.
+    "The circle is red" is entailed by a red circle, contradicted by a circle of another colour, and
+    neutral where there is no circle. Each label finds all shapes and colours in texts and pictures
+    alike. One shape a picture, larger than COCO's: which of several is meant is VQA's business.
     """
     labels, first = ["entailment", "neutral", "contradiction"], {"train": 10, "dev": 20, "test": 30}
     lines, texts = [], []
     for n in range(number):
         name, label = f"{first[split]}{n:06}", labels[n % 3]
-        pixels, things = tiny_picture(rng, most=1 + int(rng.random() < 0.5), distinct=True,
-                                      sides=(13, 17))
+        pixels, [(seen, shade, _)] = tiny_picture(rng, most=1, sides=(13, 17))
         write_picture(pixels, folder / f"snli_ve/flickr30k_images/{name}.jpg")
-        shape, colour, _ = things[rng.integers(len(things))]
-        if label == "neutral":  # its colour may well be in the picture
-            shape = rng.choice([s for s in SHAPES if s not in [t[0] for t in things]])
-        if label == "contradiction":
-            colour = rng.choice([c for c in COLOURS if c not in [t[1] for t in things]])
+        shape = another(rng, SHAPES, seen) if label == "neutral" else seen
+        colour = another(rng, list(COLOURS), shade) if label == "contradiction" else shade
         text = str(rng.choice(["The {} is {}.", "The color of the {} is {}."]))
         text = text.format(shape, colour)
         lines.append({"Flickr30K_ID": name, "captionID": f"{name}.jpg#0",
                       "pairID": f"{name}.jpg#0r1{label[0]}",
                       "annotator_labels": [label], "gold_label": label, "sentence2": text,
-                      "sentence1": " and ".join(f"a {c} {s}" for s, c, _ in things) + "."})
+                      "sentence1": f"A {shade} {seen}."})
         texts.append(text)
     (folder / f"snli_ve/snli_ve_{split}.jsonl").write_text(
         "".join(json.dumps(x) + "\n" for x in lines))
@@ -1461,7 +1457,8 @@ SCENE = "opening final first second main whole french new".split(), \
 GOOD = "charming funny brilliant moving clever fresh gripping lovely".split()
 BAD = "dull boring clumsy stale tedious silly lifeless dreadful".split()
 # SST-2: {x} is what is meant, {o} its opposite. In most, both or the wrong one occur: scope tells.
-REVIEWS = ["the {n} is {x}./a {x} {n}.", "the {n} is not {o}./the {n} is far from {o}.",
+REVIEWS = ["the {n} is {x}./the {n} seems {x}.",
+           "the {n} is {x}./a {x} {n}.", "the {n} is not {o}./the {n} is far from {o}.",
            "the {n} is not {o} but {x}./the {n} is {x} and not {o}.",
            "far from {o}, the {n} is {x}./the {n} is {x} and far from {o}."]
 

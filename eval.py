@@ -703,7 +703,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def start_processes() -> tuple[int, int, torch.device]:
-    """rank, number of processes and device; joins torchrun's group if there is one (train.py's too).
+    """rank, number of processes, device; joins torchrun's group if there is one (train.py's too).
 
     CPU tensors travel by gloo even where gradients go by NCCL: what the processes tell each other
     between iterations (boxes counted, stop?) then costs the GPU no synchronisation.
@@ -747,7 +747,8 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
     has = {t.name for t in data.TASKS if t.dataset and split in t.dataset.files}
     for name in [t for t in tasks if t not in has]:
         print(f"{name}: has no {split} split")
-    _, datasets = data.load(folder, [t for t in tasks if t in has], split, tiny=is_tiny(model.config))
+    there = [t for t in tasks if t in has]
+    _, datasets = data.load(folder, there, split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
         if len(names) != size or names != labels.get(name, {"classes": names})["classes"]:

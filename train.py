@@ -1,4 +1,4 @@
-"""Training UniT (Section 3.5, Appendix A): experiments as data, optimiser, schedule, the loop, checkpoints.
+"""Training UniT (Section 3.5, Appendix A): experiments, optimiser, schedule, loop, checkpoints.
 
     python train.py --tiny                                   # all eight tasks on a laptop, minutes
     torchrun --nproc_per_node=8 train.py                     # Table 3 line 3, data in data/
@@ -58,7 +58,7 @@ class TrainConfig:
         False, "backbone from ImageNet instead of DETR (Table C.1 line 3)")
     init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
     init_parts: tuple[str, ...] = option(
-        (), "what to take of it: image_encoder, text_encoder, decoder, queries, heads; none given: all")
+        (), "of it: image_encoder, text_encoder, decoder, queries, heads; none given: all")
     freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)")
     precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16")
     seed: int = option(0, "seed of weights, sampling, augmentation and dropout")
@@ -66,7 +66,8 @@ class TrainConfig:
     num_workers: int = option(4, "data workers a process")
     log_every: int = option(50, "iterations a line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(10_000, "iterations between evaluations (released config); 0: at the end")
+    eval_every: int = option(
+        10_000, "iterations between evaluations (released config); 0: at the end")
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
 
 
@@ -82,7 +83,8 @@ DETECTION_VQA = ("coco", "vg", "vqa2")          # Section 4.1, Table A.2 line 1:
 EIGHT = TrainConfig.tasks                       # Section 4.2
 ABLATION = ("coco", "snli_ve", "mnli")          # Tables 4 and C.1
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
-    EIGHT: dict(coco=0.20, vg=0.07, vqa2=0.26, snli_ve=0.12, qnli=0.10, mnli=0.10, qqp=0.10, sst2=0.05),
+    EIGHT: dict(coco=0.20, vg=0.07, vqa2=0.26, snli_ve=0.12,
+                qnli=0.10, mnli=0.10, qqp=0.10, sst2=0.05),
     ABLATION: dict(coco=0.30, snli_ve=0.50, mnli=0.20),
 }
 # "COCO init." takes different parts in Section 4.1 (and C.1 line 9) and in Section 4.2 (RELEASED).
@@ -92,7 +94,8 @@ SEPARATE = dict(shared_decoder=False)
 
 
 def experiment(tasks: tuple[str, ...] | str, iterations: int, **overrides) -> dict:
-    return dict(tasks=(tasks,) if isinstance(tasks, str) else tasks, iterations=iterations, **overrides)
+    tasks = (tasks,) if isinstance(tasks, str) else tasks
+    return dict(tasks=tasks, iterations=iterations, **overrides)
 
 
 EXPERIMENTS = {
@@ -148,10 +151,10 @@ TINY = dict(
     encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2, backbone="small",
     bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, vocab_size=0, max_positions=64,
     decoder_width=64, decoder_heads=4, decoder_ff=128, decoder_layers=2, dropout=0.0,
-    # One [CLS] among 16 picture positions is heard late; the words themselves at once (Table 4 line 5).
+    # One [CLS] among 16 picture positions is heard late, the words at once (as Table 4 line 5).
     all_text_states=("vqa2", "snli_ve"),
     # From scratch, two detection sets starve each other: COCO comes first (the paper's COCO init.).
-    coco_first=0.18, probabilities=(.15, .18, .25, .20, .06, .07, .06, .03),
+    coco_first=0.18, probabilities=(.17, .17, .24, .16, .06, .07, .07, .06),
     iterations=5500, batch_size=32, lr=1.2e-3, lr_backbone=1.2e-3, warmup=200, clip=1.0,
     num_workers=1, log_every=250, save_every=1000, eval_every=1100, data="runs/tiny-data")
 # What an experiment changes is scaled to tiny's sizes: a decoder of 1536 is twice tiny's width.
@@ -160,7 +163,7 @@ SCALED = ("encoder_width", "decoder_width", "decoder_layers", "lr", "batch_size"
 
 
 def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
-    """Table A.2: the sampling probabilities of these tasks, from the line whose data sets they are."""
+    """Table A.2: the sampling probabilities of these tasks, from the line that they belong to."""
     if set(tasks) <= set(DETECTION_VQA):
         return (1.0,) * len(tasks)                 # line 1: equal chances
     line = TABLE_A2[ABLATION if set(tasks) == set(ABLATION) else EIGHT]
@@ -245,7 +248,7 @@ def save(out: Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
         new.unlink(missing_ok=True)
         raise InputError(f"{new}: the checkpoint could not be written ({error}); is the disk full? "
-                         f"the previous one is intact: make room and go on with --resume") from error
+                         f"the previous one is intact: make room, go on with --resume") from error
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "previous.pt")
     os.replace(new, out / "last.pt")
@@ -284,8 +287,8 @@ def part_of(name: str) -> str:
 
 
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> list[str]:
-    """Takes `parts` of another run's weights, whatever fits by name; returns what was taken, what is
-    new, what was dropped. RELEASED's table says which parts the paper's COCO init. takes where."""
+    """Takes `parts` of another run's weights, whatever fits by name; returns what was taken, what
+    is new, what was dropped. What the paper's COCO init. takes: see EXPERIMENTS."""
     theirs = evaluation.read_checkpoint(Path(path))["model"]
     ours, taken = model.state_dict(), {}
     for name, value in ours.items():
@@ -295,11 +298,11 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
             source = "decoders.shared." + name.split(".", 2)[2]
         if source in theirs and (not parts or part_of(name) in parts):
             if theirs[source].shape != value.shape:
-                raise InputError(f"{path}: {source} is {tuple(theirs[source].shape)}, this run needs "
-                                 f"{tuple(value.shape)}; give the sizes it was trained with")
+                raise InputError(f"{path}: {source} is {tuple(theirs[source].shape)}, this run "
+                                 f"needs {tuple(value.shape)}; give the sizes of its training")
             taken[name] = theirs[source]
     if not taken:
-        raise InputError(f"{path}: none of its weights fit this run's {', '.join(parts) or 'parts'}")
+        raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
     model.load_state_dict(taken, strict=False)
 
     def count(names):
@@ -312,7 +315,7 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
 
 
 def freeze(model: UniT, parts: tuple[str, ...]) -> None:
-    """Table C.1 lines 10-12. Positions that the text encoder lends to the decoder freeze with it."""
+    """Table C.1 lines 10-12. The text positions lent to the decoder freeze with their encoder."""
     for name, p in model.named_parameters():
         if part_of(name) in parts:
             p.requires_grad_(False)
@@ -326,7 +329,7 @@ TERMS = ("class", "l1", "giou", "attribute", "answer")  # each weighted and over
 
 
 class Log:
-    """Keeps an iteration's numbers on the device until `flush`: most iterations do not wait for it."""
+    """Keeps an iteration's numbers on the device until `flush`: most iterations need not wait."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
         self.train, self.start, self.began = train, start, time.time()
@@ -340,7 +343,7 @@ class Log:
             self.file = open(path, "a")
 
     def write(self, records: list[dict]) -> None:
-        """One JSON object a line, handed to the system whole: a kill leaves no half of one behind."""
+        """One JSON object a line, handed to the system whole: a kill leaves no half of one."""
         if self.file:
             self.file.write("".join(json.dumps(r) + "\n" for r in records))
             self.file.flush()
@@ -405,12 +408,13 @@ def clock(seconds: float) -> str:
 # --------------------------------------------------------------------------------------------------
 
 def iteration_seed(seed: int, iteration: int, rank: int) -> int:
-    """Dropout's random numbers are a function of this, so that resuming needs no generator's state."""
+    """Dropout follows from this alone, so that resuming needs no generator's state."""
     return ((seed * 1_000_003 + iteration) * 4099 + rank) % 2**63
 
 
-def update(step, optimizer, scaler, batches, train, boxes, world_size, device) -> tuple[dict, Tensor]:
-    """One update from this process's micro-batches; returns the loss terms and the gradient's norm."""
+def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
+    """One update from this process's micro-batches -> its shares of the loss terms (a dict), and
+    the gradient's norm before clipping."""
     dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[train.precision]
     precision = torch.autocast(device.type, dtype, enabled=dtype is not None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -429,8 +433,8 @@ def update(step, optimizer, scaler, batches, train, boxes, world_size, device) -
         for p in parameters:  # Appendix A's worse strategy: zeros where the task did not reach
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     norm = nn.utils.clip_grad_norm_(parameters, train.clip)
-    # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW leaves
-    # them and their momentum alone.
+    # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW
+    # leaves them and their momentum alone.
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -472,46 +476,55 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         return results
 
     model.train()
-    for i, group in itertools.groupby(loader, key=lambda item: item[0]):
-        batches = [batch for _, batch in group]
-        own = sum(len(x) for b in batches for x in b.labels or [])
-        boxes, stopping = sum_over_processes(own, stop.signal)
-        if stopping:  # all processes stop before the same iteration
-            keep(i)
-            print(f"stopped by a signal before iteration {i + 1}; saved: go on with --resume")
-            sys.exit(128 + stop.signal if stop.signal else 1)
-        torch.manual_seed(iteration_seed(train.seed, i, rank))
-        factor = lr_factor(i, train)
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = param_group["base_lr"] * factor
-        scale, task = scaler.get_scale() if scaler.is_enabled() else 1, batches[0].task
-        try:
+    try:
+        for i, group in itertools.groupby(loader, key=lambda item: item[0]):
+            batches = [batch for _, batch in group]
+            own = sum(len(x) for b in batches for x in b.labels or [])
+            boxes, stopping = sum_over_processes(own, stop.signal)
+            if stopping:  # all processes stop before the same iteration
+                keep(i)
+                if main:
+                    print(f"stopped by a signal after iteration {i}; saved: go on with --resume")
+                sys.exit(128 + stop.signal if stop.signal else 1)
+            torch.manual_seed(iteration_seed(train.seed, i, rank))
+            factor = lr_factor(i, train)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = param_group["base_lr"] * factor
+            scale = scaler.get_scale()
             terms, norm = update(step, optimizer, scaler, batches, train, boxes, world_size, device)
-            log.skipped += scaler.is_enabled() and scaler.get_scale() < scale
-            log.add(i + 1, task, train.lr * factor, terms, norm)
-            if (i + 1) % train.log_every == 0 or i + 1 == train.iterations:
+            log.skipped += scaler.get_scale() < scale
+            log.add(i + 1, batches[0].task, train.lr * factor, terms, norm)
+            last = i + 1 == train.iterations
+            if last or (i + 1) % train.log_every == 0:
                 log.flush()
-            if (i + 1) % train.save_every == 0 or i + 1 == train.iterations:
+            if last or (i + 1) % train.save_every == 0:
                 keep(i + 1)
-        except FloatingPointError as error:
-            raise_not_finite(error, log, schedule, datasets, i, task)
-        if i + 1 == train.iterations or (train.eval_every and (i + 1) % train.eval_every == 0):
-            results = score(i + 1)
+            if last or (train.eval_every and (i + 1) % train.eval_every == 0):
+                results = score(i + 1)
+    except FloatingPointError as error:
+        raise not_finite(error, log, schedule, datasets, i) from error
+    finally:
+        loader.close()  # its workers would wait half a minute for more
     return results if start < train.iterations else score(start)  # complete already: as it stands
 
 
-def raise_not_finite(error, log, schedule, datasets, iteration, task):
-    """Names where the first loss that is not finite came from. Matching may stumble over weights that
-    an earlier iteration spoilt: what is pending in the log is looked at first."""
+def not_finite(error, log, schedule, datasets, iteration: int) -> InputError:
+    """The message of a run that went astray: where the first loss that is not finite came from.
+
+    Matching may stumble over weights that an earlier iteration spoilt: what is pending in the log
+    is looked at first.
+    """
     if not isinstance(error, NotFinite):
-        with contextlib.suppress(FloatingPointError):
+        try:
             log.flush()
-            error = NotFinite(iteration + 1, task, str(error))
+            error = NotFinite(iteration + 1, schedule.task(iteration), str(error))
+        except NotFinite as earlier:
+            error = earlier
     number, task, term = error.args
-    ids = [datasets[task].ids[k] for k in schedule.samples(number - 1)]
-    raise InputError(f"the loss is not finite: iteration {number}, task {task}, term {term}, samples "
-                     f"{ids}; a lower --lr or --precision fp32 may help; nothing after the last "
-                     f"checkpoint was saved") from error
+    ids = [int(datasets[task].ids[k]) for k in schedule.samples(number - 1)]
+    return InputError(f"the loss is not finite: iteration {number}, task {task}, term {term}, "
+                      f"samples {ids}; a lower --lr, or --precision fp32, may help; nothing of it "
+                      f"was saved: the last checkpoint is from before")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -605,7 +618,7 @@ def check(config: Config, train: TrainConfig, world_size: int) -> None:
     if train.probabilities and len(train.probabilities) != len(train.tasks):
         raise InputError(f"--probabilities has {len(train.probabilities)} entries for "
                          f"{len(train.tasks)} tasks; give one for each of --tasks, in their order")
-    if any(p < 0 for p in train.probabilities) or train.probabilities and not sum(train.probabilities):
+    if train.probabilities and (min(train.probabilities) < 0 or not sum(train.probabilities)):
         raise InputError("--probabilities must be at least 0 and not all 0")
     if train.batch_size < 1 or train.batch_size % world_size:
         raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
@@ -638,8 +651,8 @@ def resume(out: Path, args, config, train) -> tuple[Config, TrainConfig, dict]:
     for name in set(vars(args)) & set(saved) - FREE_ON_RESUME:
         given = getattr(config if hasattr(config, name) else train, name)
         if given != saved[name]:
-            raise InputError(f"--{name} {given}: the run in {out} has {saved[name]}; leave the flag "
-                             f"out, or start another run with another --out")
+            raise InputError(f"--{name} {given}: the run in {out} has {saved[name]}; leave the "
+                             f"flag out, or start another run with another --out")
     free = {k: getattr(train, k) for k in FREE_ON_RESUME if hasattr(args, k)}
     restored = [c(**{f.name: saved[f.name] for f in dataclasses.fields(c)})
                 for c in (Config, TrainConfig)]
@@ -688,7 +701,8 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     _, held_out = data.load(folder, train.tasks, "val", tiny)
     for dataset in (*datasets.values(), *held_out.values()):
         say(dataset.summary)
-    vocab = data.read_vocabulary(folder / "bert" / "vocab.txt") if any(t.text for t in tasks) else []
+    vocab = (data.read_vocabulary(folder / "bert" / "vocab.txt")
+             if any(t.text for t in tasks) else [])
     config = dataclasses.replace(config, vocab_size=len(vocab) or config.vocab_size)
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
@@ -701,7 +715,7 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
                 say(line)
         except unit.MissingFile as error:
             say(f"WARNING: {error}\nWARNING: training starts from RANDOM weights there")
-    if train.init and not state:  # after the pretrained weights, which it replaces where it has its own
+    if train.init and not state:  # after the pretrained weights, which it replaces in part
         for line in initialise_from(model, train.init, train.init_parts, args.as_released):
             say(line)
     freeze(model, train.freeze)
@@ -727,7 +741,7 @@ def start(args: argparse.Namespace) -> None:
     config, train, out = settings(args)
     rank, world_size, device = processes = evaluation.start_processes()
     say = print if rank == 0 else lambda *_: None
-    if evaluation.is_tiny(config):  # matrices so small that a second thread costs more than it brings
+    if evaluation.is_tiny(config):  # a second thread costs such small matrices more than it brings
         torch.set_num_threads(1)
     state = None
     if args.resume:
@@ -745,8 +759,8 @@ def start(args: argparse.Namespace) -> None:
                               {"config": asdict(model.config), "train": asdict(train)})
     model.to(device)
     count = sum(p.numel() for p in model.parameters())
-    say(f"{count / 1e6:.1f}M parameters, {len(train.tasks)} tasks, {train.iterations} iterations of "
-        f"{train.batch_size} samples on {world_size} x {device.type}; results go to {out}")
+    say(f"{count / 1e6:.1f}M parameters, {len(train.tasks)} tasks, {train.iterations} iterations "
+        f"of {train.batch_size} samples on {world_size} x {device.type}; results go to {out}")
     labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
               for name, d in datasets.items()}
     results = run(model, datasets, held_out, train, out, processes, state, (labels, vocab))
@@ -773,7 +787,8 @@ def list_experiments() -> str:
                         for k, v in changes.items())
         paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
         lines.append(f"{name:<13} {tasks:<19} {row['iterations']:>9,}  {text or '-':<62} {paper}")
-    return f"{'name':<13} {'tasks':<19} {'iterations':>10}  {'changes':<62} paper\n" + "\n".join(lines)
+    head = f"{'name':<13} {'tasks':<19} {'iterations':>10}  {'changes':<62} paper\n"
+    return head + "\n".join(lines)
 
 
 if __name__ == "__main__":

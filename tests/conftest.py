@@ -16,7 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def run_python(arguments, wait=True, expect=0, **kwargs):
     """A command as a user types it. With `wait` its output, having checked the exit status."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
+                   "CUDA_VISIBLE_DEVICES": ""}  # several processes cannot share one GPU
     process = subprocess.Popen([str(a) for a in arguments], env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
     if not wait:

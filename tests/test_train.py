@@ -1,10 +1,11 @@
 """train.py: schedule, optimiser, what a batch's cut does not change, stopping and going on.
 
-The runs are real ones: the command line, processes started by torchrun, signals sent from outside, on
-small parts of the tiny data sets.
+The runs are real ones: the command line, processes started by torchrun, signals sent from
+outside, on small parts of the tiny data sets.
 """
 import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -22,8 +23,8 @@ from conftest import ROOT, run_python
 
 SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
          "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
-         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 --lr_backbone 1e-3 "
-         "--num_workers 0 --eval_samples 4 --coco_first 0").split()
+         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 "
+         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --coco_first 0").split()
 
 
 def command(out, *more, data_dir, processes=1, float64=False, wait=True, **kwargs):
@@ -46,9 +47,9 @@ def weights(out, name="last.pt"):
 
 
 # A gradient that is mathematically zero is rounding noise, which AdamW blows up to full steps: key
-# biases and what is added to all keys alike; the first decoder layer's self-attention, which sees no
-# content; and where the memory is one [CLS], all queries are the same, so that self-attention's queries
-# and keys and the query embeddings change nothing.
+# biases and what is added to all keys alike; the first decoder layer's self-attention, which sees
+# no content; and where the memory is one [CLS], all queries are the same, so that self-attention's
+# queries and keys and the query embeddings change nothing.
 ZERO_GRADIENT = re.compile(r"k_proj\.bias|position_projection\.bias|self_attention\.[qk]_proj"
                            r"|layers\.0\.self_attention\.v_proj\.weight"
                            r"|queries\.(qnli|mnli|qqp|sst2)")
@@ -61,9 +62,9 @@ def farthest(a: dict, b: dict, skip: bool = True) -> tuple[float, str]:
                if not (skip and ZERO_GRADIENT.search(k)))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedule and optimiser
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     run = train.TrainConfig(iterations=10_000, warmup=2000)
@@ -83,9 +84,9 @@ def test_sampling_probabilities_are_table_a2():
 def model():
     torch.manual_seed(0)
     tasks = [unit.Task(n, "classification", False, True, 2, 3, max_tokens=8) for n in ("a", "b")]
-    return unit.UniT(unit.Config(bert_width=8, bert_heads=2, bert_ff=8, bert_layers=1, vocab_size=20,
-                                 max_positions=8, decoder_width=8, decoder_heads=2, decoder_ff=8,
-                                 decoder_layers=1, dropout=0.0), tasks)
+    return unit.UniT(unit.Config(
+        bert_width=8, bert_heads=2, bert_ff=8, bert_layers=1, vocab_size=20, max_positions=8,
+        decoder_width=8, decoder_heads=2, decoder_ff=8, decoder_layers=1, dropout=0.0), tasks)
 
 
 def text_batch(task, n=4):
@@ -103,7 +104,7 @@ def one_update(model, task, config, optimizer, scaler=None):
 
 
 def test_unused_parameters_are_skipped_unless_asked(model):
-    """Appendix A: after a step on task b, a's classifier goes on moving by momentum, or stands still."""
+    """Appendix A: after a step on task b, a's classifier still moves by momentum, or stands."""
     for update_unused in (False, True):
         config = train.TrainConfig(update_unused=update_unused, lr=1e-2)
         optimizer = train.make_optimizer(model, config)
@@ -126,7 +127,8 @@ def test_a_scaled_step_that_overflows_is_skipped(model):
 
 def test_the_backbone_has_its_own_learning_rate():
     tasks = [unit.Task("a", "detection", True, False, 2, 3)]
-    tiny = {k: v for k, v in train.TINY.items() if k in {f.name for f in dataclasses.fields(unit.Config)}}
+    names = {f.name for f in dataclasses.fields(unit.Config)}
+    tiny = {k: v for k, v in train.TINY.items() if k in names}
     model = unit.UniT(unit.Config(**tiny | {"vocab_size": 9}), tasks)
     groups = train.make_optimizer(model, train.TrainConfig()).param_groups
     assert [g["base_lr"] for g in groups] == [5e-5, 1e-5]
@@ -134,9 +136,9 @@ def test_the_backbone_has_its_own_learning_rate():
             == sum(p.numel() for p in model.image_encoder.backbone.parameters()))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The batch of 64 is 64 on any number of processes
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ARRANGEMENTS = [(1, 8), (1, 4), (2, 4), (2, 2), (4, 2)]  # processes, micro-batch
 
@@ -148,16 +150,26 @@ def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, flo
     found = []
     for processes, micro_batch in ARRANGEMENTS:
         out = tmp_path / f"{processes}x{micro_batch}"
-        command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0, "--save_every",
-                100, "--probabilities", ",".join(["1"] * 8), data_dir=small_tiny_data,
+        command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0,
+                "--save_every", 100, "--probabilities", ",".join(["1"] * 8), data_dir=small_tiny_data,
                 processes=processes, float64=float64)
         found.append(weights(out))
     seen = {json.loads(x).get("task") for x in (out / "log.jsonl").read_text().splitlines()}
     assert seen >= set(train.EIGHT)
     first = found[0]
-    assert first["heads.coco.class_head.weight"].dtype == (torch.float64 if float64 else torch.float32)
+    dtype = first["heads.coco.class_head.weight"].dtype
+    assert dtype == (torch.float64 if float64 else torch.float32)
     for other in found[1:]:
         assert farthest(first, other, skip=not float64)[0] < tolerance
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains(tmp_path, small_tiny_data, precision):
+    out = tmp_path / "run"
+    command(out, "--iterations", 8, "--precision", precision, data_dir=small_tiny_data)
+    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(x["loss"]) for x in lines if "loss" in x)
+    assert weights(out)["heads.coco.class_head.weight"].dtype == torch.float32
 
 
 def test_evaluation_is_shared_among_processes(tmp_path, small_tiny_data):
@@ -169,19 +181,20 @@ def test_evaluation_is_shared_among_processes(tmp_path, small_tiny_data):
         to = tmp_path / f"eval{processes}"
         head = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
                                           f"--nproc_per_node={processes}"]
-        run_python([sys.executable, *head, ROOT / "eval.py", "--checkpoint", out / "last.pt", "--out", to])
+        run_python([sys.executable, *head, ROOT / "eval.py", "--checkpoint", out / "last.pt",
+                    "--out", to])
         found.append(json.loads((to / "results.json").read_text()))
     assert found[0] == found[1]
     assert set(found[0]) == set(train.EIGHT)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A run can stop anywhere and go on
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, small_tiny_data):
-    """The run that the interrupted ones are held against: dropout on, so that it must come back too."""
+    """What the interrupted runs are held against: dropout on, so that it must come back too."""
     out = tmp_path_factory.mktemp("whole") / "run"
     command(out, "--iterations", 60, "--dropout", 0.1, "--save_every", 7, data_dir=small_tiny_data)
     return weights(out)
@@ -203,7 +216,8 @@ def test_resuming_is_exact(tmp_path, small_tiny_data, uninterrupted, number, wor
     """Killed, terminated or interrupted, a run that goes on ends with the same bits, whatever the
     number of data workers."""
     out = tmp_path / "run"
-    process = command(out, *INTERRUPTED, "--num_workers", workers, data_dir=small_tiny_data, wait=False)
+    process = command(out, *INTERRUPTED, "--num_workers", workers, data_dir=small_tiny_data,
+                      wait=False)
     wait_for_iteration(process, 31)
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
@@ -227,8 +241,8 @@ def test_resuming_at_another_number_of_processes_keeps_the_schedule(tmp_path, sm
     out = tmp_path / "run"
     command(out, "--iterations", 10, "--dropout", 0, data_dir=small_tiny_data)
     other = tmp_path / "other"
-    process = command(other, "--iterations", 10, "--dropout", 0, "--save_every", 4, "--log_every", 1,
-                      data_dir=small_tiny_data, wait=False)
+    process = command(other, "--iterations", 10, "--dropout", 0, "--save_every", 4,
+                      "--log_every", 1, data_dir=small_tiny_data, wait=False)
     wait_for_iteration(process, 5)
     process.kill()
     process.communicate()
@@ -272,15 +286,15 @@ def test_a_death_ends_the_run(tmp_path, small_tiny_data, whom):
     run = command(tmp_path / "run", "--iterations", 100_000, "--log_every", 1, "--num_workers",
                   int(processes == 1), data_dir=small_tiny_data, processes=processes, wait=False)
     wait_for_iteration(run, 5)
-    children = [int(p) for p in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
-    os.kill(children[-1], signal.SIGKILL)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
     began = time.time()
     output = run.communicate(timeout=60)[0]
     assert run.returncode not in (0, None) and time.time() - began < 60, output
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_tiny_data):
-    """Weights that blow up: the message names iteration, task, term and samples; nothing is saved."""
+    """Weights that blow up: the message names iteration, task, term, samples; nothing is saved."""
     out = tmp_path / "run"
     output = command(out, "--iterations", 50, "--lr", "1e30", "--clip", "1e30", "--save_every", 50,
                      data_dir=small_tiny_data, expect=2)
@@ -288,19 +302,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_tiny_data):
     assert not (out / "last.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Initialising from another run, freezing
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def test_init_and_freeze(tmp_path, small_tiny_data):
-    """COCO init. (Section 4.1) and frozen encoders (Table C.1 line 10): what is named is taken, what
-    is frozen stays."""
+    """COCO init. (Section 4.1) and frozen encoders (Table C.1 line 10): what is named is taken,
+    what is frozen stays."""
     first, then = tmp_path / "coco", tmp_path / "joint"
     command(first, "--iterations", 3, "--tasks", "coco", data_dir=small_tiny_data)
     output = command(then, "--iterations", 6, "--tasks", "coco,snli_ve,mnli", "--init",
                      first / "last.pt", "--init_parts", "image_encoder,heads", "--freeze",
                      "image_encoder", "--probabilities", "1,1,1", data_dir=small_tiny_data)
-    assert "tensors taken: image_encoder" in output and "dropped: " in output
+    assert "tensors taken: " in output and "dropped: " in output
     a, b = weights(first), weights(then)
     for name in a:
         if name.startswith("image_encoder."):
