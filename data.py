@@ -1180,7 +1180,7 @@ def write_vg(data: Path) -> None:
         print(f"dropped: {count:,} {reason}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Tells what is in the folder of the data sets, and what is missing.",
         epilog="The README has the folder's layout.", allow_abbrev=False)
@@ -1190,7 +1190,7 @@ def main() -> None:
                         help="raw Visual Genome to vg/instances_{train,val}.json, once")
     parser.add_argument("--write_tiny", type=Path, metavar="DIR",
                         help="write the tiny data sets into DIR, and report on them")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.write_tiny:
             write_tiny(args.write_tiny)

@@ -575,7 +575,9 @@ def scaled_to_tiny(overrides: dict) -> dict:
     defaults = asdict(Config()) | asdict(TrainConfig())
     for name in set(SCALED) & set(result):
         value = TINY[name] * result[name] / defaults[name]
-        result[name] = value if name == "lr" else max(1, round(value))
+        # A width must be divisible by its number of heads.
+        heads = TINY[name.replace("width", "heads")] if "width" in name else 1
+        result[name] = value if name == "lr" else max(1, round(value / heads)) * heads
     if "num_queries" in result:
         result["num_queries"] = max(1, round(TINY_QUERIES * result["num_queries"] / 25))
     if result["tasks"] != EIGHT:
