@@ -14,10 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def run_python(arguments, wait=True, expect=0, **kwargs):
+def run_python(arguments, wait=True, expect=0, gpu=False, **kwargs):
     """A command as a user types it. With `wait` its output, having checked the exit status."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
-                   "CUDA_VISIBLE_DEVICES": ""}  # several processes cannot share one GPU
+                   "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    if not gpu:  # several processes cannot share one GPU
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     process = subprocess.Popen([str(a) for a in arguments], env=environment, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
     if not wait:

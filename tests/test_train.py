@@ -27,19 +27,22 @@ SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 
          "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --coco_first 0").split()
 
 
-def command(out, *more, data_dir, processes=1, float64=False, wait=True, **kwargs):
-    """Runs train.py --tiny on small sizes, under torchrun if there are several processes."""
+DOUBLE = "torch.set_default_dtype(torch.float64)"  # no flag: nobody trains in double precision
+DETERMINISTIC = "torch.use_deterministic_algorithms(True, warn_only=True)"
+
+
+def command(out, *more, data_dir, processes=1, first="", **kwargs):
+    """Runs train.py --tiny on small sizes, under torchrun if there are several processes. `first`
+    is a line of Python to run before."""
     head = [sys.executable]
     if processes > 1:
         head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = ROOT / "train.py"
-    if float64:  # the command line has no such flag: nobody trains in double precision
-        script = Path(out).parent / "float64.py"
-        script.write_text("import torch\ntorch.set_default_dtype(torch.float64)\n"
-                          "import train\ntrain.main()\n")
-    arguments = [*head, str(script), "--tiny", "--data", str(data_dir), "--out", str(out), *SMALL,
-                 *map(str, more)]
-    return run_python(arguments, wait=wait, **kwargs)
+    if first:
+        script = Path(out).parent / "first.py"
+        script.write_text(f"import torch\n{first}\nimport train\ntrain.main()\n")
+    return run_python([*head, script, "--tiny", "--data", data_dir, "--out", out, *SMALL, *more],
+                      **kwargs)
 
 
 def weights(out, name="last.pt"):
@@ -151,8 +154,8 @@ def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, flo
     for processes, micro_batch in ARRANGEMENTS:
         out = tmp_path / f"{processes}x{micro_batch}"
         command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0,
-                "--save_every", 100, "--probabilities", ",".join(["1"] * 8), data_dir=small_tiny_data,
-                processes=processes, float64=float64)
+                "--save_every", 100, "--probabilities", ",".join(["1"] * 8),
+                data_dir=small_tiny_data, processes=processes, first=DOUBLE if float64 else "")
         found.append(weights(out))
     seen = {json.loads(x).get("task") for x in (out / "log.jsonl").read_text().splitlines()}
     assert seen >= set(train.EIGHT)
@@ -300,6 +303,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_tiny_data):
                      data_dir=small_tiny_data, expect=2)
     assert re.search(r"not finite: iteration \d+, task \w+, term .+, samples \[\d+", output), output
     assert not (out / "last.pt").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_resuming_is_exact_on_a_gpu_too(tmp_path, small_tiny_data, precision):
+    shared = dict(data_dir=small_tiny_data, first=DETERMINISTIC, gpu=True)
+    flags = ("--iterations", 40, "--precision", precision, "--log_every", 1, "--save_every", 5)
+    command(tmp_path / "whole", *flags, **shared)
+    process = command(tmp_path / "run", *flags, **shared, wait=False)
+    wait_for_iteration(process, 12)
+    process.kill()
+    process.communicate()
+    command(tmp_path / "run", *flags, "--resume", **shared)
+    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 # --------------------------------------------------------------------------------------------------
