@@ -150,15 +150,17 @@ ARRANGEMENTS = [(1, 8), (1, 4), (2, 4), (2, 2), (4, 2)]  # processes, micro-batc
 def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, float64, tolerance):
     """20 iterations of all eight tasks, pictures without boxes and boxes without attributes among
     them: 1 x 8, 1 x (4 + 4), 2 x 4, 2 x (2 + 2) and 4 x 2 samples end with the same weights."""
-    found = []
-    for processes, micro_batch in ARRANGEMENTS:
-        out = tmp_path / f"{processes}x{micro_batch}"
-        command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0,
-                "--save_every", 100, "--probabilities", ",".join(["1"] * 8),
-                data_dir=small_tiny_data, processes=processes, first=DOUBLE if float64 else "")
-        found.append(weights(out))
-    seen = {json.loads(x).get("task") for x in (out / "log.jsonl").read_text().splitlines()}
-    assert seen >= set(train.EIGHT)
+    outs = [tmp_path / f"{processes}x{micro_batch}" for processes, micro_batch in ARRANGEMENTS]
+    runs = [command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0,
+                    "--save_every", 100, "--probabilities", ",".join(["1"] * 8),
+                    processes=processes, data_dir=small_tiny_data, first=DOUBLE if float64 else "", wait=False)
+            for out, (processes, micro_batch) in zip(outs, ARRANGEMENTS)]
+    for run in runs:
+        output = run.communicate(timeout=300)[0]
+        assert run.returncode == 0, output
+    found = [weights(out) for out in outs]
+    log = (outs[0] / "log.jsonl").read_text().splitlines()
+    assert {json.loads(x).get("task") for x in log} >= set(train.EIGHT)
     first = found[0]
     dtype = first["heads.coco.class_head.weight"].dtype
     assert dtype == (torch.float64 if float64 else torch.float32)
