@@ -580,10 +580,6 @@ def scaled_to_tiny(overrides: dict) -> dict:
         result[name] = value if name == "lr" else max(1, round(value / heads)) * heads
     if "num_queries" in result:
         result["num_queries"] = max(1, round(TINY_QUERIES * result["num_queries"] / 25))
-    if result["tasks"] != EIGHT:
-        result["probabilities"] = ()
-    if "init" in result or "coco" not in result["tasks"]:
-        result["coco_first"] = 0.0
     return result
 
 
@@ -602,6 +598,11 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
                              / "last.pt")
     if args.as_released:
         values |= unit.AS_RELEASED | ({"init_parts": ()} if values.get("init") else {})
+    tasks = getattr(args, "tasks", values.get("tasks", EIGHT))
+    if tasks != EIGHT:  # tiny's own chances are for all eight
+        values["probabilities"] = ()
+    if values.get("init") or "coco" not in tasks:
+        values["coco_first"] = 0.0
     values |= {k: v for k, v in vars(args).items()
                if k in {f.name for c in (Config, TrainConfig) for f in dataclasses.fields(c)}}
     train, config = ({f.name: values[f.name] for f in dataclasses.fields(c) if f.name in values}

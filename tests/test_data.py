@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import unit  # first: makes torchvision importable
+import unit  # noqa: F401  first: makes torchvision importable
 import data
 from unit import InputError
 

@@ -355,10 +355,14 @@ def test_separate_decoders_each_start_from_the_shared_one(model, tmp_path):
             assert torch.equal(separate.decoders[task].state_dict()[name], value)
 
 
-def test_nothing_to_resume_and_nothing_overwritten(tmp_path, small_tiny_data):
+def test_nothing_is_overwritten_and_a_run_goes_on_with_its_own_settings(tmp_path, small_tiny_data,
+                                                                        capsys):
     out = tmp_path / "run"
-    assert "nothing to resume" in command(out, "--resume", data_dir=small_tiny_data, expect=2)
     command(out, "--iterations", 1, data_dir=small_tiny_data)
-    assert "--overwrite" in command(out, "--iterations", 1, data_dir=small_tiny_data, expect=2)
-    assert "--decoder_width" in command(out, "--resume", "--decoder_width", "32",
-                                        data_dir=small_tiny_data, expect=2)
+    tiny = ["--tiny", "--data", str(small_tiny_data), "--out", str(out)]
+    for flags, says in ((["--iterations", "1"], "--overwrite"),
+                        (["--resume", "--decoder_width", "32"], "--decoder_width 32")):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(tiny + flags)
+        assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert weights(out)
