@@ -227,6 +227,12 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+@functools.cache
+def read_tiny_image(path: Path) -> Tensor:
+    """`read_image`, once a worker: 3 KB each, and decoding was most of a tiny sample's time."""
+    return read_image(path)
+
+
 def fitted_size(height: int, width: int, shortest: int, longest: int, floor: bool):
     """The size whose shorter side is `shortest`, unless the longer one would exceed `longest`.
 
@@ -520,7 +526,8 @@ class Coco(Dataset):
             self.attributes[np.arange(MAX_ATTRIBUTES) < lengths[:, None]] = flat
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
-        image, size = read_image(self.folder / self.names[index]), self.sizes[index]
+        read = read_tiny_image if self.tiny else read_image
+        image, size = read(self.folder / self.names[index]), self.sizes[index]
         rows = np.zeros(0, np.int64)
         if self.split != "test":
             rows = np.arange(self.starts[index], self.starts[index + 1])
@@ -681,7 +688,8 @@ class Classification(Dataset):
         """Never augmented: flips make "left" a lie, crops hide what is asked for (Section 3.5)."""
         sample = Sample(int(self.ids[index]), scores=self.scores(index))
         if self.names is not None:
-            image = read_image(self.folder / self.names[index])
+            read = read_tiny_image if self.tiny else read_image
+            image = read(self.folder / self.names[index])
             sample.size = tuple(image.shape[1:])
             sample.image = normalise(image if self.tiny else
                                      resize(image, SHORTEST, LONGEST, floor=True))
