@@ -1,32 +1,34 @@
 """UniT (Hu & Singh, 2021), Section 3: the model, its losses, and the loading of pretrained weights.
 
-| paper            | symbol                              | here                                    |
-|------------------|-------------------------------------|-----------------------------------------|
-| Section 3.1 Eq.1 | x^v = B(I)                          | `Backbone`                              |
-| Section 3.1 Eq.2 | h^v = E_v(P_{b->e}(x^v), w_v^task)  | `ImageEncoder`                          |
-| Section 3.2 Eq.3 | h^t = BERT({w_1..w_S}, w_t^task)    | `TextEncoder`                           |
-| Section 3.3 Eq.4 | {h^{dec,l}} = D(h^enc, q^task)      | `Decoder`, `UniT.forward`               |
-| Section 3.4 Eq.5 | c^l = class_head(h^{dec,l})         | `DetectionHead.class_head`              |
-| Section 3.4 Eq.6 | b^l = box_head(h^{dec,l})           | `DetectionHead.box_head`                |
-| Section 3.4 Eq.7 | a^l = attr_head(h^{dec,l}, c^l)     | `AttributeHead`                         |
-| Section 3.4 Eq.8 | p = W_1 GeLU(W_2 h_1 + b_2) + b_1   | `Classifier`                            |
-| Section 3.4 Eq.9 | loss = CrossEntropyLoss(p, t)       | `classification_loss`                   |
-| Section 3.4      | DETR's and BUTD's losses            | `match`, `detection_losses`             |
+| paper             | symbol                              | here                                   |
+|-------------------|-------------------------------------|----------------------------------------|
+| Section 3.1 Eq. 1 | x^v = B(I)                          | `Backbone`                             |
+| Section 3.1 Eq. 2 | h^v = E_v(P_{b->e}(x^v), w_v^task)  | `ImageEncoder`                         |
+| Section 3.2 Eq. 3 | h^t = BERT({w_1..w_S}, w_t^task)    | `TextEncoder`                          |
+| Section 3.3 Eq. 4 | {h^{dec,l}} = D(h^enc, q^task)      | `Decoder`, `UniT.forward`              |
+| Section 3.4 Eq. 5 | c^l = class_head(h^{dec,l})         | `DetectionHead.class_head`             |
+| Section 3.4 Eq. 6 | b^l = box_head(h^{dec,l})           | `DetectionHead.box_head`               |
+| Section 3.4 Eq. 7 | a^l = attr_head(h^{dec,l}, c^l)     | `AttributeHead`                        |
+| Section 3.4 Eq. 8 | p = W_1 GeLU(W_2 h_1 + b_2) + b_1   | `Classifier`                           |
+| Section 3.4 Eq. 9 | loss = CrossEntropyLoss(p, t)       | `classification_loss`                  |
+| Section 3.4       | DETR's and BUTD's losses            | `match`, `detection_losses`            |
 
 Where this differs from the paper's text:
 * Eq. 2: the encoder's input is added to its output. The paper does not say so; the released weights
   need it.
-* Eq. 7: in training the attribute head is fed the class of the matched target (as BUTD does, which the
-  paper cites), at test the class output c^l.
+* Eq. 7: in training the attribute head is fed the class of the matched target (as in BUTD, which
+  the paper cites), at test the highest-scoring class of c^l.
 * Table A.1 names one learning rate; the backbone has its own, DETR's (see train.py).
 
 Where the paper is silent, the authors' released system decides: sizes and places of the two task
-vectors, what is added to queries and keys, initialisation, loss weights, normalisers. `as_released`
-marks the three places where that system contradicts the paper, and the paper is the default here:
-VQAv2's loss (Eq. 9) and text states (Section 3.2), and the LayerNorm in the classifier (Eq. 8).
+vectors, what is added to queries and keys, initialisation, loss weights, normalisers. In three
+places that system contradicts the paper, which is the default here (`AS_RELEASED` switches them):
+VQAv2's loss (Eq. 9) and text states (Section 3.2), and the classifier's LayerNorm and the place of
+its dropout (Eq. 8).
 
-Shapes: B batch, H x W image, L = H_v W_v image positions, S text tokens, q queries, d width,
-C classes, N_d decoder layers, T boxes of a batch. Batch comes first. Masks are True at padding.
+Shapes: B batch, H x W image, L = H_v W_v image positions, S text tokens, M = L, S or L + S memory
+positions, q queries, d width, C classes, A attributes, N_d decoder layers, T boxes of a batch,
+K matched pairs. Batch comes first. Masks are True at padding.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ import os
 import re
 import socket
 import tarfile
+import zipfile
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -52,8 +55,8 @@ from torch import Tensor, nn
 try:
     import torchvision
 except RuntimeError as error:
-    # torchvision compiled for CUDA beside a CPU-only torch: its compiled operators are missing, and it
-    # stops at the first that it looks up. We use its Python parts alone; declaring the two is enough.
+    # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
+    # at the first that it looks up. We use its Python parts alone: declaring two is enough.
     if "torchvision::nms" not in str(error):
         raise
     _vision = torch.library.Library("torchvision", "DEF")
@@ -73,15 +76,15 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What the rooms need to know of a data set. `data.TASKS` holds the eight; a ninth is one more row."""
+    """What every file needs to know of a data set. The eight are `data.TASKS`; a ninth is a row."""
 
     name: str
     kind: str                    # "detection" or "classification"
     image: bool                  # has an image: Section 3.1 applies
     text: bool                   # has a text: Section 3.2 applies
     num_queries: int             # q, the length of q^task (released config)
-    num_classes: int             # C; for detection the largest category id + 1 (no-object comes on top)
-    num_attributes: int = 0      # largest attribute id + 1 (VG), 0: the data set has no attributes
+    num_classes: int             # C; detection: the largest category id + 1 (no-object on top)
+    num_attributes: int = 0      # A, the largest attribute id + 1 (VG); 0: no attributes
     text_states: str = "cls"     # what of h^t the decoder sees: "cls" or "all" (Section 3.2)
     max_tokens: int = 128        # S at most, longer texts are truncated (released config)
     soft_scores: bool = False    # targets are scores in [0, 1] for several answers (VQAv2)
@@ -90,10 +93,10 @@ class Task:
 
 @dataclass
 class Batch:
-    """Samples of one task. B samples, S tokens, masks are True at padding (None: nothing is padded)."""
+    """B samples of one task. Masks are True at padding; None: nothing is padded."""
 
     task: str                               # Task.name
-    ids: list                               # (B) image, question or row ids, for metrics and messages
+    ids: list                               # B ids of images, questions or rows
     images: Tensor | None = None            # (B, 3, H, W) normalised, zeros at padding
     image_mask: Tensor | None = None        # (B, H, W) bool
     tokens: Tensor | None = None            # (B, S) int64
@@ -103,7 +106,7 @@ class Batch:
     boxes: list[Tensor] | None = None       # B times (n, 4) cx, cy, w, h in [0, 1]
     labels: list[Tensor] | None = None      # B times (n,) int64 category ids
     attributes: list[Tensor] | None = None  # B times (n, 16) int64 attribute ids, -1 pads
-    scores: Tensor | None = None            # (B, C) float, target score of each class; None on test splits
+    scores: Tensor | None = None            # (B, C) target of each class; None on test splits
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -145,7 +148,8 @@ class Config:
     decoder_layers: int = option(6, "decoder layers N_d (Table A.1; 8, 12 in Table 4 lines 2, 3)")
     shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
     dropout: float = option(0.1, "every dropout of the model (Table A.1)")
-    backbone: str = option("resnet50", "resnet50 (Section 3.1), or small for 32-pixel pictures (ours)")
+    backbone: str = option(
+        "resnet50", "resnet50 (Section 3.1), or small for 32-pixel pictures (ours)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
     all_text_states: tuple[str, ...] = option(
         (), "tasks whose decoder sees all text states, not [CLS] alone (Table 4 line 5)")
@@ -159,7 +163,7 @@ class Config:
         False, "classifier with LayerNorm and early dropout, as released; else as in Eq. 8")
 
 
-# The three switches that make the model the released one (RELEASED: where text and release differ).
+# The three switches that make the model the released one where that differs from the paper.
 AS_RELEASED = {"binary_vqa_loss": True, "classifier_norm": True, "all_text_states": ("vqa2",)}
 
 ATTRIBUTE_EMBEDDING, ATTRIBUTE_HIDDEN = 256, 512  # released config; BUTD's attribute head
@@ -173,19 +177,19 @@ LOSS_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0, "attribute": 1.0}
 # --------------------------------------------------------------------------------------------------
 
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Padding mask (B, S), True = padding, as the bias (B, 1, 1, S) that attention adds to its scores.
+    """Padding mask (B, S), True = padding -> (B, 1, 1, S), what attention adds to its scores.
 
-    Trap: `scaled_dot_product_attention` reads a boolean mask the other way round (True = attend), and
-    copies boolean and expanded masks to the full (B, heads, S, S). A float bias is neither.
+    Trap: `scaled_dot_product_attention` reads a boolean mask the other way round (True = attend),
+    and copies it to the full (B, heads, S, S). A float bias that broadcasts is taken as it is.
     """
     if mask is None:
         return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-        mask, -math.inf)[:, None, None, :]
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill_(mask, -math.inf)[:, None, None]
 
 
 class Attention(nn.Module):
-    """Multi-head attention. No L x L matrix is ours: the fused kernel keeps it in registers."""
+    """Multi-head attention. We never make its L x L matrix: PyTorch's fused kernels go by tiles."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -198,17 +202,17 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
         """query (B, Q, d), key and value (B, K, d), bias (B, 1, 1, K) -> (B, Q, d)"""
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, ., d / heads)
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        out = F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(                         # (B, heads, Q, d / heads)
             q, k, v, attn_mask=None if bias is None else bias.to(q.dtype),
             dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm transformer layer: DETR's (ReLU, eps 1e-5, dropout inside the feed-forward, positions
-    added to queries and keys) and BERT's (GELU, eps 1e-12, neither of the two) are this one."""
+    """Post-norm transformer layer, DETR's and BERT's alike. DETR's: ReLU, epsilon 1e-5, dropout
+    inside the feed-forward, positions added to queries and keys. BERT's: GELU, 1e-12, neither."""
 
     def __init__(self, width, heads, ff, dropout, activation=F.relu, eps=1e-5, inner_dropout=True):
         super().__init__()
@@ -228,7 +232,10 @@ class EncoderLayer(nn.Module):
 
 
 def put_in_front(vector: Tensor, x: Tensor, mask: Tensor | None):
-    """The task vector (1, d) as position 0 of x (B, S, d); it is never masked (mask (B, S) or None)."""
+    """vector (1, d), x (B, S, d), mask (B, S) or None -> (B, 1 + S, d), (B, 1 + S) or None
+
+    The task vector (Sections 3.1 and 3.2) comes first and is never masked.
+    """
     x = torch.cat([vector.expand(len(x), 1, -1), x], dim=1)
     return x, None if mask is None else F.pad(mask, (1, 0), value=False)
 
@@ -286,27 +293,28 @@ class SmallBackbone(nn.Module):
 def sine_positions(valid: Tensor, width: int) -> Tensor:
     """2-D sine positions of DETR: (B, H_v, W_v) bool, True where there is image -> (B, L, width).
 
-    The first half of the features encodes y, the second x. Counts run over unpadded positions and are
-    scaled so that the last one is 2 pi: positions are relative to the image, not to the batch.
+    The first half of the features encodes y, the second x. Counts run over unpadded positions and
+    are scaled so that the last one is 2 pi: positions are relative to the image, not the batch.
     """
     half = width // 2
     dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     index = torch.arange(half, device=valid.device) // 2 * 2
-    frequency = 10000.0 ** (index.to(dtype) / half)
+    wavelength = 10000.0 ** (index.to(dtype) / half)                  # (half,)
     encoded = []
     for dim in (1, 2):
-        count = valid.cumsum(dim, dtype=dtype)
-        last = count.narrow(dim, count.shape[dim] - 1, 1)
-        angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / frequency  # (B, H_v, W_v, half)
-        encoded.append(torch.stack([angle[..., 0::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2))
+        count = valid.cumsum(dim, dtype=dtype)                        # (B, H_v, W_v)
+        last = count.narrow(dim, -1, 1)
+        angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / wavelength  # (B, H_v, W_v, half)
+        sines, cosines = angle[..., 0::2].sin(), angle[..., 1::2].cos()
+        encoded.append(torch.stack([sines, cosines], dim=-1).flatten(-2))
     return torch.cat(encoded, dim=-1).flatten(1, 2)
 
 
 class ImageEncoder(nn.Module):
-    """Section 3.1: backbone B, projection P_{b->e}, transformer E_v, then on to the decoder's width.
+    """Section 3.1: backbone B, projection P_{b->e}, transformer E_v; then to the decoder's width.
 
-    w_v^task are learned tables of one row a task, drawn from N(0, 1). Each row is a parameter of its
-    own: rows of one shared table would all get a gradient (zeros) and drift in the optimiser.
+    w_v^task is a learned (1, d_v^e) vector for each task, drawn from N(0, 1), and a parameter of
+    its own: rows of one table would all get a gradient (zeros) and drift in the optimiser.
     """
 
     def __init__(self, config: Config, tasks: list[Task]):
@@ -323,26 +331,27 @@ class ImageEncoder(nn.Module):
                                        if config.task_embedding else {})
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
-        """images (B, 3, H, W), image_mask (B, H, W) -> h^v (B, L, d), its positions (B, L, d) and its
-        padding mask (B, L) or None, d the decoder's width.
+        """images (B, 3, H, W), image_mask (B, H, W) -> h^v (B, L, d), its positions (B, L, d) and
+        its padding mask (B, L) or None, d the decoder's width.
 
         Padding several images to one size changes the features near the padding (convolutions reach
         across), as in DETR: images taken one at a time are the paper's run, and exact.
         """
         x = self.backbone(images)                                     # Eq. 1, (B, d_v^b, H_v, W_v)
-        x = self.input_proj(x)                                        # P_{b->e}(x^v)
+        x = self.input_proj(x)                                 # P_{b->e}(x^v), (B, d_v^e, H_v, W_v)
         if image_mask is None:
             padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)
-        else:
+        else:                              # of each position, the nearest pixel; (B, H_v, W_v)
             valid = F.interpolate((~image_mask)[:, None].float(), size=x.shape[-2:])[:, 0] > 0.5
             padding = ~valid.flatten(1)                               # (B, L)
         positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
         x = x.flatten(2).transpose(1, 2)                              # (B, L, d_v^e)
-        h = self.encode(x, positions, padding, task) + x              # the residual Eq. 2 leaves out
+        h = self.encode(x, positions, padding, task) + x              # Eq. 2 is silent on the sum
         return self.projection(h), self.position_projection(positions), padding
 
     def encode(self, x: Tensor, positions: Tensor, padding: Tensor | None, task: str) -> Tensor:
-        """E_v of Eq. 2 with the task vector put in front, at position zero, and stripped again."""
+        """E_v, (B, L, d_v^e) -> (B, L, d_v^e): the task vector is put in front, with zeros for its
+        position, and stripped again."""
         with_task = task in self.w_task
         if with_task:
             x, padding = put_in_front(self.w_task[task], x, padding)
@@ -358,7 +367,7 @@ class ImageEncoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 class TextEncoder(nn.Module):
-    """BERT (Eq. 3) without its pooler, then on to the decoder's width."""
+    """Section 3.2: BERT without its pooler; then to the decoder's width. w_t^task is (1, d_t^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
         super().__init__()
@@ -381,8 +390,8 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
         """tokens, types, mask (B, S) -> h^t (B, S or 1, d), its positions (1, S or 1, d) and its
-        padding mask or None, d the decoder's width. One state, [CLS], unless the task wants all."""
-        states = self.encode(tokens, types, mask, task)               # h^t of Eq. 3, (B, S, d_t^e)
+        padding mask (B, S) or None, d the decoder's width. One state is [CLS] alone."""
+        states = self.encode(tokens, types, mask, task)               # h^t, (B, S, d_t^e)
         if task not in self.all_states:                               # Section 3.2: [CLS] alone
             states, mask = states[:, :1], None
         # The decoder knows text positions by BERT's own embeddings of 0..S-1, projected.
@@ -390,8 +399,8 @@ class TextEncoder(nn.Module):
         return self.projection(states), self.position_projection(positions), mask
 
     def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
-        """BERT of Eq. 3. The task vector is put in front of the embedded tokens and has no position,
-        type or LayerNorm of its own: token positions start at 0 as usual."""
+        """BERT, (B, S) -> (B, S, d_t^e). The task vector is put in front of the embedded tokens and
+        has no position, type or LayerNorm of its own: token positions start at 0 as usual."""
         embedded = (self.word_embeddings(tokens) + self.token_type_embeddings(types)
                     + self.position_embeddings.weight[:tokens.shape[1]])
         x = self.dropout(self.norm(embedded))                         # (B, S, d_t^e)
@@ -419,34 +428,35 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, query, memory, keys, bias):
-        """x, query (B, q, d), memory, keys (B, L + S, d), bias (B, 1, 1, L + S) -> (B, q, d)"""
-        at = x + query
-        x = self.norm1(x + self.dropout(self.self_attention(at, at, x)))
+    def forward(self, x: Tensor, query: Tensor, memory: Tensor, keys: Tensor, bias: Tensor | None):
+        """x, query (B, q, d), memory, keys (B, M, d), bias (B, 1, 1, M) -> (B, q, d)"""
+        placed = x + query
+        x = self.norm1(x + self.dropout(self.self_attention(placed, placed, x)))
         x = self.norm2(x + self.dropout(self.cross_attention(x + query, keys, memory, bias)))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
 
 
 class Decoder(nn.Module):
-    """D of Eq. 4."""
+    """D of Section 3.3."""
 
     def __init__(self, config: Config):
         super().__init__()
+        width = config.decoder_width
         self.layers = nn.ModuleList(
-            DecoderLayer(config.decoder_width, config.decoder_heads, config.decoder_ff, config.dropout)
+            DecoderLayer(width, config.decoder_heads, config.decoder_ff, config.dropout)
             for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(config.decoder_width)  # one, applied to every layer's output
+        self.norm = nn.LayerNorm(width)  # one, applied to every layer's output
 
-    def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, query: Tensor) -> Tensor:
+    def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, query: Tensor):
         """memory h^enc (B, M, d), positions (B or 1, M, d), mask (B, M), query q^task (q, d)
         -> h^{dec,l} (N_d, B, q, d)
 
-        Content starts at zero and q^task acts as the queries' positions, added in every layer (DETR).
-        So the first self-attention sees no content, all its values are its value bias: its query, key
-        and value matrices get no gradient (but for what attention dropout gives the first two).
+        Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
+        So the first self-attention sees no content and all its values are its value bias: its
+        query, key and value matrices get no gradient (the first two some from attention dropout).
         """
-        query = query.expand(len(memory), -1, -1)
+        query = query.expand(len(memory), -1, -1)                     # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = torch.zeros_like(query), []
         for layer in self.layers:
@@ -460,8 +470,8 @@ class Decoder(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 class AttributeHead(nn.Module):
-    """Eq. 7, after BUTD: a^l from the state and the object's class. Released: ReLU on the final scores
-    and none between the two linear layers."""
+    """BUTD's: a^l from the state and the object's class. As in the released system it ends in a
+    ReLU and has none between its two linear layers."""
 
     def __init__(self, width: int, task: Task):
         super().__init__()
@@ -476,8 +486,8 @@ class AttributeHead(nn.Module):
 
 
 class DetectionHead(nn.Module):
-    """Eq. 5-7. Why 92 outputs for COCO's 80 classes: category ids are used as they are, the largest is
-    90, so ids need 91 places (ten stay idle), and the last output is no-object."""
+    """Class, box and attribute head. Why 92 outputs for COCO's 80 classes: category ids are used as
+    they are and the largest is 90, so 0..90 need 91 places (eleven idle); the last is no-object."""
 
     def __init__(self, width: int, task: Task):
         super().__init__()
@@ -491,11 +501,13 @@ class DetectionHead(nn.Module):
         # Boxes stay in full precision: the step of bfloat16 near 0.5 is five pixels at 1333.
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(self.class_head.weight.dtype)
-            return self.class_head(hidden), self.box_head(hidden).sigmoid()  # Eq. 5, Eq. 6
+            logits = self.class_head(hidden)                          # Eq. 5
+            boxes = self.box_head(hidden).sigmoid()                   # Eq. 6
+        return logits, boxes
 
 
 class Classifier(nn.Module):
-    """Eq. 8 on the first query's state. As released it has a LayerNorm and its dropout comes first."""
+    """Two layers on the first query's state; as released with a LayerNorm, and dropout first."""
 
     def __init__(self, width: int, num_classes: int, dropout: float, as_released: bool):
         super().__init__()
@@ -505,7 +517,7 @@ class Classifier(nn.Module):
 
     def forward(self, h_1: Tensor) -> Tensor:
         """h_1^{dec} (..., d) -> p (..., C)"""
-        if self.norm is not None:  # [differs] released: dropout, linear, GELU, LayerNorm, linear
+        if self.norm is not None:  # as released, not as in Eq. 8
             return self.linear1(self.norm(F.gelu(self.linear2(self.dropout(h_1)))))
         return self.linear1(self.dropout(F.gelu(self.linear2(h_1))))  # Eq. 8
 
@@ -516,7 +528,7 @@ class Classifier(nn.Module):
 
 @dataclass
 class Outputs:
-    """What the model says about a batch. The last layer is the answer; in eval mode it is the only."""
+    """What the model says about a batch. The last layer is the answer; eval mode has no other."""
 
     hidden: Tensor               # (N_d, B, q, d)
     logits: Tensor               # detection c^l (N_d, B, q, C + 1); else p (N_d or 1, B, C)
@@ -543,10 +555,12 @@ class UniT(nn.Module):
         self.queries = nn.ParameterDict({t.name: torch.randn(t.num_queries, width) for t in tasks})
         self.heads = nn.ModuleDict({
             t.name: DetectionHead(width, t) if t.kind == "detection" else
-            Classifier(width, t.num_classes, config.dropout, config.classifier_norm) for t in tasks})
+            Classifier(width, t.num_classes, config.dropout, config.classifier_norm)
+            for t in tasks})
         initialise(self)
 
     def forward(self, batch: Batch) -> Outputs:
+        """Encoders, decoder and head, those of the batch's task."""
         task = self.tasks[batch.task]
         memory, positions, mask = self.encode(batch, task)
         query = self.queries[task.name]
@@ -572,18 +586,17 @@ class UniT(nn.Module):
         if task.image:
             parts.append(self.image_encoder(batch.images, batch.image_mask, task.name))
         if task.text:
-            parts.append(self.text_encoder(batch.tokens, batch.token_types, batch.text_mask,
-                                           task.name))
+            parts.append(self.text_encoder(
+                batch.tokens, batch.token_types, batch.text_mask, task.name))
         if len(parts) == 1:
             return parts[0]
-        states = torch.cat([h for h, _, _ in parts], dim=1)           # concat(h^v, h^t)
-        positions = torch.cat([p.expand(len(states), -1, -1) for _, p, _ in parts], dim=1)
-        masks = [m for _, _, m in parts]
-        if all(m is None for m in masks):
-            return states, positions, None
-        masks = [torch.zeros(h.shape[:2], dtype=torch.bool, device=h.device) if m is None else m
-                 for h, _, m in parts]
-        return states, positions, torch.cat(masks, dim=1)
+        states, positions, masks = zip(*parts)
+        mask = None
+        if any(m is not None for m in masks):
+            mask = torch.cat([h.new_zeros(h.shape[:2], dtype=torch.bool) if m is None else m
+                              for h, m in zip(states, masks)], dim=1)
+        positions = [p.expand(len(states[0]), -1, -1) for p in positions]  # text: 1 for all
+        return torch.cat(states, dim=1), torch.cat(positions, dim=1), mask  # concat(h^v, h^t)
 
     def losses(self, outputs: Outputs, batch: Batch, batch_size: int | None = None,
                num_boxes: float | None = None) -> dict[str, Tensor]:
@@ -599,41 +612,40 @@ class UniT(nn.Module):
         if num_boxes is None:
             num_boxes = sum(len(labels) for labels in batch.labels)
         terms = detection_losses(outputs, batch, self.heads[task.name])
-        # DETR's normaliser is the number of boxes averaged over processes, at least 1. With the paper's
-        # one image a process and gradients averaged, that is max(boxes of the batch, samples).
-        scale = {"l1": max(num_boxes, n), "giou": max(num_boxes, n)}
-        return {k: LOSS_WEIGHTS[k] / scale.get(k, n) * v.sum() for k, v in terms.items()}
+        # DETR's normaliser is the number of boxes averaged over processes, at least 1. With one
+        # image a process (Section 3.5) and averaged gradients: max(boxes of the batch, samples).
+        boxes = max(num_boxes, n)
+        divisor = {"class": n, "l1": boxes, "giou": boxes, "attribute": n}
+        return {k: LOSS_WEIGHTS[k] / divisor[k] * v.sum() for k, v in terms.items()}
 
 
 def initialise(model: UniT) -> None:
-    """Random weights as in the released code, where PyTorch's own defaults are not what it uses."""
-    encoder, text = model.image_encoder, model.text_encoder
+    """Random weights as in the released code, where those are not PyTorch's own defaults."""
+    image, text = model.image_encoder, model.text_encoder
     xavier = [*model.decoders.values()]
-    if encoder is not None:
-        xavier += [encoder.layers, encoder.projection, encoder.position_projection]
+    if image is not None:
+        xavier += [image.layers, image.projection, image.position_projection]
     for name, p in (item for module in xavier for item in module.named_parameters()):
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
             # that of each alone. (The release leaves separate decoders at PyTorch's defaults, all
-            # layers copies of one, for its Xavier pass runs before they exist; here they get theirs.)
-            packed = re.search(r"(?:^|\.)[qkv]_proj\.", name)
+            # layers copies of one: its Xavier pass runs before they exist. Here they get theirs.)
+            packed = re.search(r"\b[qkv]_proj\.", name)
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
     if text is not None:  # replaced by pretrained weights in every run of the paper
         for name, p in text.named_parameters():
-            if "w_task" in name or "projection" in name:
+            if name.startswith(OUR_OWN):
                 continue
             if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-    for head in model.heads.values():
-        for module in getattr(head, "attribute_head", None) and head.attribute_head.modules() or ():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.01)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+    for head in model.heads.modules():
+        if isinstance(head, AttributeHead):
+            for p in head.parameters():
+                nn.init.normal_(p, std=0.01) if p.dim() > 1 else nn.init.zeros_(p)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -641,14 +653,15 @@ def initialise(model: UniT) -> None:
 # --------------------------------------------------------------------------------------------------
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """Losses and boxes are in full precision under autocast, too."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) -> Tensor:
-    """Eq. 9, summed over samples (and over the layers given): logits (N, B, C), scores (B, C) -> ().
+    """logits p (N_d or 1, B, C), scores t (B, C) -> (), summed over layers and samples.
 
     One class a sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
-    released ([differs]) they are 3129 yes-no questions, summed over the answers.
+    released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, summed over the answers.
     """
     logits, target = at_least_float32(logits), at_least_float32(scores).expand_as(logits)
     if binary:
@@ -658,7 +671,7 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """cx, cy, w, h -> x0, y0, x1, y1. Sides are kept above zero, so that every union of two boxes is."""
+    """(..., 4) cx, cy, w, h -> x0, y0, x1, y1. Sides are kept above zero, and so is every union."""
     boxes = at_least_float32(boxes)
     return box_convert(torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-6)], -1),
                        "cxcywh", "xyxy")
@@ -669,32 +682,36 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     """Hungarian matching (DETR) of all layers and images at once.
 
     logits (N_d, B, q, C + 1), boxes (N_d, B, q, 4), labels B x (n,), targets B x (n, 4)
-    -> layer, image, query, target, each (K,) on the CPU: `target` indexes the boxes of all images one
-    after another. More boxes than queries: the q that fit best are matched. Raises FloatingPointError.
+    -> layer, image, query, target, each (K,) on the CPU: `target` counts through the boxes of all
+    images, one after another. More boxes than queries: the q that fit best are matched.
 
-    The cost takes -p(class), not -log p as the loss does: like the box terms it is then bounded, which
-    DETR found to work better.
+    The cost takes -p(class), not -log p as the loss does: like the box terms it is then bounded,
+    which DETR found to work better.
+
+    Raises FloatingPointError where a cost is not finite: the model has diverged.
     """
     counts = [len(x) for x in labels]
     if not sum(counts):
         return (torch.zeros(0, dtype=torch.long),) * 4
     all_labels, all_targets = torch.cat(labels), torch.cat(targets)
-    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # (T,) on the CPU
+    # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     image = image.to(logits.device, non_blocking=True)
     probability = at_least_float32(logits).softmax(-1)                # (N_d, B, q, C + 1)
-    cost = -LOSS_WEIGHTS["class"] * probability[:, image, :, all_labels].transpose(0, 1)
-    candidates = boxes[:, image]                                      # (N_d, T, q, 4)
-    cost += LOSS_WEIGHTS["l1"] * (candidates - all_targets[None, :, None]).abs().sum(-1)
-    cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, all_targets[None, :, None])
-    cost = cost.cpu().numpy()                      # (N_d, T, q): the one copy to the host of a step
+    class_cost = -probability[:, image, :, all_labels].transpose(0, 1)  # indexing puts T first
+    candidates, wanted = boxes[:, image], all_targets[None, :, None]  # (N_d, T, q, 4), (1, T, 1, 4)
+    cost = LOSS_WEIGHTS["class"] * class_cost                         # (N_d, T, q)
+    cost += LOSS_WEIGHTS["l1"] * (candidates - wanted).abs().sum(-1)
+    cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, wanted)
+    cost = cost.cpu().numpy()                                         # the step's one copy to host
     if not np.isfinite(cost).all():
         raise FloatingPointError("the matching cost is not finite")
     found, ends = [], np.cumsum(counts)
     for layer in range(len(cost)):
         for i, (start, end) in enumerate(zip(ends - counts, ends)):
             row, query = linear_sum_assignment(cost[layer, start:end])
-            found.append(np.stack([np.full_like(row, layer), np.full_like(row, i), query,
-                                   row + start]))
+            found.append(np.stack(
+                [np.full_like(row, layer), np.full_like(row, i), query, row + start]))
     return torch.from_numpy(np.concatenate(found, axis=1)).unbind()
 
 
@@ -717,24 +734,28 @@ def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
 def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dict[str, Tensor]:
     """DETR's losses on every decoder layer, and BUTD's on attributes: unweighted, (N_d,) each.
 
-    class: sum over images of each image's weighted mean over its queries; l1, giou: sums over matched
-    boxes; attribute: sum over images of each image's mean over its boxes with attributes. With one
-    image a process, as the paper trained, these are the released system's terms.
+    class: sum over images of each image's weighted mean over its queries; l1, giou: sums over
+    matched boxes; attribute: sum over images of each image's mean over its boxes with attributes.
+    With one image a process, as the paper trained, these are the released system's terms.
+
+    Raises FloatingPointError as `match` does.
     """
     logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
-    num_layers, batch_size, _, no_object = logits.shape
-    no_object -= 1
-    layer, image, query, target = (x.to(logits.device, non_blocking=True) for x in
-                                   match(logits, boxes, batch.labels, batch.boxes))
-    labels, targets = torch.cat(batch.labels)[target], torch.cat(batch.boxes)[target]
+    num_layers, batch_size, _, num_outputs = logits.shape
+    no_object = num_outputs - 1
+    layer, image, query, target = (                                   # (K,) each
+        x.to(logits.device, non_blocking=True)
+        for x in match(logits, boxes, batch.labels, batch.boxes))
+    labels = torch.cat(batch.labels)[target]                          # (K,)
+    targets = torch.cat(batch.boxes)[target]                          # (K, 4)
 
-    wanted = torch.full(logits.shape[:3], no_object, device=logits.device)
+    wanted = torch.full(logits.shape[:3], no_object, device=logits.device)  # (N_d, B, q)
     wanted[layer, image, query] = labels
     weight = torch.where(wanted == no_object, NO_OBJECT_WEIGHT, 1.0).to(logits.dtype)
     cross_entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none")
     class_loss = (weight * cross_entropy.view_as(weight)).sum(-1) / weight.sum(-1)  # (N_d, B)
 
-    def per_layer(values: Tensor) -> Tensor:
+    def per_layer(values: Tensor) -> Tensor:                          # (K,) -> (N_d,)
         return values.new_zeros(num_layers).index_add(0, layer, values)
 
     predicted = boxes[layer, image, query]                            # (K, 4)
@@ -745,14 +766,14 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
         attributes = torch.cat(batch.attributes)[target]              # (K, 16)
         with torch.autocast(logits.device.type, enabled=False):
             hidden = outputs.hidden[layer, image, query].to(head.class_head.weight.dtype)
-            scores = at_least_float32(head.attribute_head(hidden, labels))
+            scores = at_least_float32(head.attribute_head(hidden, labels))  # (K, A)
         count = (attributes >= 0).sum(-1)                             # k, (K,)
-        log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))
+        log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))  # (K, 16)
         each = -0.5 * (log_p * (attributes >= 0)).sum(-1) / count.clamp(min=1)  # BUTD's factor 0.5
-        group = layer * batch_size + image  # boxes with attributes of one image in one layer
-        boxes_in_group = (count > 0).to(each.dtype).new_zeros(num_layers * batch_size).index_add(
-            0, group, (count > 0).to(each.dtype))
-        terms["attribute"] = per_layer(each / boxes_in_group.clamp(min=1)[group])
+        group = layer * batch_size + image                            # (K,) one image in one layer
+        described = (count > 0).to(each.dtype)                        # (K,) has attributes
+        per_group = each.new_zeros(num_layers * batch_size).index_add(0, group, described)
+        terms["attribute"] = per_layer(each / per_group.clamp(min=1)[group])
     return terms
 
 
@@ -767,7 +788,7 @@ class Detections:
     scores: Tensor                          # (q,) probability of the class
     labels: Tensor                          # (q,) the best class that is not no-object
     boxes: Tensor                           # (q, 4) x0, y0, x1, y1 in pixels of the original image
-    attributes: Tensor | None = None        # (q,) the highest attribute
+    attributes: Tensor | None = None        # (q,) the highest-scoring attribute
     attribute_scores: Tensor | None = None  # (q,) its probability
 
 
@@ -780,22 +801,23 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
     boxes = box_convert(at_least_float32(outputs.boxes[-1]), "cxcywh", "xyxy") * scale
     columns = [scores, labels, boxes]
     head = model.heads[batch.task].attribute_head
-    if head is not None:  # at test the class fed in is the highest-scoring object class
+    if head is not None:                                  # Eq. 7 with the highest-scoring class
         best = at_least_float32(head(outputs.hidden[-1], labels)).softmax(-1).max(-1)
         columns += [best.indices, best.values]
     return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
 
 
 # --------------------------------------------------------------------------------------------------
-# Loading pretrained and released weights
+# Loading pretrained and released weights. What is not there raises MissingFile, what cannot be read
+# or does not fit InputError; a file that does not fit leaves the model as it was.
 # --------------------------------------------------------------------------------------------------
 
 class MissingFile(InputError):
     """A file that is not there and could not be fetched; the message says where to put it."""
 
 
-_BERT = "https://huggingface.co/google-bert/bert-base-uncased/resolve/" \
-        "86b5e0934494bd15c9632b12f734a8a67f723594/"
+_BERT = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
+         "86b5e0934494bd15c9632b12f734a8a67f723594/")
 _UNIT = "https://dl.fbaipublicfiles.com/mmf/data/models/unit_models/unit."
 # The published files by name: address, size, SHA-256 (of some only the beginning is published).
 PUBLISHED = {address.rpartition("/")[2]: (address, size, sha256) for address, size, sha256 in (
@@ -820,7 +842,10 @@ TIMEOUT = 10  # seconds without an answer, after which a machine counts as offli
 
 
 def fetch(path: Path | str) -> Path:
-    """`path`. If nothing is there and its name is a published file's, that is downloaded to it."""
+    """`path`. If nothing is there and its name is a published file's, that is downloaded to it.
+
+    Raises MissingFile, which says where to get the file and where to put it.
+    """
     path = Path(path)
     if path.exists():
         return path
@@ -850,19 +875,18 @@ def read_weights(path: Path | str, admit=()) -> dict[str, Tensor]:
     """The tensors of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes in
-    `admit` is refused before any of its code runs. Nothing is written to disk.
+    `admit` is refused before any of its code runs. Nothing is written to disk. Raises InputError.
     """
     path = Path(path)
     try:
-        if path.name.endswith(".safetensors"):
-            found = read_safetensors(path)
-        else:
-            archive = path.name.endswith((".tar", ".tar.gz", ".tgz"))
-            with path.open("rb") as file:
-                zipped = file.read(2) == b"PK"  # PyTorch's older format cannot be mapped
-            with torch.serialization.safe_globals(list(admit)):
-                found = torch.load(read_archive(path) if archive else path, map_location="cpu",
-                                   weights_only=True, mmap=zipped and not archive)
+        with torch.serialization.safe_globals(list(admit)):
+            if path.suffix == ".safetensors":
+                found = read_safetensors(path)
+            elif path.name.endswith((".tar", ".tar.gz", ".tgz")):
+                found = torch.load(read_archive(path), map_location="cpu", weights_only=True)
+            else:  # PyTorch's older format, which is no zip file, cannot be mapped
+                found = torch.load(path, map_location="cpu", weights_only=True,
+                                   mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a broken file can break a reader in any way
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(f"{path}: asks for {refused[1]}, and loading that could run code; "
@@ -875,8 +899,8 @@ def read_weights(path: Path | str, admit=()) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not found:
         raise InputError(f"{path}: holds no weights; give a file of named tensors")
     for key, value in found.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or \
-                value.layout != torch.strided or value.is_quantized:
+        if not (isinstance(key, str) and isinstance(value, Tensor)
+                and value.layout == torch.strided and not value.is_quantized):
             raise InputError(f"{path}: {key!r} is not a plain tensor; give a file of named tensors")
     return {key.removeprefix("module."): value for key, value in found.items()}
 
@@ -887,7 +911,8 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """8 bytes header length, little-endian; header, JSON: name -> dtype, shape, data_offsets; data.
+    """The format: 8 bytes, the header's length (little-endian); the header, JSON, with dtype, shape
+    and data_offsets by name; the data.
 
     Raises ValueError unless the tensors fill the data one after another, as the format demands:
     then no two overlap, none reaches out of the file, and no name is there twice.
@@ -932,10 +957,10 @@ def read_archive(path: Path) -> io.BytesIO:
 
 
 def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], source, unused: str, path, fix: str):
-    """Copies a file's tensors into ours once every name and shape fits, else raises InputError.
+    """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
 
-    source(our name) -> the file's name and, where only a part is taken, which rows (a function).
-    `unused`: a pattern of the keys that files carry without use.
+    source(our name) -> the file's name and a function that takes our rows of its tensor (None: all
+    are ours). `unused`: a pattern of the keys that files carry without use. Raises InputError.
     """
     values, used = {}, set()
     for name, tensor in ours.items():
@@ -955,12 +980,13 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], source, unused: str
 
 
 def rename(name: str, rules: list[tuple[str, str]]) -> str:
+    """`name` after all rules: (pattern, what takes its place), in their order."""
     for pattern, new in rules:
         name = re.sub(pattern, new, name)
     return name
 
 
-# Our names to BERT's, in this order.
+# Rules for `rename`: our names to BERT's.
 BERT_NAMES = [
     (r"^(word|position|token_type)_embeddings", r"embeddings.\1_embeddings"),
     (r"^norm\.", "embeddings.LayerNorm."), (r"^layers\.", "encoder.layer."),
@@ -1015,22 +1041,24 @@ def load_bert(model: UniT, path: Path | str) -> Path:
     return path
 
 
+# The rest of DETR; of torchvision's, ImageNet's classifier and the counters of its batch norms.
+BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj|fc)\."
+                   r"|\.num_batches_tracked$")
+
+
 def load_backbone(model: UniT, path: Path | str) -> Path:
     """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
     found = read_weights(fetch(path), admit=[argparse.Namespace])  # DETR's files keep their flags
     detr = "backbone.0.body."
     prefix = detr if any(key.startswith(detr) for key in found) else ""
-    unused = r"^(transformer|class_embed|bbox_embed|query_embed|input_proj)\." if prefix else (
-        r"^fc\.")
-    # DETR's frozen batch norms have no counters, torchvision's have.
     fill(model.image_encoder.backbone.body.state_dict(), found, lambda name: (prefix + name, None),
-         unused + r"|\.num_batches_tracked$", path, "give DETR's detr-r50-dc5 or resnet50-0676ba61")
+         BACKBONE_UNUSED, path, "give DETR's detr-r50-dc5 or resnet50-0676ba61")
     return Path(path)
 
 
 def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -> list[str]:
     """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
-    line 3). Returns what was loaded; raises MissingFile, the rest loaded, for what is absent."""
+    line 3) -> what was loaded, in words. If one is missing, the other is loaded all the same."""
     parts, lines, missing = [], [], []
     if model.text_encoder is not None:
         parts.append(("BERT", load_bert, "bert"))
@@ -1047,13 +1075,13 @@ def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -
     return lines
 
 
-# Our tasks: group and name in the released files, and the row of the task tables (RELEASED).
+# Our tasks: group and name in the released files, and the row of their tables of task vectors.
 RELEASED_TASKS = {
     "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
     "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
     "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
     "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
-# Our names to theirs, in this order; tasks are under their names already, BERT's are above.
+# Rules for `rename`: our names to theirs, tasks being under theirs already. BERT's are above.
 _BASE, _TRANSFORMER = "unit_base_model.", "unit_base_model.transformer."
 RELEASED_NAMES = [
     (r"^image_encoder\.backbone", _BASE + "backbone.0"),
@@ -1085,6 +1113,7 @@ RELEASED_ALIASES = [(r"^bert_model\.embeddings\.", "bert_model.module.embeddings
 RELEASED_UNUSED = (r"\bposition_ids$|\.pooler\.|\.num_batches_tracked$|\.empty_weight$"
                    r"|^unit_base_model\.query_embeds\.")
 RELEASED_UNUSED_TEXT = r"|^bert_(model|projection|pos_projection)\.|^task_embeddings_lang\."
+RELEASED_FIX = "give one of the authors' files (README)"
 
 
 def released_source(name: str):
@@ -1095,10 +1124,10 @@ def released_source(name: str):
     if room in ("decoders", "queries", "heads") and item in RELEASED_TASKS:
         item = RELEASED_TASKS[item][0]
     key = rename(".".join([room, item, *rest]), RELEASED_NAMES)
-    if item == "w_task":                                # one row a task of a table of 256
+    if item == "w_task":                              # a row of a table of 256
         row = RELEASED_TASKS[rest[0]][1]
         return key, lambda table: table[row:row + 1]
-    if part := re.search(r"\b([qkv])_proj\.", name):    # packed: q, k, v on top of each other
+    if part := re.search(r"\b([qkv])_proj\.", name):  # packed: q, k, v on top of each other
         return key, lambda packed: packed.tensor_split(3)["qkv".index(part[1])]
     return key, None
 
@@ -1122,45 +1151,45 @@ def load_released(path: Path | str, **overrides) -> UniT:
         model = UniT(replace(config, **AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
     text = "" if model.text_encoder else RELEASED_UNUSED_TEXT
-    fill(model.state_dict(), found, released_source, RELEASED_UNUSED + text, path,
-         "give one of the authors' files (README)")
+    fill(model.state_dict(), found, released_source, RELEASED_UNUSED + text, path, RELEASED_FIX)
     return model.eval()
 
 
 def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], Config]:
-    """What the shapes of a released file's tensors tell."""
+    """What the names and shapes of a released file's tensors tell. Raises InputError."""
     def size(key: str, dim: int = 0) -> int:
         if key not in found or found[key].dim() <= dim:
-            raise InputError(f"{path}: {key} is missing; give one of the authors' files (README)")
+            raise InputError(f"{path}: {key} is missing; {RELEASED_FIX}")
         return found[key].shape[dim]
 
     tasks = []
     for name, (key, _) in RELEASED_TASKS.items():
         group, dataset = key.split(".")
-        head = f"class_embeds.{dataset}" if group == "detection" else f"classifiers.{key}.1"
+        detection = group == "detection"
+        head = f"class_embeds.{dataset}" if detection else f"classifiers.{key}.1"
         if f"{head}.weight" not in found:
             continue
         attributes = f"det_losses.{dataset}.attribute_head.attr_linear2.weight"
         tasks.append(Task(
-            name, kind="detection" if group == "detection" else "classification",
-            image=group != "glue", text=group != "detection",
+            name, kind="detection" if detection else "classification",
+            image=group != "glue", text=not detection,
             num_queries=size(f"{_BASE}query_embeds.{key}.weight"),
-            num_classes=size(f"{head}.weight") - (group == "detection"),  # less no-object
+            num_classes=size(f"{head}.weight") - detection,  # less no-object
             num_attributes=size(attributes) if attributes in found else 0,
             max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
     if not tasks:
-        raise InputError(f"{path}: no task's head in it; give one of the authors' files (README)")
+        raise InputError(f"{path}: no task's head in it; {RELEASED_FIX}")
     shared = any(key.startswith(_TRANSFORMER + "decoder.") for key in found)
     decoder = "decoder" if shared else f"decoders.{RELEASED_TASKS[tasks[0].name][0]}"
-    parts = [("encoder", _TRANSFORMER + "encoder.layers.", "linear1"),
-             ("decoder", _TRANSFORMER + decoder + ".layers.", "linear1")]
+    parts = [("encoder", f"{_TRANSFORMER}encoder.layers.", "linear1"),
+             ("decoder", f"{_TRANSFORMER}{decoder}.layers.", "linear1")]
     sizes = dict(shared_decoder=shared,
-                 task_embedding=_TRANSFORMER + "task_embeddings_enc.weight" in found)
+                 task_embedding=f"{_TRANSFORMER}task_embeddings_enc.weight" in found)
     if any(t.text for t in tasks):
         parts.append(("bert", "bert_model.module.encoder.layer.", "intermediate.dense"))
-        embeddings = "bert_model.module.embeddings."
-        sizes |= dict(vocab_size=size(embeddings + "word_embeddings.weight"),
-                      max_positions=size(embeddings + "position_embeddings.weight"))
+        embeddings = "bert_model.module.embeddings"
+        sizes |= dict(vocab_size=size(f"{embeddings}.word_embeddings.weight"),
+                      max_positions=size(f"{embeddings}.position_embeddings.weight"))
     for part, prefix, linear in parts:  # a layer's first linear map has both of its sizes
         first = f"{prefix}0.{linear}.weight"
         layers = {key[len(prefix):].split(".")[0] for key in found if key.startswith(prefix)}
