@@ -962,7 +962,7 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], source, unused: str
     source(our name) -> the file's name and a function that takes our rows of its tensor (None: all
     are ours). `unused`: a pattern of the keys that files carry without use. Raises InputError.
     """
-    values, used = {}, set()
+    values, used = [], set()
     for name, tensor in ours.items():
         key, rows = source(name)
         if key not in theirs:
@@ -971,12 +971,12 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], source, unused: str
         if value.shape != tensor.shape:
             raise InputError(f"{path}: {key} is {tuple(theirs[key].shape)}, which does not fit our "
                              f"{name} {tuple(tensor.shape)}; {fix}")
-        values[name] = value
+        values.append(value)
         used.add(key)
     if left := [key for key in theirs if key not in used and not re.search(unused, key)]:
         raise InputError(f"{path}: {', '.join(left[:3])} ({len(left)} in all) fit nowhere; {fix}")
-    for name, value in values.items():
-        ours[name].copy_(value)
+    for tensor, value in zip(ours.values(), values):
+        tensor.copy_(value)
 
 
 def rename(name: str, rules: list[tuple[str, str]]) -> str:
@@ -1049,8 +1049,7 @@ BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj
 def load_backbone(model: UniT, path: Path | str) -> Path:
     """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
     found = read_weights(fetch(path), admit=[argparse.Namespace])  # DETR's files keep their flags
-    detr = "backbone.0.body."
-    prefix = detr if any(key.startswith(detr) for key in found) else ""
+    prefix = "backbone.0.body." if "backbone.0.body.conv1.weight" in found else ""
     fill(model.image_encoder.backbone.body.state_dict(), found, lambda name: (prefix + name, None),
          BACKBONE_UNUSED, path, "give DETR's detr-r50-dc5 or resnet50-0676ba61")
     return Path(path)
@@ -1060,9 +1059,9 @@ def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -
     """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
     line 3) -> what was loaded, in words. If one is missing, the other is loaded all the same."""
     parts, lines, missing = [], [], []
-    if model.text_encoder is not None:
+    if model.text_encoder:
         parts.append(("BERT", load_bert, "bert"))
-    if model.image_encoder is not None and model.config.backbone == "resnet50":
+    if model.image_encoder and model.config.backbone == "resnet50":
         file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
         parts.append(("backbone", load_backbone, file))
     for name, load, path in parts:
@@ -1119,8 +1118,9 @@ RELEASED_FIX = "give one of the authors' files (README)"
 def released_source(name: str):
     """Where a tensor of ours lies in the released files: key and, if it is a part, which rows."""
     room, item, *rest = name.split(".", 2)
-    if room == "text_encoder" and not name.removeprefix("text_encoder.").startswith(OUR_OWN):
-        return "bert_model.module." + rename(name.removeprefix("text_encoder."), BERT_NAMES), None
+    in_bert = name.removeprefix("text_encoder.")
+    if room == "text_encoder" and not in_bert.startswith(OUR_OWN):
+        return "bert_model.module." + rename(in_bert, BERT_NAMES), None
     if room in ("decoders", "queries", "heads") and item in RELEASED_TASKS:
         item = RELEASED_TASKS[item][0]
     key = rename(".".join([room, item, *rest]), RELEASED_NAMES)
@@ -1138,7 +1138,7 @@ def load_released(path: Path | str, **overrides) -> UniT:
     Tasks, sizes, decoders and task embeddings are those of its tensors. Heads of attention do not
     show there: they are Config's, unless `overrides` says otherwise.
     """
-    found = {rename(key, [(r"^detr_model\.", _BASE)]): value
+    found = {re.sub(r"^detr_model\.", _BASE, key): value
              for key, value in read_weights(fetch(path)).items()}
     for key in list(found):
         original = rename(key, RELEASED_ALIASES)
@@ -1150,8 +1150,8 @@ def load_released(path: Path | str, **overrides) -> UniT:
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(replace(config, **AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
-    text = "" if model.text_encoder else RELEASED_UNUSED_TEXT
-    fill(model.state_dict(), found, released_source, RELEASED_UNUSED + text, path, RELEASED_FIX)
+    unused = RELEASED_UNUSED + ("" if model.text_encoder else RELEASED_UNUSED_TEXT)
+    fill(model.state_dict(), found, released_source, unused, path, RELEASED_FIX)
     return model.eval()
 
 
