@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def run_python(arguments, wait=True, expect=0, gpu=False, **kwargs):
+def run_python(arguments, wait=True, expect=0, gpu=False, timeout=300, **kwargs):
     """A command as a user types it. With `wait` its output, having checked the exit status."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
                    "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -24,7 +24,7 @@ def run_python(arguments, wait=True, expect=0, gpu=False, **kwargs):
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs)
     if not wait:
         return process
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=timeout)[0]
     assert process.returncode == expect, output
     return output
 

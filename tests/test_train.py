@@ -153,7 +153,8 @@ def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, flo
     outs = [tmp_path / f"{processes}x{micro_batch}" for processes, micro_batch in ARRANGEMENTS]
     runs = [command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0,
                     "--save_every", 100, "--probabilities", ",".join(["1"] * 8),
-                    processes=processes, data_dir=small_tiny_data, first=DOUBLE if float64 else "", wait=False)
+                    processes=processes, data_dir=small_tiny_data,
+                    first=DOUBLE if float64 else "", wait=False)
             for out, (processes, micro_batch) in zip(outs, ARRANGEMENTS)]
     for run in runs:
         output = run.communicate(timeout=300)[0]
