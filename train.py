@@ -441,10 +441,8 @@ def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
     return totals, norm
 
 
-def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, state, extra) -> dict:
-    """Trains from `state` (a checkpoint, or None) to the end; returns the last results."""
-    rank, world_size, device = processes
-    start, main = (state["iteration"] if state else 0), rank == 0
+def set_up(model: UniT, datasets: dict, train: TrainConfig, state: dict | None, device):
+    """What the loop needs: optimiser and loss scaler as `state` left them, the step, the schedule."""
     optimizer = make_optimizer(model, train)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
     if state:
@@ -459,6 +457,14 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
                              dict(zip(train.tasks, train.probabilities or table_a2(train.tasks))),
                              train.batch_size, train.iterations, train.seed,
                              round(train.coco_first * train.iterations))
+    return optimizer, scaler, step, schedule
+
+
+def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, state, extra) -> dict:
+    """Trains from `state` (a checkpoint, or None) to the end; returns the last results."""
+    rank, world_size, device = processes
+    start, main = (state["iteration"] if state else 0), rank == 0
+    optimizer, scaler, step, schedule = set_up(model, datasets, train, state, device)
     loader = data.train_loader(datasets, schedule, start, rank, world_size, train.micro_batch,
                                train.num_workers, train.seed)
     log, stop, results = Log(out, train, start, main), Stop(), {}
