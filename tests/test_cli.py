@@ -85,7 +85,7 @@ def test_the_smoke_run(tmp_path):
     began = time.time()
     output = run("train.py", "--tiny", "--iterations", 20, "--data", tmp_path / "data", "--out",
                  tmp_path / "run")
-    assert time.time() - began < 45 * (2 if torch.get_num_threads() < 2 else 1.5)
+    assert time.time() - began < 45
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(results) == {t.name for t in data.TASKS}
     for task in results:
@@ -191,7 +191,7 @@ def test_every_equation_section_and_table_of_the_paper_is_cited():
     files = ("unit.py", "data.py", "eval.py", "train.py")
     code = "".join((ROOT / name).read_text() for name in files)
     for number in range(1, 10):
-        assert re.search(rf"# .*Eq\. {number}\b|Eq\. \d-\d", code) and f"Eq. {number}" in code
+        assert re.search(rf"^ +\S.*# .*Eq\. {number}\b", code, re.M), f"Eq. {number} at no line"
     for section in ("3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2"):
         assert f"Section {section}" in code, section
     for table in ("1", "2", "3", "4", "A.1", "A.2", "C.1"):
