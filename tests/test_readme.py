@@ -1,0 +1,88 @@
+"""The README: what it prints runs, what it names exists."""
+import json
+import re
+import shlex
+import sys
+
+import pytest
+
+import data
+import eval as evaluation
+import train
+import unit
+from conftest import ROOT, run_python
+
+README = (ROOT / "README.md").read_text()
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
+
+
+def test_the_ninth_task_as_printed(tmp_path):
+    """The file and the command, word for word."""
+    code, = re.findall(r"```python\n(.*?)```", section("A ninth task"), re.S)
+    command, = re.findall(r"^python (count\.py .*)$", section("A ninth task"), re.M)
+    (tmp_path / "count.py").write_text(code)
+    run_python([sys.executable, *shlex.split(command)], cwd=tmp_path)
+    results = json.loads((tmp_path / "runs/count/results.json").read_text())
+    assert results["count"]["accuracy"] >= 95
+
+
+# --------------------------------------------------------------------------------------------------
+# The paper, findable in the code and in the README's map
+# --------------------------------------------------------------------------------------------------
+
+PAPER = {"Eq": [str(n) for n in range(1, 10)],
+         "Section": ["1", "3", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2"],
+         "Appendix": list("ABCDE"),
+         "Table": ["1", "2", "3", "4", "A.1", "A.2", "C.1"],
+         "Figure": ["1", "2", "3", "D.1", "E.1"],
+         "footnote": [str(n) for n in range(1, 9)]}
+NUMBER = r"(?:[A-E]\.)?\d+(?:\.\d+)*|[A-E]"
+CITATION = re.compile(r"\b(Eq|Section|Appendix|Table|Figure|footnote)(?:s|\.)? "
+                      rf"((?:(?:{NUMBER})(?:, (?:and )?| and |-)?)+)\b", re.I)
+
+
+def citations(text):
+    """{kind: numbers}: "Tables 1-4 and C.1" cites 1, 2, 3, 4 and C.1."""
+    found = {kind: set() for kind in PAPER}
+    kinds = {kind.lower(): kind for kind in PAPER}
+    for kind, numbers in CITATION.findall(text):
+        for first, last in re.findall(rf"({NUMBER})(?:-(\d+))?", numbers):
+            found[kinds[kind.lower()]] |= (
+                {str(n) for n in range(int(first), int(last) + 1)} if last else {first})
+    return found
+
+
+def test_citations_are_read_as_people_write_them():
+    found = citations("Tables 1-4 and C.1; Section 3.5, Eq. 7; Figures 3, E.1 and D.1. Footnote 2")
+    assert found["Table"] == {"1", "2", "3", "4", "C.1"} and found["Section"] == {"3.5"}
+    assert found["Figure"] == {"3", "E.1", "D.1"} and found["Eq"] == {"7"}
+    assert found["footnote"] == {"2"} and not found["Appendix"]
+
+
+@pytest.mark.parametrize("where", ["code", "map"])
+def test_every_part_of_the_paper_is_cited(where):
+    text = section("For the reader") if where == "map" else "\n".join(
+        (ROOT / name).read_text() for name in ("unit.py", "data.py", "eval.py", "train.py"))
+    found = citations(text)
+    missing = {kind: sorted(set(numbers) - found[kind]) for kind, numbers in PAPER.items()}
+    assert not any(missing.values()), missing
+
+
+def test_every_equation_stands_at_a_line_that_computes_it():
+    code = (ROOT / "unit.py").read_text()
+    for number in range(1, 10):
+        assert re.search(rf"^ +\S.*\S +# (?:.*\W)?Eq\. {number}\b", code, re.M), f"Eq. {number}"
+
+
+def test_the_map_names_what_exists():
+    rooms = {"unit": unit, "data": data, "eval": evaluation, "train": train}
+    names = re.findall(r"`(unit|data|eval|train)\.(?!py)([A-Za-z_]\w*)((?:\.\w+)*)`",
+                       section("For the reader"))
+    assert len(names) > 30
+    for room, name, rest in names:
+        found = getattr(rooms[room], name)
+        for part in rest.split(".")[1:]:
+            found = getattr(found, part)
