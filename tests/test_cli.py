@@ -49,7 +49,7 @@ def test_every_experiment_builds_and_takes_a_step(name, small_tiny_data, tmp_pat
                                            str(small_tiny_data), "--batch_size", "2"])
     config, run_config, _ = train.settings(args)
     run_config = dataclasses.replace(run_config, init="", init_parts=())
-    train.check(config, run_config, 1)
+    train.check(run_config, 1)
     model, datasets, _, _ = train.build(config, run_config, args, None, lambda *_: None)
     optimizer = train.make_optimizer(model, run_config)
     for task in run_config.tasks:
@@ -121,12 +121,12 @@ def test_full_size_on_real_rows(tmp_path):
     ("train.py --experiment T9.9", "--list"),
     ("train.py --tiny --tasks coco,cocoa", "cocoa"),
     ("train.py --tiny --batch_size 0", "--batch_size"),
-    ("train.py --tiny --precision fp8", "fp32, fp16 or bf16"),
+    ("train.py --tiny --precision fp8", "--precision: fp8: choose from fp32, fp16, bf16"),
     ("train.py --tiny --init_parts legs", "image_encoder"),
     ("train.py --tiny --probabilities 1,2", "one for each"),
     ("train.py --tiny --iterations 0", "at least 1"),
     ("train.py --tiny --iteration 5", "unrecognized arguments"),  # no abbreviations
-    ("train.py --tiny --shared_decoder maybe", "neither true nor false"),
+    ("train.py --tiny --shared_decoder maybe", "maybe: choose from true, false"),
     ("train.py --data nowhere --out OUT", "nowhere"),
     ("train.py --tiny --resume --out OUT", "nothing to resume"),
     ("train.py --tiny --out /proc/nowhere", "/proc/nowhere"),
