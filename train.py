@@ -308,15 +308,11 @@ def freeze(model: UniT, parts: tuple[str, ...]) -> None:
 # The log: one line an iteration in log.jsonl, one every `log_every` on the screen
 # --------------------------------------------------------------------------------------------------
 
-TERMS = ("class", "l1", "giou", "attribute", "answer")  # each weighted and over the whole batch
-
-
 class Log:
     """Keeps an iteration's numbers on the device until `flush`: most iterations need not wait."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
-        self.train, self.start, self.began = train, start, time.time()
-        self.last, self.pending, self.file = (start, self.began), [], None
+        self.train, self.last, self.pending, self.file = train, (start, time.time()), [], None
         if main:
             path = out / "log.jsonl"
             before = evaluation.read_log(path) if path.exists() else []
@@ -330,29 +326,26 @@ class Log:
             self.file.flush()
 
     def add(self, iteration: int, task: str, lr: float, terms: dict[str, Tensor], norm: Tensor):
-        row = torch.stack([terms[t].to(norm) if t in terms else torch.zeros_like(norm)
-                           for t in TERMS] + [norm])
-        self.pending.append((iteration, task, lr, list(terms), row))
+        self.pending.append((iteration, task, lr, terms, norm))
 
     def flush(self) -> None:
         """Writes what is pending. Raises NotFinite for a loss that is not finite, but in fp16."""
         if not self.pending:
             return
-        table = torch.stack([row for *_, row in self.pending]).double().cpu()
+        shares = torch.stack([x.double() for row in self.pending for x in row[3].values()]).cpu()
+        norms = torch.stack([norm for *_, norm in self.pending]).tolist()
         if dist.is_initialized():  # each process has its share of a term; the norm is everyone's
-            share = table[:, :-1].contiguous()
-            dist.all_reduce(share)
-            table[:, :-1] = share
+            dist.all_reduce(shares)
         (before, then), now, done = self.last, time.time(), self.pending[-1][0]
         speed = (done - before) * self.train.batch_size / max(now - then, 1e-9)
-        eta = round((now - self.began) / (done - self.start) * (self.train.iterations - done))
-        records, losses, faults = [], defaultdict(list), []
-        for (iteration, task, lr, names, _), values in zip(self.pending, table.tolist()):
-            terms = {k: values[TERMS.index(k)] for k in names}
+        eta = round((self.train.iterations - done) * self.train.batch_size / speed)
+        values, records, losses, faults = iter(shares.tolist()), [], defaultdict(list), []
+        for (iteration, task, lr, terms, _), norm in zip(self.pending, norms):
+            terms = {name: next(values) for name in terms}
             loss = sum(terms.values())
             losses[task].append(loss)
             faults += [(iteration, task, k) for k, v in terms.items() if not math.isfinite(v)]
-            numbers = {"loss": loss, **terms, "lr": lr, "grad_norm": values[-1],
+            numbers = {"loss": loss, **terms, "lr": lr, "grad_norm": norm,
                        "samples_per_second": round(speed, 2), "eta": eta}
             records.append({"iteration": iteration, "task": task} | {
                 k: v if math.isfinite(v) else None for k, v in numbers.items()})  # JSON has no NaN
@@ -361,7 +354,7 @@ class Log:
         if faults and self.train.precision != "fp16":
             raise NotFinite(*faults[0])
         if self.file:
-            by_task = "  ".join(f"{task} {fmean(values):.3f}" for task, values in losses.items())
+            by_task = "  ".join(f"{task} {fmean(x):.3f}" for task, x in losses.items())
             skipped = sum(r["grad_norm"] is None for r in records)  # by fp16's loss scaling
             print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {records[-1]['lr']:.2e}  "
                   f"{speed:.1f} samples/s  ETA {timedelta(seconds=eta)}"
@@ -442,9 +435,11 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
             save(out, checkpoint(model, optimizer, scaler, iteration, train, *extra))
 
     def score(iteration):
+        log.flush()
         results = evaluation.evaluate(model, held_out, device, limit=train.eval_samples or None,
                                       precision=train.precision, out=out)
         log.write([{"iteration": iteration, "results": results}])
+        log.last = iteration, time.time()  # samples a second: of training alone
         return results
 
     model.train()
@@ -608,11 +603,10 @@ def check(train: TrainConfig, world_size: int) -> None:
     """What only several settings together get wrong, before anything is written."""
     if not train.tasks:
         raise InputError("--tasks is empty; name at least one")
-    if train.probabilities and len(train.probabilities) != len(train.tasks):
-        raise InputError(f"--probabilities has {len(train.probabilities)} entries for "
-                         f"{len(train.tasks)} tasks; give one for each of --tasks, in their order")
-    if train.probabilities and not sum(train.probabilities):
-        raise InputError("--probabilities are all 0")
+    if train.probabilities and (len(train.probabilities) != len(train.tasks)
+                                or not sum(train.probabilities)):
+        raise InputError(f"--probabilities: give one for each of {len(train.tasks)} --tasks, in "
+                         "their order, and not all 0")
     if train.batch_size % world_size:
         raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
                          f"processes; it counts the samples of all of them")
@@ -670,8 +664,9 @@ def write_tiny_data(folder: Path) -> None:
 
 def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     """Data sets and model as the settings ask for: model, train sets, held-out sets, vocabulary."""
-    folder, tiny = Path(train.data), evaluation.is_tiny(config)
-    if not tiny and any(t.text and t.name in train.tasks for t in data.TASKS):
+    folder, tiny, vocab = Path(train.data), evaluation.is_tiny(config), []
+    with_text = any(t.text for t in data.TASKS if t.name in train.tasks)
+    if with_text and not tiny:
         with contextlib.suppress(unit.MissingFile):  # data.load says what to do if it stays missing
             unit.fetch(folder / "bert" / "vocab.txt")
         config = dataclasses.replace(config, **unit.bert_config(folder / "bert"))
@@ -679,10 +674,11 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     _, held_out = data.load(folder, train.tasks, "val", tiny)
     for dataset in (*datasets.values(), *held_out.values()):
         say(dataset.summary)
-    with_text = any(t.text for t in tasks)
-    vocab = data.read_vocabulary(folder / "bert" / "vocab.txt") if with_text else []
+    if with_text:
+        vocab = data.read_vocabulary(folder / "bert" / "vocab.txt")
+        config = dataclasses.replace(config, vocab_size=len(vocab))
     torch.manual_seed(train.seed)
-    model = UniT(dataclasses.replace(config, vocab_size=len(vocab) or config.vocab_size), tasks)
+    model = UniT(config, tasks)
     if state:
         model.load_state_dict(state["model"])
         say(f"going on after iteration {state['iteration']} of {train.iterations}")

@@ -152,6 +152,26 @@ def test_help_names_every_flag_with_its_default():
     for config in (train.TrainConfig, unit.Config):
         for field in dataclasses.fields(config):
             assert f"--{field.name} " in output
+    assert output.index("every day:") < output.index("--tasks A,B") < output.index("--lr FLOAT")
+
+
+def test_groups_and_limits_of_flags_name_settings_that_exist():
+    names = {f.name for c in (train.TrainConfig, unit.Config) for f in dataclasses.fields(c)}
+    grouped = " ".join(train.GROUPS.values()).split()
+    assert set(grouped) <= names | {"TrainConfig", "Config"} and len(grouped) == len(set(grouped))
+    assert {*train.CHOICES, *train.AT_LEAST_1} <= names
+
+
+def test_flags_have_the_last_word():
+    """A flag wins over --experiment and --tiny; what tiny's own settings suppose, they lose."""
+    def settings(*words):
+        return train.settings(train.make_parser().parse_args(["--tiny", *words]))
+    config, run_config, out = settings("--experiment", "T4.2", "--decoder_layers", "3")
+    assert config.decoder_layers == 3 and out.name == "tiny-T4.2" and not run_config.probabilities
+    assert settings()[1].coco_first == train.TINY["coco_first"]
+    assert settings("--init", "some/last.pt")[1].coco_first == 0
+    assert settings("--init", "some/last.pt", "--coco_first", "0.1")[1].coco_first == 0.1
+    assert settings("--experiment", "T1.4", "--out", "a/b")[1].init == "a/tiny-T1.1-coco/last.pt"
 
 
 # --------------------------------------------------------------------------------------------------
