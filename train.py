@@ -291,7 +291,7 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
     model.load_state_dict({name: theirs[source] for name, source in sources.items()}, strict=False)
 
     def count(names):
-        found = Counter(map(part_of, names))
+        found = Counter(map(part_of, sorted(names)))
         return ", ".join(f"{part} {n}" for part, n in found.items()) or "nothing"
     return (f"init {path}: tensors taken: {count(sources)}; new: {count(ours.keys() - sources)}; "
             f"dropped: {count(theirs.keys() - sources.values())}")
