@@ -591,10 +591,10 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
         values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
     if args.as_released:
         values |= unit.AS_RELEASED | {"init_parts": ()}
-    flags = {"tasks": EIGHT} | values | vars(args)
-    if flags["tasks"] != EIGHT:  # tiny's own chances are for all eight
+    chosen = {"tasks": EIGHT} | values | vars(args)
+    if chosen["tasks"] != EIGHT:  # tiny's own chances are for all eight
         values["probabilities"] = ()
-    if flags.get("init") or "coco" not in flags["tasks"]:
+    if chosen.get("init") or "coco" not in chosen["tasks"]:
         values["coco_first"] = 0.0
     return *configs(values | vars(args)), out
 
