@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import gc
 import io
+import itertools
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -45,73 +47,66 @@ from unit import Batch, Config, Detections, InputError, Task, UniT
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert, box_iou
+from torchvision.transforms.functional import to_pil_image
 
 
 # -------------------------------------------------------------------------------------------------
 # The paper's numbers
 # -------------------------------------------------------------------------------------------------
 
-def _table(text: str) -> dict[str, dict[str, float]]:
-    """{row: {task: number}}; "-": none; NAME-* is a line of several runs, one a task."""
+def _table(text: str, after_slash: bool = False) -> dict[str, dict[str, float]]:
+    """{row: {task: number}}; "-": none; A,B: lines of the same runs; A-*: a run for each task."""
     (_, *tasks), *rows = (line.split() for line in text.strip().splitlines())
     table = {}
-    for name, *numbers in rows:
-        row = {task: float(x) for task, x in zip(tasks, numbers) if x != "-"}
-        table |= {name[:-1] + t: {t: x} for t, x in row.items()} if name[-1] == "*" else {name: row}
+    for names, *cells in rows:
+        cells = [cell.partition("/")[2 * after_slash].strip("-") for cell in cells]
+        row = {task: float(cell) for task, cell in zip(tasks, cells) if cell}
+        for name in names.split(","):
+            table |= {name[:-1] + t: {t: x} for t, x in row.items()} if "*" in name else {name: row}
     return table
 
 
-# Validation: COCO and VG mAP, else accuracy; T<table>.<line>. Others' systems: T3.7 DETR, T3.8
-# VisualBERT, T3.9 BERT. TC.1.6 diverged.
-PAPER = _table("""
-line      coco    vg   vqa2  snli_ve   qnli   mnli    qqp   sst2
-T1.1-*    40.6  3.87  66.38        -      -      -      -      -
-T1.2      40.8  3.91  68.84        -      -      -      -      -
-T1.3      37.2  4.05  68.79        -      -      -      -      -
-T1.4      40.8  4.53  67.30        -      -      -      -      -
-T2.1-*    40.6  3.87  66.38        -      -      -      -      -
-T2.2      40.2     -  66.88        -      -      -      -      -
-T2.3         -  3.83  68.49        -      -      -      -      -
-T2.4      40.8  4.53  67.30        -      -      -      -      -
-T3.1-*    40.6  3.87  66.38    70.52  91.62  84.23  91.18  91.63
-T3.2      32.2  2.54  67.38    74.31  87.68  81.76  90.44  89.40
-T3.3      33.8  2.69  67.36    74.14  87.99  81.40  90.62  89.40
-T3.4      38.9  3.22  67.58    74.20  87.99  81.33  90.61  89.17
-T3.5      39.0  3.29  66.97    73.16  87.95  80.91  90.64  89.29
-T3.6-*    42.3  4.68  67.60    72.56  86.92  81.53  90.57  88.06
-T3.7      43.3  4.02      -        -      -      -      -      -
-T3.8         -     -  67.36    75.69      -      -      -      -
-T3.9         -     -      -        -  91.25  83.90  90.54  92.43
-T4.1     38.79     -      -    69.27      -  81.41      -      -
-T4.2     40.13     -      -    68.17      -  80.58      -      -
-T4.3     39.02     -      -    68.82      -  81.15      -      -
-T4.4     36.32     -      -    69.68      -  81.09      -      -
-T4.5     38.24     -      -    69.76      -  81.31      -      -
-T4.6     39.46     -      -    69.06      -  81.67      -      -
-T4.7     38.61     -      -    70.22      -  81.45      -      -
-T4.8     35.03     -      -    68.57      -  79.62      -      -
-TC.1.1   38.79     -      -    69.27      -  81.41      -      -
-TC.1.2   33.39     -      -    68.53      -  81.01      -      -
-TC.1.3   36.65     -      -    69.07      -  80.64      -      -
-TC.1.4   38.75     -      -    68.66      -  81.66      -      -
-TC.1.5   38.63     -      -    69.14      -  81.09      -      -
-TC.1.6       -     -      -        -      -      -      -      -
-TC.1.7   29.88     -      -    70.39      -  83.74      -      -
-TC.1.8   39.96     -      -    69.31      -  79.88      -      -
-TC.1.9   40.98     -      -    68.72      -  81.08      -      -
-TC.1.10  38.88     -      -    65.77      -  61.47      -      -
-TC.1.11  37.18     -      -    65.01      -  59.87      -      -
-TC.1.12  37.87     -      -    68.70      -  81.11      -      -
-""")
-
-# The numbers after the slash: COCO and VQAv2 test-dev, SNLI-VE test, GLUE's server.
-PAPER_TEST = _table("""
-line      coco    vg   vqa2  snli_ve   qnli   mnli    qqp   sst2
-T1.4      41.1     -  67.47        -      -      -      -      -
-T3.5         -     -  67.03    73.16   88.0   79.8   88.4   91.5
-T3.8         -     -  67.37    75.09      -      -      -      -
-T3.9         -     -      -        -   90.4   83.4   88.9   93.7
-""")
+# T<table>.<line> on validation: COCO and VG mAP, else accuracy. After a slash: COCO and VQAv2
+# test-dev, SNLI-VE test, GLUE's server. Others' systems: T3.7 DETR, T3.8 VisualBERT, T3.9 BERT.
+# TC.1.6 diverged.
+TABLES = """
+line               coco   vg        vqa2     snli_ve       qnli       mnli        qqp       sst2
+T1.1-*,T2.1-*      40.6 3.87       66.38           -          -          -          -          -
+T1.2               40.8 3.91       68.84           -          -          -          -          -
+T1.3               37.2 4.05       68.79           -          -          -          -          -
+T1.4,T2.4     40.8/41.1 4.53 67.30/67.47           -          -          -          -          -
+T2.2               40.2    -       66.88           -          -          -          -          -
+T2.3                  - 3.83       68.49           -          -          -          -          -
+T3.1-*             40.6 3.87       66.38       70.52      91.62      84.23      91.18      91.63
+T3.2               32.2 2.54       67.38       74.31      87.68      81.76      90.44      89.40
+T3.3               33.8 2.69       67.36       74.14      87.99      81.40      90.62      89.40
+T3.4               38.9 3.22       67.58       74.20      87.99      81.33      90.61      89.17
+T3.5               39.0 3.29 66.97/67.03 73.16/73.16 87.95/88.0 80.91/79.8 90.64/88.4 89.29/91.5
+T3.6-*             42.3 4.68       67.60       72.56      86.92      81.53      90.57      88.06
+T3.7               43.3 4.02           -           -          -          -          -          -
+T3.8                  -    - 67.36/67.37 75.69/75.09          -          -          -          -
+T3.9                  -    -           -           - 91.25/90.4 83.90/83.4 90.54/88.9 92.43/93.7
+T4.1,TC.1.1       38.79    -           -       69.27          -      81.41          -          -
+T4.2              40.13    -           -       68.17          -      80.58          -          -
+T4.3              39.02    -           -       68.82          -      81.15          -          -
+T4.4              36.32    -           -       69.68          -      81.09          -          -
+T4.5              38.24    -           -       69.76          -      81.31          -          -
+T4.6              39.46    -           -       69.06          -      81.67          -          -
+T4.7              38.61    -           -       70.22          -      81.45          -          -
+T4.8              35.03    -           -       68.57          -      79.62          -          -
+TC.1.2            33.39    -           -       68.53          -      81.01          -          -
+TC.1.3            36.65    -           -       69.07          -      80.64          -          -
+TC.1.4            38.75    -           -       68.66          -      81.66          -          -
+TC.1.5            38.63    -           -       69.14          -      81.09          -          -
+TC.1.6                -    -           -           -          -          -          -          -
+TC.1.7            29.88    -           -       70.39          -      83.74          -          -
+TC.1.8            39.96    -           -       69.31          -      79.88          -          -
+TC.1.9            40.98    -           -       68.72          -      81.08          -          -
+TC.1.10           38.88    -           -       65.77          -      61.47          -          -
+TC.1.11           37.18    -           -       65.01          -      59.87          -          -
+TC.1.12           37.87    -           -       68.70          -      81.11          -          -
+"""
+PAPER, PAPER_TEST = _table(TABLES), _table(TABLES, after_slash=True)
 
 # The validation scores that the authors give for their published checkpoints: COCO alone and all
 # eight tasks, with and without task embeddings.
@@ -127,14 +122,14 @@ released-all-no-task    38.47  3.31  68.25    74.07  88.15  80.61  90.61  88.50
 def results_table(results: dict, experiment: str | None = None, split: str = "val") -> str:
     """Task, metric, this run and, where the paper has the same setting, its number."""
     theirs = (PAPER_TEST if split == "test" else PAPER | RELEASED).get(experiment)
-    who = "authors" if experiment in RELEASED else "paper"
-    lines = [f"{'task':<9} {'metric':<18} {'this run':>8}"
-             + ("" if theirs is None else f" {who + ' ' + experiment:>14}")]
+    who = f"{'authors' if experiment in RELEASED else 'paper'} {experiment}" if theirs else ""
+    rows = [("task", "metric", "this run", who)]
     for task, metrics in results.items():
-        for i, (metric, value) in enumerate(metrics.items()):  # the paper's is the first metric
-            lines.append(f"{'' if i else task:<9} {metric:<18} {value:>8.2f}"
-                         + ("" if theirs is None or i else f" {theirs.get(task, '-'):>14}"))
-    return "\n".join(lines)
+        shown = task, theirs.get(task, "-") if theirs else ""
+        for metric, value in metrics.items():  # the paper's is the first metric
+            rows.append((shown[0], metric, f"{value:.2f}", shown[1]))
+            shown = "", ""
+    return "\n".join("{:<9} {:<18} {:>8} {:>14}".format(*row).rstrip() for row in rows)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -143,18 +138,19 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 
 def read_checkpoint(path) -> dict:
     """What train.py saved: plain values and tensors only, anything else is refused, not run."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; train.py writes last.pt into its --out")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "config", "tasks", "labels"} <= set(checkpoint):
-            raise KeyError("it lacks model, config, tasks or labels")
-        return checkpoint
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; train.py writes last.pt into its --out") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as e:
-        hostile = isinstance(e, pickle.UnpicklingError)  # torch's text advises to be less careful
-        why = "it holds more than tensors and plain values" if hostile else in_short(e)
-        raise InputError(f"{path}: torn, or no checkpoint of train.py ({why}); previous.pt beside "
-                         "it may be whole; the authors' files go to --released") from None
+        if {"model", "config", "tasks", "labels"} <= set(checkpoint):
+            return checkpoint
+        why = "it lacks model, config, tasks or labels"
+    except pickle.UnpicklingError:  # torch's text advises to be less careful
+        why = "it holds more than tensors and plain values"
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
+        why = textwrap.shorten(str(error), 200)
+    raise InputError(f"{path}: torn, or no checkpoint of train.py ({why}); previous.pt beside it "
+                     "may be whole; the authors' files go to --released")
 
 
 def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
@@ -166,13 +162,10 @@ def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
         model = UniT(Config(**checkpoint["config"]), tasks)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError) as e:  # TypeError: settings unknown to this version
-        raise InputError(f"{path}: weights or settings do not fit this version ({in_short(e)}); "
-                         "use the code that it was trained with") from None
+        why = textwrap.shorten(str(e), 200)
+        raise InputError(f"{path}: weights or settings do not fit this version ({why}); use the "
+                         "code that it was trained with") from None
     return model.to(device).eval(), checkpoint
-
-
-def in_short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # -------------------------------------------------------------------------------------------------
@@ -205,10 +198,13 @@ def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int
     pycocotools keeps a record for each class x area x image: gigabytes with VG's 1,600 classes and
     2,000 images. Classes don't see each other, so they go through it block by block, and for all
     areas in one, which is all that AP needs: the same numbers in a third of the time. A class that
-    these images have no box of has no part in the mean, here as there. {}: no box at all.
+    these images have no box of (but crowds) has no part in the mean, here as there. {}: no box.
     """
-    found, precision, collecting = COCO(), [], gc.isenabled()
-    classes = sorted({a["category_id"] for a in truth.loadAnns(truth.getAnnIds(imgIds=image_ids))})
+    boxes = truth.loadAnns(truth.getAnnIds(imgIds=image_ids, iscrowd=False))
+    classes = sorted({box["category_id"] for box in boxes})
+    if not classes:
+        return {}
+    found, precision = COCO(), []
     gc.disable()  # it would walk millions of new dicts again and again: 6 times as slow
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -216,29 +212,24 @@ def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int
             found.createIndex()
             for start in range(0, len(classes), block):
                 scorer = COCOeval(truth, found, "bbox")
-                scorer.params.imgIds = image_ids
+                scorer.params.imgIds, scorer.params.maxDets = image_ids, [100]
                 scorer.params.catIds = classes[start:start + block]
                 scorer.params.areaRng, scorer.params.areaRngLbl = [[0, 1e10]], ["all"]
-                scorer.params.maxDets = [100]
                 scorer.evaluate()
                 scorer.accumulate()
                 # (10 IoUs, 101 recalls, classes, 1, 1)
                 precision.append(scorer.eval["precision"][..., 0, 0])
     finally:
-        if collecting:
-            gc.enable()
-    precision = np.concatenate(precision or [np.empty((10, 101, 0))], axis=2)
-    precision = precision[:, :, precision[0, 0] > -1]  # -1: the class has only crowds
-    if not precision.size:
-        return {}
+        gc.enable()
+    precision = np.concatenate(precision, axis=2)
     return {"AP": 100 * precision.mean(), "AP50": 100 * precision[0].mean()}
 
 
 def to_rows(image_id: int, found: Detections) -> np.ndarray:
     """One image's detections (q, 7): image id, x, y, w, h, score, class (COCO.loadRes's order)."""
-    x, y, w, h = box_convert(found.boxes.double(), "xyxy", "xywh").unbind(1)
-    columns = torch.full_like(x, image_id), x, y, w, h, found.scores, found.labels
-    return torch.stack([c.double() for c in columns], 1).numpy()
+    boxes = box_convert(found.boxes.double(), "xyxy", "xywh")
+    ids = torch.full_like(boxes[:, 0], image_id)
+    return torch.column_stack([ids, boxes, found.scores, found.labels]).numpy()
 
 
 def to_annotations(rows: np.ndarray) -> list[dict]:
@@ -260,7 +251,7 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
     Counted: true boxes with attributes that a prediction of their class overlaps by an IoU of at
     least 0.5. Right: the highest attribute of the one that overlaps best is among theirs.
     """
-    if found.attributes is None or attributes is None or not len(boxes):
+    if not len(boxes):
         return 0, 0
     iou = box_iou(boxes.double(), found.boxes.double())               # (n, q)
     best = iou.masked_fill(labels[:, None] != found.labels, 0).max(1)
@@ -273,7 +264,6 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
 # Evaluation
 # -------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_workers: int = 0,
              limit: int | None = None, precision: str = "fp32", out=None) -> dict:
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
@@ -285,21 +275,20 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
     was_training, results = model.training, {}
     model.eval()
     for name, dataset in datasets.items():
-        total = len(dataset)
-        if total == 0:
+        indices = some(len(dataset), limit or len(dataset))
+        if not len(indices):
             if rank == 0:
                 print(f"{name}: no samples")
             continue
-        indices = some(total, limit or total)
-        mine = data.eval_loader(dataset, indices[rank::world], batch_size, num_workers)
-        mine = _progress(name, mine, len(indices[rank::world])) if rank == 0 else mine
-        items = [item for batch in mine for item in predictions(model, batch, device, precision)]
-        items = _gather(items, len(indices), rank, world)
+        mine = indices[rank::world]
+        batches = data.eval_loader(dataset, mine, batch_size, num_workers)
+        batches = progress(name, batches, len(mine)) if rank == 0 else batches
+        items = [item for batch in batches for item in predictions(model, batch, device, precision)]
+        items = gather(items, rank, world)
         if rank == 0:
             if out is not None:
                 write_predictions(Path(out) / "predictions", dataset, items)
-            metrics = score(dataset, indices, items)
-            if metrics:
+            if metrics := score(dataset, indices, items):
                 results[name] = {k: round(float(v), 6) for k, v in metrics.items()}
     model.train(was_training)
     return results
@@ -308,6 +297,14 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
 def some(total: int, count: int) -> np.ndarray:
     """`count` of `total` indices, in order. Drawn: every n-th may fall in step with the labels."""
     return np.sort(np.random.default_rng(0).permutation(total)[:count])
+
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device, precision: str):
+    kind = torch.device(device).type
+    return torch.autocast(kind, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
@@ -326,11 +323,11 @@ def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> l
     return items
 
 
+@torch.no_grad()
 def run_model(model: UniT, batch: Batch, device, precision: str = "fp32"):
     """A batch's logits (B, C) in float32, or for detection a list of B Detections."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     batch = batch.to(device)
-    with torch.autocast(torch.device(device).type, dtype, enabled=precision != "fp32"):
+    with autocast(device, precision):
         outputs = model(batch)
         if outputs.boxes is not None:
             return unit.postprocess(model, outputs, batch)
@@ -340,30 +337,28 @@ def run_model(model: UniT, batch: Batch, device, precision: str = "fp32"):
     return logits
 
 
-def _progress(name: str, batches, total: int, every: float = 10.0):
+def progress(name: str, batches, total: int):
     """Passes batches on and tells every ten seconds how far it is and how long it will take."""
     start = shown = time.time()
     done = 0
     for batch in batches:
         yield batch
         done, now = done + len(batch), time.time()
-        if now - shown > every and done < total:
-            left = round((now - start) / done * (total - done))
-            print(f"  {name}: {done} of {total}, {done / (now - start):.1f} a second, "
-                  f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+        if now - shown > 10:
+            left = timedelta(seconds=round((now - start) / done * (total - done)))
+            print(f"  {name}: {done} of {total}, {done / (now - start):.1f} a second, ETA {left}",
+                  flush=True)
             shown = now
 
 
-def _gather(mine: list, total: int, rank: int, world: int) -> list:
-    """All processes' items on rank 0, each sample once and in its place."""
+def gather(mine: list, rank: int, world: int) -> list:
+    """All processes' items on rank 0, in the order of the samples, which they took in turn."""
     if world == 1:
         return mine
     parts = [None] * world if rank == 0 else None
     dist.gather_object(mine, parts)
-    items = [None] * total
-    for r, part in enumerate(parts or []):
-        items[r::world] = part
-    return items
+    turns = itertools.zip_longest(*parts or [])
+    return [item for turn in turns for item in turn if item is not None]
 
 
 def score(dataset, indices, items: list) -> dict:
@@ -399,18 +394,33 @@ GLUE_FILES = {"qnli": ("QNLI", ["entailment", "not_entailment"]), "mnli": ("MNLI
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w"):
+def whole_file(path, mode: str = "w"):
     """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"{path} could not be written ({error}); is the disk full? What was there "
+                         "is intact: make room, repeat (a training: with --resume)") from error
 
 
 def write_json(path, value) -> None:
-    with whole_file(Path(path)) as file:
+    with whole_file(path) as file:
         file.write(json.dumps(value, indent=1) + "\n")
+
+
+def read_log(path) -> list[dict]:
+    """The lines of a log.jsonl, less one that a kill cut off."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_predictions(folder: Path, dataset, items: list) -> None:
@@ -457,7 +467,6 @@ def write_detections(path: Path, names: list[str], items: list) -> None:
 # One input
 # -------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
             text_pair: str | None = None, task: str | None = None) -> list[dict]:
     """The model's answers about a picture (its path), a text, or both, the likeliest first.
@@ -520,13 +529,10 @@ def is_tiny(config: Config) -> bool:
 
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
-# What Figure E.1 calls the texts of a task.
-TEXT_NAMES = {"vqa2": ["question"], "snli_ve": ["hypothesis"], "qnli": ["question", "paragraph"],
-              "mnli": ["premise", "hypothesis"], "qqp": ["question 1", "question 2"]}
 
 
-def font(size: int = SIZE):
-    return ImageFont.load_default(size=size)
+def font():
+    return ImageFont.load_default(SIZE)
 
 
 def title(found: dict) -> str:
@@ -539,23 +545,20 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
     size = round(picture.width * scale), round(picture.height * scale)
     smooth = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
     picture = picture.convert("RGB").resize(size, smooth)
-    draw = ImageDraw.Draw(picture)
-    corners = [[min(max(v * scale, 0), side - 1) for v, side in zip(f["box"], 2 * size)]
-               for f in found]
-    for i, (x0, y0, x1, y1) in reversed(list(enumerate(corners))):
-        colour = COLOURS[i % len(COLOURS)]
-        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour, width=3)
-    for i, (x, y, _, _) in reversed(list(enumerate(corners))):  # names last: no line crosses them
-        colour, name = COLOURS[i % len(COLOURS)], f"{title(found[i])} {found[i]['score']:.2f}"
-        width, height = draw.textlength(name, font()) + 6, SIZE + 4
-        x, y = max(0, min(x, size[0] - width)), max(0, y - height)
-        draw.rectangle((x, y, x + width, y + height), fill=colour)
-        draw.text((x + 3, y + 1), name, "white", font())
+    draw, corner = ImageDraw.Draw(picture), 2 * (np.array(size) - 1).tolist()
+    boxes = [(np.array(f["box"]) * scale).clip(0, corner).tolist() for f in found]
+    drawn = list(zip(found, boxes, itertools.cycle(COLOURS)))[::-1]
+    for _, box, colour in drawn:
+        draw.rectangle(box, outline=colour, width=3)
+    for thing, (x, y, _, _), colour in drawn:  # names last: no line crosses them
+        name = f"{title(thing)} {thing['score']:.2f}"
+        x = max(0, min(x, size[0] - draw.textlength(name, font()) - 8))
+        draw.text((x + 5, y + 3), name, "white", font(), stroke_width=3, stroke_fill=colour)
     return picture
 
 
-def tile(picture: Image.Image | None, lines: list[tuple[str, str]]) -> Image.Image:
-    """A picture, or none, with lines (text, colour) under it, wrapped to its width."""
+def tile(lines: list[tuple[str, str]], picture: Image.Image | None = None) -> Image.Image:
+    """Lines (text, colour), wrapped to the width of a tile, below a picture if there is one."""
     lines = [(part, colour) for text, colour in lines
              for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9)]
     top, step = picture.height + 4 if picture else 0, SIZE + 5
@@ -567,117 +570,123 @@ def tile(picture: Image.Image | None, lines: list[tuple[str, str]]) -> Image.Ima
     return result
 
 
-def save_grid(rows: list[tuple[str, list[Image.Image]]], path) -> None:
-    """Titled rows of tiles, one below the other, as a PNG."""
-    heights = [max(t.height for t in tiles) + SIZE + 4 * PAD for _, tiles in rows]
-    width = max(len(tiles) for _, tiles in rows) * (WIDTH + PAD) + PAD
-    result, y = Image.new("RGB", (width, sum(heights)), "white"), 0
-    for (heading, tiles), height in zip(rows, heights):
-        ImageDraw.Draw(result).text((PAD, y + PAD), heading, "black", font(SIZE + 4))
+def save_grid(rows: list[list[Image.Image]], path) -> None:
+    """Rows of tiles, one below the other, as a PNG."""
+    heights = [max(t.height for t in tiles) + PAD for tiles in rows]
+    size = max(map(len, rows)) * (WIDTH + PAD) + PAD, sum(heights) + PAD
+    sheet, y = Image.new("RGB", size, "white"), PAD
+    for tiles, height in zip(rows, heights):
         for i, t in enumerate(tiles):
-            result.paste(t, (PAD + i * (WIDTH + PAD), y + SIZE + 2 * PAD + 6))
+            sheet.paste(t, (PAD + i * (WIDTH + PAD), y))
         y += height
-    with whole_file(Path(path), "wb") as file:
-        result.save(file, "PNG")
+    with whole_file(path, "wb") as file:
+        sheet.save(file, "PNG")
 
 
 def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
-    """One held-out input with the model's answer."""
-    task, sample, picture = dataset.task, dataset.sample(index), None
-    labels = {"classes": dataset.class_names, "attributes": dataset.attribute_names}
+    """One held-out input with the model's answer: green if right, red with the truth if wrong."""
+    task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
+    labels = {"classes": names, "attributes": dataset.attribute_names}
     answers = answers_to(model, task, sample, labels, device)
+    picture = None
     if task.image:
         mean, std = (torch.tensor(x)[:, None, None] for x in (data.MEAN, data.STD))
-        pixels = ((sample.image * std + mean) * 255).round().clamp(0, 255).byte()
-        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(sample.size[::-1])
+        picture = to_pil_image((sample.image * std + mean).clamp(0, 1)).resize(sample.size[::-1])
         sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
         picture = draw_boxes(picture, sure, WIDTH / picture.width)
     if task.kind == "detection":
-        return tile(picture, [])
-    names = TEXT_NAMES.get(task.name, ["text", "text 2"])
-    lines = [(f"{name}: {text}", "black") for name, text in zip(names, dataset.texts(index))]
-    answer = answers[0]["label"]
-    truth = correction(dataset, index, answer)
-    lines.append((f"prediction: {answer}", "#1b7f3b") if truth is None else
-                 (f"prediction: {answer}  (truth: {truth})", "#c62828"))
-    return tile(picture, lines)
+        return picture
+    answer, scores = answers[0]["label"], sample.scores
+    line = f"prediction: {answer}", "#1b7f3b"
+    if scores is not None and scores[names.index(answer)] < 0.5:
+        line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
+    return tile([*((f'"{text}"', "black") for text in dataset.texts(index)), line], picture)
 
 
-def correction(dataset, index: int, answer: str) -> str | None:
-    """The true answer; None if the given one is right, or the truth is not known."""
-    if dataset.task.soft_scores:
-        ten = dataset.answers(index)
-        wrong = ten and vqa_accuracy(answer, ten) < 0.5
-        return max(ten, key=ten.count) if wrong else None
-    label = dataset.label(index)
-    return None if label < 0 or dataset.class_names[label] == answer else dataset.class_names[label]
-
-
-@torch.no_grad()
 def predictions_picture(model: UniT, datasets: dict, device, path, samples: int = 4) -> None:
-    """Figures 3 and E.1: a few held-out inputs of each task with the model's answers."""
-    was_training, rows = model.training, []
-    model.eval()
+    """Figures 3 and E.1: a few held-out inputs of each task with the answers of a model in eval
+    mode."""
+    rows = []
     for name, dataset in datasets.items():
         tiles = [show_sample(model, dataset, i, device) for i in some(len(dataset), samples)]
-        if tiles:
-            rows.append((name, tiles))
-    model.train(was_training)
+        rows += [[tile([(name, "black")])], tiles] if tiles else []
     if rows:
         save_grid(rows, path)
 
 
 def curves_picture(log, path) -> None:
     """Figure D.1: each metric against iterations, a panel a task, from a run's log.jsonl."""
-    series = {}  # {task: {metric: {iteration: value}}}
-    for line in Path(log).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut off
-            entry = json.loads(line)
-            for task, metrics in entry.get("results", {}).items():
-                for metric, value in metrics.items():
-                    series.setdefault(task, {}).setdefault(metric, {})[entry["iteration"]] = value
+    series = {}  # {task: {metric: [(iteration, value)]}}
+    for entry in read_log(log):
+        for task, metrics in entry.get("results", {}).items():
+            for metric, value in metrics.items():
+                points = series.setdefault(task, {}).setdefault(metric, [])
+                points.append((entry["iteration"], value))
     panels = [panel(task, metrics) for task, metrics in series.items()]
     if panels:
-        save_grid([("" if i else "validation, percent", panels[i:i + 4])
-                   for i in range(0, len(panels), 4)], path)
+        save_grid([panels[i:i + 4] for i in range(0, len(panels), 4)], path)
 
 
-def panel(name: str, metrics: dict[str, dict[int, float]]) -> Image.Image:
-    """One plot of {metric: {iteration: percent}}, a line a metric."""
-    picture = Image.new("RGB", (WIDTH, 240), "white")
-    draw, small = ImageDraw.Draw(picture), font(12)
-    left, top, right, bottom = 34, 44, WIDTH - 12, 214
-    values = [v for points in metrics.values() for v in points.values()]
-    low, high = min(90, 10 * int(min(values) // 10)), min(100, 10 * int(max(values) // 10 + 1))
-    last = max(i for points in metrics.values() for i in points)
-    for k in range(3):
-        y = bottom - k * (bottom - top) / 2
-        draw.line((left, y, right, y), "#cccccc" if k else "black")
-        draw.text((left - 5, y), f"{low + k * (high - low) / 2:g}", "black", small, "rm")
-    draw.text((left, bottom + 5), "0", "black", small)
-    draw.text((right, bottom + 5), f"{last:,} iterations", "black", small, "ra")
-    draw.text((0, 0), name, "black", font(SIZE + 2))
-    x_name = left
-    for (metric, points), colour in zip(metrics.items(), COLOURS):
-        xy = [(left + i / max(1, last) * (right - left),
-               bottom - (v - low) / (high - low) * (bottom - top))
-              for i, v in sorted(points.items())]
-        draw.line(xy, colour, 2, joint="curve")
-        for x, y in xy:
+def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
+    """One plot of {metric: [(iteration, percent)]}, a line a metric."""
+    plot = Image.new("RGB", (WIDTH, 190), "white")
+    draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
+    iterations, values = zip(*(point for points in metrics.values() for point in points))
+    last, low = max(1, *iterations), min(90, 10 * int(min(values) // 10))
+    high = min(100, 10 * int(max(values) // 10 + 1))
+
+    def at(iteration, value):
+        return (left + iteration / last * (right - left),
+                bottom - (value - low) / (high - low) * (bottom - top))
+    for value in (low, (low + high) / 2, high):
+        draw.line((at(0, value), at(last, value)), "#cccccc")
+        draw.text((left - 5, at(0, value)[1]), f"{value:g}", "black", font(), "rm")
+    draw.text((right, bottom + 5), f"{last:,} iterations", "black", font(), "ra")
+    for points, colour in zip(metrics.values(), COLOURS):
+        draw.line([at(*point) for point in points], colour, 2, joint="curve")
+        for x, y in (at(*point) for point in points):
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-        draw.text((x_name, 22), metric, colour, small)
-        x_name += draw.textlength(metric, small) + 14
-    return picture
+    return tile([(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)], plot)
 
 
 # -------------------------------------------------------------------------------------------------
 # The command line
 # -------------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """Its complaints are a line each, as those of the rest of the program."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def at_least(least: int, kind: type = int):
+    """A flag's type: numbers that are not too small."""
+    def convert(text: str):
+        with contextlib.suppress(ValueError):
+            if kind(text) >= least:  # false for NaN too
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} of at least {least}")
+    return convert
+
+
+def command_line(parser: argparse.ArgumentParser, run, argv: list[str] | None) -> None:
+    """Runs a program's command line: a user's mistake is one line and exit status 2."""
+    try:
+        run(parser.parse_args(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(allow_abbrev=False, description=(
+    p = Parser(allow_abbrev=False, description=(
         "Evaluate a trained model on whole data sets, or ask it about one input."))
-    g = p.add_argument_group("the model (one of the two)").add_argument
+    g = p.add_argument_group("the model (one of the two)")
+    g = g.add_mutually_exclusive_group(required=True).add_argument
     g("--checkpoint", metavar="FILE", help="what train.py saved, for example runs/T3.3/last.pt")
     g("--released", metavar="FILE", help="the authors' published file, .tar.gz or the .pth in it")
     g = p.add_argument_group("whole data sets").add_argument
@@ -685,20 +694,20 @@ def parser() -> argparse.ArgumentParser:
     g("--tasks", metavar="A,B", help="some of the model's tasks [all]")
     g("--split", choices=["val", "test"], default="val",
       help="test writes what the test servers take into OUT/predictions [val]")
-    g("--eval_samples", type=int, metavar="N", help="at most N samples of each task [all]")
+    g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
+    g("--eval_samples", type=at_least(0), metavar="INT", help="at most so many of each task [all]")
     g("--figures", action="store_true",
       help="also draw predictions.png and, where there is a log.jsonl, curves.png")
     g = p.add_argument_group("one input (no data set needed)").add_argument
     g("--image", metavar="FILE", help="a picture; alone: detection, also drawn into prediction.png")
-    g("--question", metavar="TEXT", help="a question about --image")
-    g("--text", metavar="TEXT", help="a sentence for --tasks; with --image: a statement about it")
+    g("--question", "--text", dest="text", metavar="TEXT",
+      help="a question or statement about --image, or the sentence of a text task")
     g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
     g = p.add_argument_group("how").add_argument
-    g("--batch_size", type=int, default=0, metavar="N",
+    g("--batch_size", type=at_least(0), default=0, metavar="INT",
       help="samples at a time; padding images to one size changes AP a little [1 image, 32 texts]")
-    g("--num_workers", type=int, default=2, metavar="N", help="processes that read data [2]")
-    g("--precision", choices=["fp32", "fp16", "bf16"], default="fp32", help="[fp32]")
-    g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
+    g("--num_workers", type=at_least(0), default=2, metavar="INT", help="data workers [2]")
+    g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     return p
 
 
@@ -744,7 +753,7 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
 
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
     """The split's data sets, checked to have the classes that the model was trained for."""
-    has = {t.name for t in data.TASKS if t.dataset and split in t.dataset.files}
+    has = {t.name for t in data.TASKS if split in t.dataset.files}
     for name in [t for t in tasks if t not in has]:
         print(f"{name}: has no {split} split")
     there = [t for t in tasks if t in has]
@@ -759,10 +768,9 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
 
 def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
     """Prints what the model says about one input; detections are drawn too."""
-    text = args.question or args.text
     for name in args.tasks.split(",") if args.tasks else [None]:
-        task = choose_task(model, bool(args.image), bool(text), name)
-        answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
+        task = choose_task(model, bool(args.image), bool(args.text), name)
+        answers = predict(model, checkpoint, args.image, args.text, args.text_pair, task.name)
         if task.kind == "classification":
             lines = [f"{a['score']:8.1%}  {a['label']}" for a in answers[:5]]
             print(f"{task.name}:", *lines, sep="\n")
@@ -778,11 +786,8 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if bool(args.checkpoint) == bool(args.released):
-        raise InputError("give either --checkpoint FILE or --released FILE (see --help)")
-    if min(args.eval_samples or 0, args.batch_size, args.num_workers) < 0:
-        raise InputError("--eval_samples, --batch_size and --num_workers cannot be negative")
-    (rank, _, device), file = start_processes(), Path(args.checkpoint or args.released)
+    rank, _, device = start_processes()
+    file = Path(args.checkpoint or args.released)
     if args.released:
         folder = Path(args.data or "data")
         model, checkpoint, name = released_checkpoint(file, folder)
@@ -792,7 +797,7 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.data or checkpoint.get("train", {}).get("data", "data"))
     model.to(device).eval()
     out = Path(args.out or file.parent)
-    if args.image or args.question or args.text:
+    if args.image or args.text:
         return answer_one(args, model, checkpoint, out)
     tasks = args.tasks.split(",") if args.tasks else list(model.tasks)
     if lost := [t for t in tasks if t not in model.tasks]:
@@ -814,14 +819,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        run(parser().parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    command_line(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -39,12 +41,10 @@ class TrainConfig:
 
     tasks: tuple[str, ...] = option(
         ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2"), "data sets (Section 4.2)")
-    probabilities: tuple[float, ...] = option(
-        (), "chance of each of --tasks at an iteration; none given: Table A.2")
+    probabilities: tuple[float, ...] = option((), "chance of each of --tasks; none: Table A.2's")
     iterations: int = option(500_000, "iterations (Section 4.2)")
     batch_size: int = option(64, "samples an iteration, over all processes (Table A.1)")
-    micro_batch: int = option(
-        0, "samples a process holds at a time; 0: one image (as the paper), all texts")
+    micro_batch: int = option(0, "samples a process holds at a time; 0: one image, or all texts")
     lr: float = option(5e-5, "learning rate (Table A.1)")
     lr_backbone: float = option(1e-5, "learning rate of the backbone (DETR; released config)")
     warmup: int = option(2000, "warm-up iterations (Table A.1)")
@@ -54,23 +54,23 @@ class TrainConfig:
         False, "also update parameters the task did not reach (Appendix A: it often diverges)")
     coco_first: float = option(
         0.0, "share of the iterations that come first, on COCO alone: COCO init. in one run (ours)")
-    imagenet_backbone: bool = option(
-        False, "backbone from ImageNet instead of DETR (Table C.1 line 3)")
     init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
     init_parts: tuple[str, ...] = option(
         (), "of it: image_encoder, text_encoder, decoder, queries, heads; none given: all")
     freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)")
+    imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
     precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16")
     seed: int = option(0, "seed of weights, sampling, augmentation and dropout")
     data: str = option("data", "folder of the data sets, as README lays it out")
     num_workers: int = option(4, "data workers a process")
     log_every: int = option(50, "iterations a line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(
-        10_000, "iterations between evaluations (released config); 0: at the end")
+    eval_every: int = option(10_000, "iterations between evaluations, 0: at the end (as released)")
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
 
 
+# The parts of a model, as the names of its parameters begin.
+PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")
 # What may differ when a run goes on: none of it changes the weights that come out.
 FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every", "eval_samples",
                   "micro_batch"}
@@ -93,30 +93,29 @@ COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
 SEPARATE = dict(shared_decoder=False)
 
 
-def experiment(tasks: tuple[str, ...] | str, iterations: int, **overrides) -> dict:
-    tasks = (tasks,) if isinstance(tasks, str) else tasks
+def experiment(tasks: tuple[str, ...], iterations: int, **overrides) -> dict:
     return dict(tasks=tasks, iterations=iterations, **overrides)
 
 
 EXPERIMENTS = {
     # Table 1: 150k, 300k, 450k iterations for one, two, three data sets (Section 4.1)
-    **{f"T1.1-{t}": experiment(t, 150_000) for t in DETECTION_VQA},
+    **{f"T1.1-{t}": experiment((t,), 150_000) for t in DETECTION_VQA},
     "T1.2": experiment(DETECTION_VQA, 450_000, **SEPARATE),
     "T1.3": experiment(DETECTION_VQA, 450_000),
     "T1.4": experiment(DETECTION_VQA, 450_000, **COCO_INIT),
     # Table 2: shared decoders, COCO init.
-    **{f"T2.1-{t}": experiment(t, 150_000) for t in DETECTION_VQA},
+    **{f"T2.1-{t}": experiment((t,), 150_000) for t in DETECTION_VQA},
     "T2.2": experiment(("coco", "vqa2"), 300_000, **COCO_INIT),
     "T2.3": experiment(("vg", "vqa2"), 300_000, **COCO_INIT),
     "T2.4": experiment(DETECTION_VQA, 450_000, **COCO_INIT),
     # Table 3: 500k (its line 1 repeats Table 1's runs for COCO, VG and VQAv2)
-    **{f"T3.1-{t}": experiment(t, 150_000 if t in DETECTION_VQA else 500_000) for t in EIGHT},
+    **{f"T3.1-{t}": experiment((t,), 150_000 if t in DETECTION_VQA else 500_000) for t in EIGHT},
     "T3.2": experiment(EIGHT, 500_000, **SEPARATE),
     "T3.3": experiment(EIGHT, 500_000),
     "T3.4": experiment(EIGHT, 500_000, **SEPARATE, **COCO_INIT_4_2),
     "T3.5": experiment(EIGHT, 500_000, **COCO_INIT_4_2),
     # The paper does not say how long fine-tuning takes: 150k is ours.
-    **{f"T3.6-{t}": experiment(t, 150_000, init="T3.5") for t in EIGHT},
+    **{f"T3.6-{t}": experiment((t,), 150_000, init="T3.5") for t in EIGHT},
     # Table 4: ablations
     "T4.1": experiment(ABLATION, 500_000),
     "T4.2": experiment(ABLATION, 500_000, decoder_layers=8),
@@ -158,8 +157,8 @@ TINY = dict(
     iterations=5400, batch_size=32, lr=9e-4, lr_backbone=1.2e-3, warmup=200, clip=1.0,
     num_workers=1, log_every=250, save_every=1000, eval_every=1350, data="runs/tiny-data")
 # What an experiment changes is scaled to tiny's sizes: a decoder of 1536 is twice tiny's width.
-TINY_QUERIES = 4  # what the 25 queries of a classification task become (data.py)
-SCALED = ("encoder_width", "decoder_width", "decoder_layers", "lr", "batch_size")
+SCALED = {name: TINY[name] for name in ("encoder_width", "decoder_width", "decoder_layers", "lr",
+                                        "batch_size")} | {"num_queries": 4}  # for 25 (data.py)
 
 
 def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
@@ -239,29 +238,19 @@ class Step(nn.Module):
 
 def save(out: Path, state: dict) -> None:
     """Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
-    new = out / "last.pt.new"
-    try:
-        with open(new, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        new.unlink(missing_ok=True)
-        raise InputError(f"{new}: the checkpoint could not be written ({error}); is the disk full? "
-                         f"the previous one is intact: make room, go on with --resume") from error
+    with evaluation.whole_file(out / "last.pt.new", "wb") as file:
+        torch.save(state, file)
     if (out / "last.pt").exists():
         os.replace(out / "last.pt", out / "previous.pt")
-    os.replace(new, out / "last.pt")
+    os.replace(out / "last.pt.new", out / "last.pt")
 
 
 def load_newest(out: Path) -> dict:
     """The newest whole checkpoint under `out`: last.pt, or previous.pt if a crash tore that one."""
-    for name in ("last.pt", "previous.pt"):
-        path = out / name
-        if not path.exists():
-            continue
+    for path in (out / "last.pt", out / "previous.pt"):
         try:
-            return evaluation.read_checkpoint(path)
+            if path.exists():
+                return evaluation.read_checkpoint(path)
         except InputError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt there; "
@@ -278,19 +267,15 @@ def checkpoint(model, optimizer, scaler, iteration, train, labels, vocab) -> dic
             "labels": labels, "vocab": vocab}
 
 
-PARTS = {"image_encoder": "image_encoder.", "text_encoder": "text_encoder.", "decoder": "decoders.",
-         "queries": "queries.", "heads": "heads."}
-
-
 def part_of(name: str) -> str:
-    return next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+    return next(part for part in PARTS if name.startswith(part))
 
 
-def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> list[str]:
-    """Takes `parts` of another run's weights, whatever fits by name; returns what was taken, what
-    is new, what was dropped. What the paper's COCO init. takes: see EXPERIMENTS."""
-    theirs = evaluation.read_checkpoint(Path(path))["model"]
-    ours, taken = model.state_dict(), {}
+def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> str:
+    """Takes `parts` of another run's weights, whatever fits by name -> what was taken, is new, was
+    dropped, in words. What the paper's COCO init. takes: see EXPERIMENTS."""
+    theirs, ours = evaluation.read_checkpoint(path)["model"], model.state_dict()
+    sources = {}  # {name here: name there}
     for name, value in ours.items():
         source = name
         if name not in theirs and name.startswith("decoders.") and not as_released:
@@ -300,18 +285,16 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
             if theirs[source].shape != value.shape:
                 raise InputError(f"{path}: {source} is {tuple(theirs[source].shape)}, this run "
                                  f"needs {tuple(value.shape)}; give the sizes of its training")
-            taken[name] = theirs[source]
-    if not taken:
+            sources[name] = source
+    if not sources:
         raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
-    model.load_state_dict(taken, strict=False)
+    model.load_state_dict({name: theirs[source] for name, source in sources.items()}, strict=False)
 
     def count(names):
-        found = defaultdict(int)
-        for name in names:
-            found[part_of(name)] += 1
+        found = Counter(map(part_of, sorted(names)))
         return ", ".join(f"{part} {n}" for part, n in found.items()) or "nothing"
-    return [f"init {path}: tensors taken: {count(taken)}; new: {count(set(ours) - set(taken))}; "
-            f"dropped: {count(set(theirs) - set(taken))}"]
+    return (f"init {path}: tensors taken: {count(sources)}; new: {count(ours.keys() - sources)}; "
+            f"dropped: {count(theirs.keys() - sources.values())}")
 
 
 def freeze(model: UniT, parts: tuple[str, ...]) -> None:
@@ -325,22 +308,16 @@ def freeze(model: UniT, parts: tuple[str, ...]) -> None:
 # The log: one line an iteration in log.jsonl, one every `log_every` on the screen
 # --------------------------------------------------------------------------------------------------
 
-TERMS = ("class", "l1", "giou", "attribute", "answer")  # each weighted and over the whole batch
-
-
 class Log:
     """Keeps an iteration's numbers on the device until `flush`: most iterations need not wait."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
-        self.train, self.start, self.began = train, start, time.time()
-        self.last, self.pending = (start, self.began), []
-        self.skipped = 0  # steps that fp16's loss scaling skipped
-        path, self.file = out / "log.jsonl", None
+        self.train, self.last, self.pending, self.file = train, (start, time.time()), [], None
         if main:
-            if path.exists():  # drop what came after the checkpoint, and a torn last line
-                whole = [x for x in path.read_text().splitlines(True) if x.endswith("}\n")]
-                path.write_text("".join(x for x in whole if json.loads(x)["iteration"] <= start))
-            self.file = open(path, "a")
+            path = out / "log.jsonl"
+            before = evaluation.read_log(path) if path.exists() else []
+            self.file = open(path, "w")
+            self.write([x for x in before if x["iteration"] <= start])  # up to the checkpoint
 
     def write(self, records: list[dict]) -> None:
         """One JSON object a line, handed to the system whole: a kill leaves no half of one."""
@@ -349,58 +326,43 @@ class Log:
             self.file.flush()
 
     def add(self, iteration: int, task: str, lr: float, terms: dict[str, Tensor], norm: Tensor):
-        row = torch.stack([terms[t].to(norm) if t in terms else torch.zeros_like(norm)
-                           for t in TERMS] + [norm])
-        self.pending.append((iteration, task, lr, list(terms), row))
+        self.pending.append((iteration, task, lr, terms, norm))
 
     def flush(self) -> None:
-        """Writes what is pending. Raises FloatingPointError for a loss that is not finite."""
+        """Writes what is pending. Raises NotFinite for a loss that is not finite, but in fp16."""
         if not self.pending:
             return
-        table = torch.stack([row for *_, row in self.pending]).double().cpu()
+        shares = torch.stack([x.double() for row in self.pending for x in row[3].values()]).cpu()
+        norms = torch.stack([norm for *_, norm in self.pending]).tolist()
         if dist.is_initialized():  # each process has its share of a term; the norm is everyone's
-            share = table[:, :-1].contiguous()
-            dist.all_reduce(share)
-            table[:, :-1] = share
+            dist.all_reduce(shares)
         (before, then), now, done = self.last, time.time(), self.pending[-1][0]
         speed = (done - before) * self.train.batch_size / max(now - then, 1e-9)
-        eta = (now - self.began) / (done - self.start) * (self.train.iterations - done)
-        records, losses, fault = [], defaultdict(list), None
-        for (iteration, task, lr, names, _), values in zip(self.pending, table.tolist()):
-            terms = {k: values[TERMS.index(k)] for k in names}
-            for name, value in terms.items():
-                if not math.isfinite(value):
-                    fault = fault or (iteration, task, name)
-                    terms[name] = None  # JSON knows no NaN
-            loss = None if None in terms.values() else sum(terms.values())
+        eta = round((self.train.iterations - done) * self.train.batch_size / speed)
+        values, records, losses, faults = iter(shares.tolist()), [], defaultdict(list), []
+        for (iteration, task, lr, terms, _), norm in zip(self.pending, norms):
+            terms = {name: next(values) for name in terms}
+            loss = sum(terms.values())
             losses[task].append(loss)
-            norm = values[-1] if math.isfinite(values[-1]) else None
-            records.append({"iteration": iteration, "task": task, "loss": loss, **terms, "lr": lr,
-                            "grad_norm": norm, "samples_per_second": round(speed, 2),
-                            "eta": round(eta)})
+            faults += [(iteration, task, k) for k, v in terms.items() if not math.isfinite(v)]
+            numbers = {"loss": loss, **terms, "lr": lr, "grad_norm": norm,
+                       "samples_per_second": round(speed, 2), "eta": eta}
+            records.append({"iteration": iteration, "task": task} | {
+                k: v if math.isfinite(v) else None for k, v in numbers.items()})  # JSON has no NaN
         self.pending, self.last = [], (done, now)
         self.write(records)
-        if fault and self.train.precision != "fp16":
-            raise NotFinite(*fault)
+        if faults and self.train.precision != "fp16":
+            raise NotFinite(*faults[0])
         if self.file:
-            by_task = "  ".join(f"{task} {mean(values):.3f}" for task, values in losses.items())
-            skipped = f"  skipped {self.skipped}" if self.skipped else ""
-            print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {lr:.2e}  "
-                  f"{speed:.1f} samples/s  ETA {clock(eta)}{skipped}", flush=True)
+            by_task = "  ".join(f"{task} {fmean(x):.3f}" for task, x in losses.items())
+            skipped = sum(r["grad_norm"] is None for r in records)  # by fp16's loss scaling
+            print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {records[-1]['lr']:.2e}  "
+                  f"{speed:.1f} samples/s  ETA {timedelta(seconds=eta)}"
+                  + f"  skipped {skipped}" * bool(skipped), flush=True)
 
 
 class NotFinite(FloatingPointError):
     """A loss term that is not finite: iteration, task, term."""
-
-
-def mean(values: list) -> float:
-    values = [v for v in values if v is not None]
-    return sum(values) / len(values) if values else math.nan
-
-
-def clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,14 +377,12 @@ def iteration_seed(seed: int, iteration: int, rank: int) -> int:
 def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
     """One update from this process's micro-batches -> its shares of the loss terms (a dict), and
     the gradient's norm before clipping."""
-    dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[train.precision]
-    precision = torch.autocast(device.type, dtype, enabled=dtype is not None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     totals: dict[str, Tensor] = {}
     for k, batch in enumerate(batches):
         wait = k < len(batches) - 1 and dist.is_initialized()
         with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once an iteration
-            with precision:
+            with evaluation.autocast(device, train.precision):
                 terms = step(batch.to(device, parameters[0].dtype), train.batch_size, boxes)
             # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
             scaler.scale(sum(terms.values()) * world_size).backward()
@@ -442,7 +402,7 @@ def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
 
 
 def set_up(model: UniT, datasets: dict, train: TrainConfig, state: dict | None, device):
-    """What the loop needs: optimiser and loss scaler as `state` left them, the step, the schedule."""
+    """Optimiser and loss scaler as `state` left them, the step, the schedule."""
     optimizer = make_optimizer(model, train)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
     if state:
@@ -475,10 +435,11 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
             save(out, checkpoint(model, optimizer, scaler, iteration, train, *extra))
 
     def score(iteration):
+        log.flush()
         results = evaluation.evaluate(model, held_out, device, limit=train.eval_samples or None,
                                       precision=train.precision, out=out)
         log.write([{"iteration": iteration, "results": results}])
-        model.train()
+        log.last = iteration, time.time()  # samples a second: of training alone
         return results
 
     model.train()
@@ -496,9 +457,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
             factor = lr_factor(i, train)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["base_lr"] * factor
-            scale = scaler.get_scale()
             terms, norm = update(step, optimizer, scaler, batches, train, boxes, world_size, device)
-            log.skipped += scaler.get_scale() < scale
             log.add(i + 1, batches[0].task, train.lr * factor, terms, norm)
             last = i + 1 == train.iterations
             if last or (i + 1) % train.log_every == 0:
@@ -537,139 +496,143 @@ def not_finite(error, log, schedule, datasets, iteration: int) -> InputError:
 # The command line
 # --------------------------------------------------------------------------------------------------
 
-def field_type(field: dataclasses.Field):
+# The groups of --help; a class's name stands for the rest of its fields.
+GROUPS = {
+    "every day": "data tasks iterations batch_size micro_batch seed precision num_workers "
+                 "log_every save_every eval_every eval_samples",
+    "starting from other weights (Sections 4.1, 4.2, Table C.1)":
+        "init init_parts freeze imagenet_backbone",
+    "sampling, optimiser, schedule (Section 3.5, Table A.1)": "TrainConfig",
+    "the model (Table A.1)": "Config",
+    "ablations (Tables 1-4, C.1) and the released system":
+        "shared_decoder task_embedding all_text_states num_queries loss_on_all_layers "
+        "binary_vqa_loss classifier_norm update_unused",
+}
+METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B",
+            "data": "DIR", "init": "FILE"}
+ALL_TASKS = [t.name for t in data.TASKS]
+CHOICES = {"tasks": ALL_TASKS, "all_text_states": ALL_TASKS, "init_parts": PARTS, "freeze": PARTS,
+           "precision": list(evaluation.PRECISIONS), "backbone": ["resnet50", "small"]}
+AT_LEAST_1 = ("iterations", "batch_size", "log_every", "save_every")  # other numbers: 0
+
+
+def flag_type(field: dataclasses.Field):
     """How a flag's text becomes the field's value; tuples are written with commas."""
-    def boolean(text):
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-        return text.lower() == "true"
-    if isinstance(field.default, tuple):
-        kind = float if "float" in str(field.type) else str
-        return lambda text: tuple(kind(x) for x in text.split(",") if x)
-    return boolean if isinstance(field.default, bool) else type(field.default)
+    many = isinstance(field.default, tuple)
+    kind = float if "float" in field.type else str if many else type(field.default)
+    known = ["true", "false"] if kind is bool else CHOICES.get(field.name)
+
+    def choice(text):
+        if known and text.lower() not in known:
+            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(known)}")
+        return text.lower() == "true" if kind is bool else text
+    number = evaluation.at_least(int(field.name in AT_LEAST_1), kind)
+    one = number if kind in (int, float) else choice
+    return (lambda text: tuple(one(x) for x in text.split(",") if x)) if many else one
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__, epilog="Order: defaults < --tiny < --experiment < flags.")
-    every_day = parser.add_argument_group("every day")
-    every_day.add_argument("--tiny", action="store_true",
-                           help="tiny data sets, written on the spot, and a model of their size")
-    every_day.add_argument("--experiment", default="", metavar="NAME",
-                           help="a line of the paper's tables (--list), default T3.3")
-    every_day.add_argument("--list", action="store_true", help="print all experiments and leave")
-    every_day.add_argument("--out", metavar="DIR", help="default runs/EXPERIMENT, or runs/tiny")
-    every_day.add_argument("--resume", action="store_true", help="go on with what is in --out")
-    every_day.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    every_day.add_argument("--as_released", action="store_true",
-                           help="the authors' released system where it differs from the paper")
-    for title, config in (("the run", TrainConfig), ("the model", Config)):
-        group = parser.add_argument_group(title)
+    parser = evaluation.Parser(
+        usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+        epilog="Order: defaults < --tiny < --experiment < flags.")
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    flag = groups["every day"].add_argument
+    flag("--tiny", action="store_true",
+         help="tiny data sets, written on the spot, and a model of their size")
+    flag("--experiment", default="", metavar="NAME",
+         help="a line of the paper's tables (see --list) [T3.3; with --tiny none]")
+    flag("--list", action="store_true", help="print all experiments and leave")
+    flag("--out", metavar="DIR", help="where everything goes [runs/EXPERIMENT, or runs/tiny]")
+    flag("--resume", action="store_true", help="go on with what is in --out")
+    flag("--overwrite", action="store_true", help="replace what is in --out")
+    flag("--as_released", action="store_true",
+         help="the authors' released system where it differs from the paper")
+    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
+    for config in (TrainConfig, Config):
         for field in dataclasses.fields(config):
             default = field.default
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            group.add_argument(f"--{field.name}", type=field_type(field), default=argparse.SUPPRESS,
-                               metavar=field.name.upper() if field.name == "data" else "X",
-                               help=f"{field.metadata['help']} [{shown}]")
+            groups[titles.get(field.name) or titles[config.__name__]].add_argument(
+                f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
+                metavar=METAVARS.get(field.name) or METAVARS[type(default)],
+                help=f"{field.metadata['help']} [{str(shown).lower() or 'none'}]")
     return parser
+
+
+def configs(values: dict) -> tuple[Config, TrainConfig]:
+    """The two of these settings; what belongs to neither is left out."""
+    return tuple(c(**{f.name: values[f.name] for f in dataclasses.fields(c) if f.name in values})
+                 for c in (Config, TrainConfig))
 
 
 def scaled_to_tiny(overrides: dict) -> dict:
     """An experiment's settings at tiny's sizes: what it changes keeps its ratio to the default."""
     result = {k: v for k, v in overrides.items() if k != "iterations"}
-    defaults = asdict(Config()) | asdict(TrainConfig())
+    paper = asdict(Config()) | asdict(TrainConfig()) | {"num_queries": 25}
     for name in set(SCALED) & set(result):
-        value = TINY[name] * result[name] / defaults[name]
+        value = SCALED[name] * result[name] / paper[name]
         # A width must be divisible by its number of heads.
         heads = TINY[name.replace("width", "heads")] if "width" in name else 1
         result[name] = value if name == "lr" else max(1, round(value / heads)) * heads
-    if "num_queries" in result:
-        result["num_queries"] = max(1, round(TINY_QUERIES * result["num_queries"] / 25))
     return result
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     """defaults < --tiny < --experiment < flags"""
-    name = args.experiment or ("" if args.tiny else "T3.3")
+    name = args.experiment = args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
         raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
-    overrides = dict(EXPERIMENTS.get(name, {}))
-    values = (dict(TINY) if args.tiny else {}) | (
-        scaled_to_tiny(overrides) if args.tiny and overrides else overrides)
-    out = Path(args.out or ("runs/tiny" + (f"-{name}" if name else "") if args.tiny
-                            else f"runs/{name}"))
+    values = dict(EXPERIMENTS.get(name, {}))
+    if args.tiny:
+        values = TINY | scaled_to_tiny(values)
+    out = Path(args.out or "runs/" + "-".join(["tiny"] * args.tiny + [name] * bool(name)))
     if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
-        values["init"] = str(out.parent / (("tiny-" if args.tiny else "") + values["init"])
-                             / "last.pt")
+        values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
     if args.as_released:
-        values |= unit.AS_RELEASED | ({"init_parts": ()} if values.get("init") else {})
-    tasks = getattr(args, "tasks", values.get("tasks", EIGHT))
-    if tasks != EIGHT:  # tiny's own chances are for all eight
+        values |= unit.AS_RELEASED | {"init_parts": ()}
+    chosen = {"tasks": EIGHT} | values | vars(args)
+    if chosen["tasks"] != EIGHT:  # tiny's own chances are for all eight
         values["probabilities"] = ()
-    if values.get("init") or "coco" not in tasks:
+    if chosen.get("init") or "coco" not in chosen["tasks"]:
         values["coco_first"] = 0.0
-    values |= {k: v for k, v in vars(args).items()
-               if k in {f.name for c in (Config, TrainConfig) for f in dataclasses.fields(c)}}
-    train, config = ({f.name: values[f.name] for f in dataclasses.fields(c) if f.name in values}
-                     for c in (TrainConfig, Config))
-    return Config(**config), TrainConfig(**train), out
+    return *configs(values | vars(args)), out
 
 
-def check(config: Config, train: TrainConfig, world_size: int) -> None:
-    """Everything that a flag can get wrong and that would otherwise show only later."""
-    known = {t.name for t in data.TASKS}
-    for task in train.tasks:
-        if task not in known:
-            raise InputError(f"--tasks {task}: unknown; known are {', '.join(sorted(known))}")
+def check(train: TrainConfig, world_size: int) -> None:
+    """What only several settings together get wrong, before anything is written."""
     if not train.tasks:
         raise InputError("--tasks is empty; name at least one")
-    if train.probabilities and len(train.probabilities) != len(train.tasks):
-        raise InputError(f"--probabilities has {len(train.probabilities)} entries for "
-                         f"{len(train.tasks)} tasks; give one for each of --tasks, in their order")
-    if train.probabilities and (min(train.probabilities) < 0 or not sum(train.probabilities)):
-        raise InputError("--probabilities must be at least 0 and not all 0")
-    if train.batch_size < 1 or train.batch_size % world_size:
+    if train.probabilities and (len(train.probabilities) != len(train.tasks)
+                                or not sum(train.probabilities)):
+        raise InputError(f"--probabilities: give one for each of {len(train.tasks)} --tasks, in "
+                         "their order, and not all 0")
+    if train.batch_size % world_size:
         raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
                          f"processes; it counts the samples of all of them")
-    if train.precision not in ("fp32", "fp16", "bf16"):
-        raise InputError(f"--precision {train.precision}: choose fp32, fp16 or bf16")
-    if config.backbone not in ("resnet50", "small"):
-        raise InputError(f"--backbone {config.backbone}: choose resnet50 or small")
-    for flag in ("init_parts", "freeze"):
-        for part in getattr(train, flag):
-            if part not in PARTS:
-                raise InputError(f"--{flag} {part}: unknown; known are {', '.join(PARTS)}")
-    for flag in ("iterations", "log_every", "save_every"):
-        if getattr(train, flag) < 1:
-            raise InputError(f"--{flag} {getattr(train, flag)}: must be at least 1")
     if train.init and not Path(train.init).exists():
         name = Path(train.init).parent.name
-        tiny = "--tiny " if name.startswith("tiny-") else ""
         made_by = name.removeprefix("tiny-")
+        tiny = "--tiny " if name != made_by else ""
         how = (f"`python train.py {tiny}--experiment {made_by}` makes it" if made_by in EXPERIMENTS
                else "check --init")
         raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
 
 
-def resume(out: Path, args, config, train) -> tuple[Config, TrainConfig, dict]:
+def resume(out: Path, args: argparse.Namespace) -> tuple[Config, TrainConfig, dict]:
     """Settings and state of the run in `out`. Flags may repeat its settings or change free ones."""
-    state = load_newest(out)
-    saved = {k: tuple(v) if isinstance(v, list) else v
-             for k, v in (state["config"] | state["train"]).items()}
-    for name in set(vars(args)) & set(saved) - FREE_ON_RESUME:
-        given = getattr(config if hasattr(config, name) else train, name)
-        if given != saved[name]:
-            raise InputError(f"--{name} {given}: the run in {out} has {saved[name]}; leave the "
-                             f"flag out, or start another run with another --out")
-    free = {k: getattr(train, k) for k in FREE_ON_RESUME if hasattr(args, k)}
-    restored = [c(**{f.name: saved[f.name] for f in dataclasses.fields(c)})
-                for c in (Config, TrainConfig)]
-    return restored[0], dataclasses.replace(restored[1], **free), state
+    state, given = load_newest(out), vars(args)
+    saved = state["config"] | state["train"]
+    for name in given.keys() & saved.keys() - FREE_ON_RESUME:
+        if given[name] != saved[name]:
+            raise InputError(f"--{name} {given[name]}: the run in {out} has {saved[name]}; leave "
+                             f"the flag out, or start another run with another --out")
+    free = {name: given[name] for name in given.keys() & FREE_ON_RESUME}
+    return *configs(saved | free), state
 
 
-RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.new", "results.json",
-                "predictions.png", "curves.png", "predictions")
+RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.new",
+                "last.pt.new.part", "results.json", "predictions.png", "curves.png", "predictions")
 
 
 def prepare(out: Path, args: argparse.Namespace) -> None:
@@ -701,8 +664,9 @@ def write_tiny_data(folder: Path) -> None:
 
 def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     """Data sets and model as the settings ask for: model, train sets, held-out sets, vocabulary."""
-    folder, tiny = Path(train.data), evaluation.is_tiny(config)
-    if not tiny and any(t.text and t.name in train.tasks for t in data.TASKS):
+    folder, tiny, vocab = Path(train.data), evaluation.is_tiny(config), []
+    with_text = any(t.text for t in data.TASKS if t.name in train.tasks)
+    if with_text and not tiny:
         with contextlib.suppress(unit.MissingFile):  # data.load says what to do if it stays missing
             unit.fetch(folder / "bert" / "vocab.txt")
         config = dataclasses.replace(config, **unit.bert_config(folder / "bert"))
@@ -710,9 +674,9 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     _, held_out = data.load(folder, train.tasks, "val", tiny)
     for dataset in (*datasets.values(), *held_out.values()):
         say(dataset.summary)
-    vocab = (data.read_vocabulary(folder / "bert" / "vocab.txt")
-             if any(t.text for t in tasks) else [])
-    config = dataclasses.replace(config, vocab_size=len(vocab) or config.vocab_size)
+    if with_text:
+        vocab = data.read_vocabulary(folder / "bert" / "vocab.txt")
+        config = dataclasses.replace(config, vocab_size=len(vocab))
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
@@ -720,42 +684,31 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
         say(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif not tiny:
         try:
-            for line in unit.load_pretrained(model, folder, train.imagenet_backbone):
-                say(line)
+            say(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
         except unit.MissingFile as error:
             say(f"WARNING: {error}\nWARNING: training starts from RANDOM weights there")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
-        for line in initialise_from(model, train.init, train.init_parts, args.as_released):
-            say(line)
+        say(initialise_from(model, train.init, train.init_parts, args.as_released))
     freeze(model, train.freeze)
     return model, datasets, held_out, vocab
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    try:
-        if args.list:
-            print(list_experiments())
-        else:
-            start(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    evaluation.command_line(make_parser(), start, argv)
 
 
 def start(args: argparse.Namespace) -> None:
+    if args.list:
+        return print(list_experiments())
     config, train, out = settings(args)
     rank, world_size, device = processes = evaluation.start_processes()
-    say = print if rank == 0 else lambda *_: None
+    say = print if rank == 0 else lambda *_, **__: None
     if evaluation.is_tiny(config):  # a second thread costs such small matrices more than it brings
         torch.set_num_threads(1)
     state = None
     if args.resume:
-        config, train, state = resume(out, args, config, train)
-    check(config, train, world_size)
+        config, train, state = resume(out, args)
+    check(train, world_size)
     if rank == 0:
         if not args.resume:
             prepare(out, args)
@@ -774,16 +727,11 @@ def start(args: argparse.Namespace) -> None:
               for name, d in datasets.items()}
     results = run(model, datasets, held_out, train, out, processes, state, (labels, vocab))
     if rank == 0:
-        finish(model, results, held_out, out, args, device)
-
-
-def finish(model, results, held_out, out: Path, args, device) -> None:
-    evaluation.write_json(out / "results.json", results)
-    if evaluation.is_tiny(model.config):
-        evaluation.predictions_picture(model, held_out, device, out / "predictions.png")
-        evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
-    name = args.experiment or ("" if args.tiny else "T3.3")
-    print(evaluation.results_table(results, name))
+        evaluation.write_json(out / "results.json", results)
+        print(evaluation.results_table(results, args.experiment))
+        if evaluation.is_tiny(model.config):
+            evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")
+            evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
 
 
 def list_experiments() -> str:

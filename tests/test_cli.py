@@ -49,7 +49,7 @@ def test_every_experiment_builds_and_takes_a_step(name, small_tiny_data, tmp_pat
                                            str(small_tiny_data), "--batch_size", "2"])
     config, run_config, _ = train.settings(args)
     run_config = dataclasses.replace(run_config, init="", init_parts=())
-    train.check(config, run_config, 1)
+    train.check(run_config, 1)
     model, datasets, _, _ = train.build(config, run_config, args, None, lambda *_: None)
     optimizer = train.make_optimizer(model, run_config)
     for task in run_config.tasks:
@@ -121,12 +121,12 @@ def test_full_size_on_real_rows(tmp_path):
     ("train.py --experiment T9.9", "--list"),
     ("train.py --tiny --tasks coco,cocoa", "cocoa"),
     ("train.py --tiny --batch_size 0", "--batch_size"),
-    ("train.py --tiny --precision fp8", "fp32, fp16 or bf16"),
+    ("train.py --tiny --precision fp8", "--precision: fp8: choose from fp32, fp16, bf16"),
     ("train.py --tiny --init_parts legs", "image_encoder"),
     ("train.py --tiny --probabilities 1,2", "one for each"),
     ("train.py --tiny --iterations 0", "at least 1"),
     ("train.py --tiny --iteration 5", "unrecognized arguments"),  # no abbreviations
-    ("train.py --tiny --shared_decoder maybe", "neither true nor false"),
+    ("train.py --tiny --shared_decoder maybe", "maybe: choose from true, false"),
     ("train.py --data nowhere --out OUT", "nowhere"),
     ("train.py --tiny --resume --out OUT", "nothing to resume"),
     ("train.py --tiny --out /proc/nowhere", "/proc/nowhere"),
@@ -152,6 +152,26 @@ def test_help_names_every_flag_with_its_default():
     for config in (train.TrainConfig, unit.Config):
         for field in dataclasses.fields(config):
             assert f"--{field.name} " in output
+    assert output.index("every day:") < output.index("--tasks A,B") < output.index("--lr FLOAT")
+
+
+def test_groups_and_limits_of_flags_name_settings_that_exist():
+    names = {f.name for c in (train.TrainConfig, unit.Config) for f in dataclasses.fields(c)}
+    grouped = " ".join(train.GROUPS.values()).split()
+    assert set(grouped) <= names | {"TrainConfig", "Config"} and len(grouped) == len(set(grouped))
+    assert {*train.CHOICES, *train.AT_LEAST_1} <= names
+
+
+def test_flags_have_the_last_word():
+    """A flag wins over --experiment and --tiny; what tiny's own settings suppose, they lose."""
+    def settings(*words):
+        return train.settings(train.make_parser().parse_args(["--tiny", *words]))
+    config, run_config, out = settings("--experiment", "T4.2", "--decoder_layers", "3")
+    assert config.decoder_layers == 3 and out.name == "tiny-T4.2" and not run_config.probabilities
+    assert settings()[1].coco_first == train.TINY["coco_first"]
+    assert settings("--init", "some/last.pt")[1].coco_first == 0
+    assert settings("--init", "some/last.pt", "--coco_first", "0.1")[1].coco_first == 0.1
+    assert settings("--experiment", "T1.4", "--out", "a/b")[1].init == "a/tiny-T1.1-coco/last.pt"
 
 
 # --------------------------------------------------------------------------------------------------
