@@ -71,6 +71,13 @@ class TrainConfig:
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
 
 
+# The least that each number may be. A width of 0 or a negative rate would only show later, if at all.
+AT_LEAST = {1: """iterations batch_size log_every save_every encoder_width encoder_heads encoder_ff
+                  bert_width bert_heads bert_ff decoder_width decoder_heads decoder_ff
+                  decoder_layers max_positions""".split(),
+            0: """seed lr lr_backbone warmup weight_decay micro_batch num_workers eval_every
+                  eval_samples encoder_layers bert_layers num_queries dropout coco_first""".split()}
+
 # What may differ when a run goes on: none of it changes the weights that come out.
 FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every", "eval_samples",
                   "micro_batch"}
@@ -619,17 +626,35 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
 def check(config: Config, train: TrainConfig, world_size: int) -> None:
     """Everything that a flag can get wrong and that would otherwise show only later."""
     known = {t.name for t in data.TASKS}
-    for task in train.tasks:
-        if task not in known:
-            raise InputError(f"--tasks {task}: unknown; known are {', '.join(sorted(known))}")
-    if not train.tasks:
-        raise InputError("--tasks is empty; name at least one")
+    for flag, tasks in (("tasks", train.tasks), ("all_text_states", config.all_text_states)):
+        if unknown := [task for task in tasks if task not in known]:
+            raise InputError(f"--{flag} {unknown[0]}: unknown; known are "
+                             f"{', '.join(sorted(known))}")
+    if not train.tasks or len(set(train.tasks)) < len(train.tasks):
+        raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and len(train.probabilities) != len(train.tasks):
         raise InputError(f"--probabilities has {len(train.probabilities)} entries for "
                          f"{len(train.tasks)} tasks; give one for each of --tasks, in their order")
-    if train.probabilities and (min(train.probabilities) < 0 or not sum(train.probabilities)):
-        raise InputError("--probabilities must be at least 0 and not all 0")
-    if train.batch_size < 1 or train.batch_size % world_size:
+    if train.probabilities and not (min(train.probabilities) >= 0
+                                    and 0 < sum(train.probabilities) < math.inf):
+        raise InputError("--probabilities must be at least 0, finite and not all 0")
+    for least, names in AT_LEAST.items():
+        for name in names:
+            value = getattr(config if hasattr(config, name) else train, name)
+            if not value >= least:  # so that NaN is wrong, too
+                raise InputError(f"--{name} {value}: must be at least {least}")
+    if config.dropout > 1 or train.coco_first > 1:
+        raise InputError("--dropout and --coco_first are shares: at most 1")
+    if train.coco_first and "coco" not in train.tasks:
+        raise InputError(f"--coco_first {train.coco_first}: coco is not among --tasks")
+    if not train.clip > 0:
+        raise InputError(f"--clip {train.clip}: must be more than 0; 1e9 is as good as none")
+    if train.seed >= 2**63:
+        raise InputError(f"--seed {train.seed}: must be less than 2**63")
+    if config.encoder_width % 4:
+        raise InputError(f"--encoder_width {config.encoder_width}: must be a multiple of 4, for "
+                         f"sine and cosine of rows and columns")
+    if train.batch_size % world_size:
         raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
                          f"processes; it counts the samples of all of them")
     if train.precision not in ("fp32", "fp16", "bf16"):
@@ -640,9 +665,6 @@ def check(config: Config, train: TrainConfig, world_size: int) -> None:
         for part in getattr(train, flag):
             if part not in PARTS:
                 raise InputError(f"--{flag} {part}: unknown; known are {', '.join(PARTS)}")
-    for flag in ("iterations", "log_every", "save_every"):
-        if getattr(train, flag) < 1:
-            raise InputError(f"--{flag} {getattr(train, flag)}: must be at least 1")
     if train.init and not Path(train.init).exists():
         name = Path(train.init).parent.name
         tiny = "--tiny " if name.startswith("tiny-") else ""
