@@ -714,10 +714,17 @@ def write_tiny_data(folder: Path) -> None:
     """The tiny data sets, once; under another name first, so that half of them never stays."""
     if (folder / "coco").exists():
         return
-    new = folder.with_name(f"{folder.name}.{os.getpid()}")
-    data.write_tiny(new)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(new, folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: has something else than the tiny data sets; give --tiny "
+                         f"another --data")
+    new = folder.absolute().with_name(f"{folder.absolute().name}.{os.getpid()}")
+    try:
+        data.write_tiny(new)
+        os.replace(new, folder)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise InputError(f"{folder}: cannot write there ({error.strerror}); give another --data") \
+            from error
     print(f"tiny data sets written to {folder}")
 
 
