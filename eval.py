@@ -26,6 +26,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import textwrap
 import time
 import zipfile
@@ -406,6 +407,17 @@ def whole_file(path: Path, mode: str = "w"):
     with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
     os.replace(part, path)
+
+
+def require_writable(out: Path) -> None:
+    """Makes the folder --out. Said before the work, not after: that nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
+            from None
 
 
 def write_json(path, value) -> None:
@@ -792,6 +804,8 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.data or checkpoint.get("train", {}).get("data", "data"))
     model.to(device).eval()
     out = Path(args.out or file.parent)
+    if rank == 0:
+        require_writable(out)
     if args.image or args.question or args.text:
         return answer_one(args, model, checkpoint, out)
     tasks = args.tasks.split(",") if args.tasks else list(model.tasks)

@@ -704,7 +704,6 @@ def prepare(out: Path, args: argparse.Namespace) -> None:
     try:
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
             from error
@@ -788,6 +787,7 @@ def start(args: argparse.Namespace) -> None:
     if rank == 0:
         if not args.resume:
             prepare(out, args)
+        evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
     sum_over_processes()  # the others wait for the files
