@@ -548,7 +548,9 @@ def title(found: dict) -> str:
 def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
     """A copy of the picture, `scale` times as large (tiny ones have no room for letters), with what
     `predict` found drawn in; the first of `found` on top."""
-    size = round(picture.width * scale), round(picture.height * scale)
+    # A picture may be one pixel wide, or high: no side of 0, and none that fills the memory.
+    scale = min(scale, 10 * WIDTH / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     smooth = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
     picture = picture.convert("RGB").resize(size, smooth)
     draw = ImageDraw.Draw(picture)
