@@ -221,8 +221,8 @@ def read_image(path: Path) -> Tensor:
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("ignore")          # odd metadata, very large: not our concern
+        # Warnings (odd metadata, very large) are not our concern; opening gives some, too.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             if picture.mode[0] in "IF":              # 16-bit grey: PIL would cut it off at 255
                 grey = np.asarray(picture, np.float32) / (257 if picture.mode[0] == "I" else 1)
                 picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
