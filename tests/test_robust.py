@@ -4,19 +4,24 @@ The generated cases are seeded: a failure names its case, and the same case fail
 """
 import contextlib
 import copy
+import itertools
 import json
 import math
 import shutil
 import signal
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import eval as evaluation
 import unit
-from test_data import TASK, make_vqa, picture, read, vocabulary, write
+from test_data import make_vqa, picture, read, vocabulary, write
+from test_eval import truth_of
 from unit import InputError
 
 
@@ -271,3 +276,339 @@ def check_all(root, name, split, rng):
     if dataset.task.text:
         dataset.tokenizer = data.Tokenizer(root / "bert/vocab.txt")
     check_usable(dataset, rng)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures: any mode, any size, any format, whole or not
+# --------------------------------------------------------------------------------------------------
+
+MODES = {"1": "png", "L": "jpg", "LA": "png", "P": "gif", "PA": "tiff", "RGB": "jpg", "RGBA": "png",
+         "RGBX": "tiff", "CMYK": "jpg", "YCbCr": "jpg", "HSV": "tiff", "LAB": "tiff", "I": "tiff",
+         "I;16": "png", "I;16B": "tiff", "F": "tiff"}
+SIDES = [1, 2, 3, 7, 31, 32, 33, 100, 383, 640, 1334, 10_000]
+
+
+def random_picture(path, rng):
+    """Writes any picture; returns its size, or None if Pillow has no such file."""
+    mode = [*MODES][rng.integers(len(MODES))]
+    ending = MODES[mode] if rng.random() < 0.7 else ["png", "tiff", "bmp", "webp"][rng.integers(4)]
+    width, height = (int(SIDES[rng.integers(len(SIDES))]) for _ in range(2))
+    if width * height > 1_100_000:
+        height = int(rng.integers(1, 110))
+    if mode in ("F", "I", "I;16", "I;16B"):
+        kind = {"F": np.float32, "I": np.int32}.get(mode, np.uint16)
+        values = rng.normal(0, [1, 300, 1e30][rng.integers(3)], (height, width))
+        if mode == "F" and rng.random() < 0.3:
+            values[0, 0] = [math.nan, math.inf][rng.integers(2)]
+        with np.errstate(invalid="ignore"):
+            image = Image.fromarray(values.astype(kind))
+    else:
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        image = image.convert("L").convert(mode) if mode in ("LA", "PA", "P") else image
+        try:
+            image = image.convert(mode)
+        except ValueError:  # Pillow converts to LAB by colour profiles alone
+            image = Image.frombytes(mode, (width, height), pixels.tobytes())
+    options = {"transparency": 3} if mode in ("1", "L", "P", "RGB") and rng.random() < 0.3 else {}
+    try:
+        image.save(path, ending if ending != "jpg" else "jpeg", **options)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SystemError, struct.error):
+        return None
+    return width, height
+
+
+@pytest.mark.filterwarnings("error")  # of Pillow's a user can make nothing
+@pytest.mark.parametrize("part", range(5))
+def test_generated_pictures(tmp_path, part):
+    """100 each: RGB of the right size, or one line that names the file; then augmented, resized and
+    normalised with boxes that stay inside. One in five is cut short or has bytes changed."""
+    read_well = 0
+    for case in range(100):
+        rng = np.random.default_rng([part, case])
+        path = tmp_path / f"{case}.jpg"  # the content tells the format, as in real folders
+        size = random_picture(path, rng)
+        broken = rng.random() < 0.2
+        if broken and path.exists() and path.stat().st_size:
+            path.write_bytes(spoil_bytes(path.read_bytes(), rng))
+        try:
+            with within(20):
+                image = data.read_image(path)
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error), case
+            assert broken or size is None or "LAB" in str(error), (case, str(error))
+            continue
+        assert image.dtype == torch.uint8 and image.shape[0] == 3, case
+        assert broken or tuple(image.shape[1:]) == size[::-1], case
+        read_well += 1
+        check_transforms(image, rng, case)
+    assert read_well > 60
+
+
+def check_transforms(image, rng, case):
+    corners = np.sort(rng.random((4, 2, 2)), 1).reshape(4, 4)
+    corners[0] = 0, 0, 1, 1
+    with within(20):
+        done, boxes = data.augment(image, corners, rng)
+        floored = data.resize(image, data.SHORTEST, data.LONGEST, floor=True)
+    assert boxes.shape == (4, 4) and (boxes >= 0).all() and (boxes <= 1).all(), case
+    for picture in (done, floored):
+        assert 1 <= min(picture.shape[1:]) and max(picture.shape[1:]) <= data.LONGEST, case
+    assert data.normalise(done).isfinite().all(), case
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "empty", "text", "html", "bomb"])
+def test_what_is_no_picture(tmp_path, name):
+    """A "bomb" is a small file that says it is 100,000 pixels wide and high."""
+    path = tmp_path / "x.jpg"
+    if name == "folder":
+        path.mkdir()
+    elif name == "bomb":
+        Image.new("1", (20, 20)).save(path, "png")
+        raw = bytearray(path.read_bytes())
+        raw[16:24] = (100_000).to_bytes(4, "big") * 2
+        raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+        path.write_bytes(raw)
+    elif name != "missing":
+        path.write_text({"empty": "", "text": "404", "html": "<html>not found</html>"}[name])
+    with pytest.raises(InputError, match=r"x\.jpg: cannot be read as a picture \(.+\); fetch it"):
+        data.read_image(path)
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (3, 4000)])
+def test_thin_pictures_are_drawn(size):
+    """Figures of what the model found: never a side of 0, never a picture that fills the memory."""
+    found = [{"label": "line", "score": 0.9, "box": [0.0, 0.0, float(size[0]), float(size[1])]}]
+    for scale in (max(1, evaluation.WIDTH / size[0]), evaluation.WIDTH / size[0]):
+        drawn = evaluation.draw_boxes(Image.new("RGB", size), found, scale)
+        assert min(drawn.size) >= 1 and drawn.width * drawn.height < 10**7
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers: matching, losses, gradients
+# --------------------------------------------------------------------------------------------------
+
+def random_detections(rng, queries):
+    """Outputs and targets that training may meet on its worst day."""
+    counts = rng.integers(0, [1, 2, 4, 12][rng.integers(4)] + 1, rng.integers(1, 4)).tolist()
+    size, classes = (int(rng.integers(1, 4)), len(counts), queries), 5
+    scale = [0.01, 1, 30, 1e4][rng.integers(4)]
+    boxes = torch.from_numpy(rng.random((*size, 4)))
+    targets = [torch.from_numpy(rng.random((n, 4))) for n in counts]
+    kind = rng.integers(6)
+    if kind == 1:    # all equal
+        for x in (boxes, *targets):
+            x[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    elif kind == 2:  # nothing left of a width after cropping
+        for x in (boxes, *targets):
+            x[..., 2] = 0
+    elif kind == 3:  # points, at the picture's corner
+        for x in (boxes, *targets):
+            x[:] = torch.tensor([1.0, 1.0, 0, 0])
+    elif kind == 4:  # the whole picture, and less than a pixel
+        boxes[:] = torch.tensor([0.5, 0.5, 1, 1])
+        for x in targets:
+            x[:, 2:] *= 5e-4
+    attributes = [torch.from_numpy(rng.integers(-1, 6, (n, 16))) for n in counts]
+    outputs = [torch.from_numpy(rng.normal(0, min(scale, 30), (*size, 8))),
+               torch.from_numpy(rng.normal(0, scale, (*size, classes + 1)).clip(-1e4, 1e4)), boxes]
+    batch = unit.Batch("x", counts, boxes=targets, attributes=attributes,
+                       labels=[torch.from_numpy(rng.integers(0, classes, n)) for n in counts])
+    return outputs, batch
+
+
+def losses_and_gradients(outputs, batch, head, dtype, compute=None):
+    """Terms and gradients of the three outputs; `dtype`: what the outputs are given in."""
+    leaves = [x.to(dtype).to(compute or dtype).requires_grad_() for x in outputs]
+    # Under autocast, too, targets are in single precision.
+    batch = batch.to("cpu", torch.float32).to("cpu", compute or torch.float32)
+    terms = unit.detection_losses(unit.Outputs(*leaves), batch, head)
+    sum(x.sum() for x in terms.values()).backward()
+    return terms, [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 7])
+def test_generated_losses_against_float64(dtype, queries):
+    """60 each: finite, and those of double precision from the same (rounded) inputs. Where two
+    matchings cost the same to seven places, either is right: those cases have only the finiteness."""
+    task = unit.Task("x", "detection", True, False, queries, 5, num_attributes=6)
+    torch.manual_seed(0)
+    single = unit.DetectionHead(8, task)
+    double = copy.deepcopy(single).double()
+    compared = 0
+    for case in range(60):
+        outputs, batch = random_detections(np.random.default_rng([queries, case]), queries)
+        terms, gradients = losses_and_gradients(outputs, batch, single, dtype)
+        rounded = [x.to(dtype) for x in outputs]
+        exact, expected = losses_and_gradients(rounded, batch, double, dtype, torch.float64)
+        assert all(x.isfinite().all() for x in (*terms.values(), *gradients)), case
+        if not same_matches(rounded, batch):
+            continue
+        compared += 1
+        for name, term in terms.items():
+            torch.testing.assert_close(term.double(), exact[name], rtol=2e-4, atol=2e-4,
+                                       msg=lambda text: f"case {case}, {name}: {text}")
+        # Where a side of nothing counts as 1e-6, single precision has a digit or two left of it.
+        if any((x[..., 2:] < 1e-4).any() for x in (outputs[2], *batch.boxes)):
+            continue
+        # A gradient comes in the type of what it belongs to, hence half precision's tolerance.
+        close = 2e-3 if dtype == torch.float32 else 2e-2
+        for mine, theirs in zip(gradients, expected):
+            if mine is not None and theirs.abs().max() < 1e4:
+                torch.testing.assert_close(mine.double(), theirs, rtol=close, atol=close,
+                                           msg=lambda text: f"case {case}: {text}")
+    assert compared > 30
+
+
+def same_matches(outputs, batch):
+    """Do single and double precision match the same pairs?"""
+    found = [unit.match(outputs[1].to(dtype), outputs[2].to(dtype), batch.labels,
+                        [x.float().to(dtype) for x in batch.boxes])
+             for dtype in (torch.float32, torch.float64)]
+    return all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_generated_answer_losses_against_float64(dtype, binary):
+    """60 each: logits up to 1e4, targets soft, hard, or none at all."""
+    for case in range(60):
+        rng = np.random.default_rng(case)
+        size = rng.integers(1, 3), rng.integers(1, 5), rng.integers(1, 40)
+        logits = torch.from_numpy(rng.normal(0, [1, 100, 1e4][case % 3], size).clip(-1e4, 1e4))
+        scores = torch.from_numpy(rng.choice([0, 0, 0, 0.3, 0.6, 0.9, 1], size[1:]))
+        scores[0] *= case % 5 > 0  # a question without any answer in the vocabulary
+        found = []
+        for x in (logits.to(dtype), logits.to(dtype).double()):
+            x = x.requires_grad_()
+            loss = unit.classification_loss(x, scores.to(x.dtype), binary)
+            loss.backward()
+            found.append((loss.double(), x.grad.double()))
+            assert loss.isfinite() and x.grad.isfinite().all()
+        (loss, gradient), (exact, expected) = found
+        torch.testing.assert_close(loss, exact, rtol=1e-2 if dtype != torch.float32 else 1e-5,
+                                   atol=1e-3)
+        torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=2e-2 if dtype
+                                   != torch.float32 else 1e-5)
+
+
+def test_generated_matchings_are_the_best():
+    """100 against trying all ways: no pairing of queries and boxes costs less."""
+    for case in range(100):
+        rng = np.random.default_rng(case)
+        queries, n = int(rng.integers(1, 5)), int(rng.integers(1, 5))
+        logits = torch.from_numpy(rng.normal(0, 3, (1, 1, queries, 4)))
+        boxes, targets = (torch.from_numpy(rng.random((*size, 4)))
+                          for size in ((1, 1, queries), (n,)))
+        labels = torch.from_numpy(rng.integers(0, 3, n))
+        cost = (-logits[0, 0].softmax(-1)[:, labels].T
+                + 5 * (boxes[0, 0][None] - targets[:, None]).abs().sum(-1)
+                - 2 * unit.elementwise_giou(boxes[0, 0][None], targets[:, None]))  # (n, q)
+        _, _, query, target = unit.match(logits, boxes, [labels], [targets])
+        assert len(query) == len(set(query.tolist())) == len(set(target.tolist())) == min(queries, n)
+        few, many = sorted((queries, n))
+        best = min(sum(cost[(j, i) if queries <= n else (i, j)] for i, j in enumerate(way))
+                   for way in itertools.permutations(range(many), few))
+        assert cost[target, query].sum() == pytest.approx(float(best), abs=1e-9), case
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics, against plain recomputation
+# --------------------------------------------------------------------------------------------------
+
+def overlap(a, b, crowd):
+    """IoU of two boxes x, y, w, h; for a crowd the share of `a` that lies in it."""
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    both = max(w, 0) * max(h, 0)
+    return both / (a[2] * a[3] + (0 if crowd else b[2] * b[3] - both))
+
+
+def plain_ap(truth, rows, label, threshold):
+    """COCO's average precision of one class at one IoU. truth: (image, class, box, crowd)."""
+    boxes = [(i, box, crowd) for i, c, box, crowd in truth if c == label]
+    total, taken, hits = sum(not crowd for *_, crowd in boxes), set(), []
+    for image, *box, _, _ in sorted((r for r in rows if r[6] == label), key=lambda r: -r[5]):
+        near = [(overlap(box, b, crowd), n, crowd) for n, (i, b, crowd) in enumerate(boxes)
+                if i == image and n not in taken]
+        things = [x for x in near if not x[2] and x[0] >= threshold]
+        if things:
+            taken.add(max(things)[1])
+            hits.append(True)
+        elif not any(x[0] >= threshold for x in near):  # in a crowd: neither right nor wrong
+            hits.append(False)
+    precision = [sum(hits[:k]) / k for k in range(1, len(hits) + 1)]
+    recall = [sum(hits[:k]) / total for k in range(1, len(hits) + 1)]
+    best = [max((p for p, r in zip(precision, recall) if r >= at), default=0)
+            for at in np.linspace(0, 1, 101)]
+    return float(np.mean(best))
+
+
+def test_generated_average_precision():
+    """70 cases: crowds, classes with crowds alone, classes nobody has, no detections."""
+    for case in range(70):
+        rng = np.random.default_rng(case)
+        truth, rows, images = [], [], [3, 5, 900_100_217_285][:int(rng.integers(1, 4))]
+        for image in images:
+            for _ in range(rng.integers(0, 5)):
+                box, label = rng.uniform(1, 60, 4).tolist(), int(rng.integers(1, 4))
+                truth.append((image, label, box, int(rng.random() < 0.3)))
+                rows += [[image, *(np.array(box) + rng.normal(0, 2, 4)).clip(0.5), rng.random(),
+                          label] for _ in range(rng.integers(0, 3))]
+            rows += [[image, *rng.uniform(1, 60, 4), rng.random(), rng.integers(1, 5)]
+                     for _ in range(rng.integers(0, 3))]
+        found = evaluation.average_precision(
+            truth_of(truth) if truth else truth_of([(1, 1, [0, 0, 1, 1], 0)]),
+            np.array(rows).reshape(-1, 7), images)
+        labels = sorted({c for _, c, _, crowd in truth if not crowd})
+        if not labels:
+            assert found == {}
+            continue
+        each = [[plain_ap(truth, rows, label, at) for label in labels]
+                for at in np.arange(0.5, 0.96, 0.05)]
+        assert found["AP"] == pytest.approx(100 * np.mean(each), abs=1e-9), case
+        assert found["AP50"] == pytest.approx(100 * np.mean(each[0]), abs=1e-9), case
+
+
+def test_generated_attribute_hits():
+    """70 cases against two loops."""
+    for case in range(70):
+        rng = np.random.default_rng(case)
+        n, q = rng.integers(0, 5), rng.integers(1, 6)
+        low, found_low = rng.random((n, 2)) * 20, rng.random((q, 2)) * 20
+        boxes = torch.from_numpy(np.hstack([low, low + rng.random((n, 2)) * 20]))
+        found = unit.Detections(
+            torch.rand(q), torch.from_numpy(rng.integers(1, 3, q)),
+            torch.from_numpy(np.hstack([found_low, found_low + rng.random((q, 2)) * 20])),
+            torch.from_numpy(rng.integers(1, 4, q)))
+        for i in range(min(n, q)):
+            if rng.random() < 0.7:
+                found.boxes[i] = boxes[i] + 0.1
+        labels = torch.from_numpy(rng.integers(1, 3, n))
+        attributes = torch.from_numpy(rng.choice([-1, -1, 1, 2, 3], (n, 16)))
+        right = counted = 0
+        for box, label, wanted in zip(boxes.tolist(), labels, attributes.tolist()):
+            best = (0, None)
+            for other, c, a in zip(found.boxes.tolist(), found.labels, found.attributes.tolist()):
+                as_size = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in (box, other)]
+                if c == label and (iou := overlap(*as_size, False)) > best[0]:
+                    best = iou, a
+            if best[0] >= 0.5 and max(wanted) >= 0:
+                counted, right = counted + 1, right + (best[1] in wanted)
+        assert evaluation.attribute_hits(found, boxes, labels, attributes) == (right, counted)
+
+
+def test_generated_vqa_accuracy():
+    """70 cases: strings of any letters; by the rule as visualqa.org words it, leaving one out."""
+    letters = list("ab ,.-'/019\t\n?") + ["the", "a ", "two", "dont", "猫", "\u2028", "\ud800"]
+    for case in range(70):
+        rng = np.random.default_rng(case)
+        words = ["".join(rng.choice(letters, rng.integers(0, 6))) for _ in range(3)]
+        answer, *ten = rng.choice(words, 11).tolist()
+        trimmed = [x.replace("\n", " ").replace("\t", " ").strip() for x in (answer, *ten)]
+        same = len(set(trimmed[1:])) == 1
+        mine, *theirs = trimmed if same else map(data.normalise_answer, trimmed)
+        expected = np.mean([min(1, sum(x == mine for j, x in enumerate(theirs) if j != i) / 3)
+                            for i in range(10)])
+        assert evaluation.vqa_accuracy(answer, ten) == pytest.approx(expected, abs=1e-12), case
