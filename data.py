@@ -799,7 +799,7 @@ class Vqa2(Classification):
                 if image not in coco_ids:  # nothing tells whether it is in val2017
                     self.skipped["VG questions on unknown images"] += len(row["qas"])
                 elif coco_ids[image] not in held_out:
-                    found += [(int(qa["qa_id"]), pictures.get(image), qa["question"],
+                    found += [(np.int64(int(qa["qa_id"])), pictures.get(image), qa["question"],
                                [self.different[str(qa["answer"])]] * 10) for qa in row["qas"]]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
