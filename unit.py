@@ -401,6 +401,9 @@ class TextEncoder(nn.Module):
     def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
         """BERT, (B, S) -> (B, S, d_t^e). The task vector is put in front of the embedded tokens and
         has no position, type or LayerNorm of its own: token positions start at 0 as usual."""
+        if tokens.shape[1] > len(self.position_embeddings.weight):
+            raise InputError(f"{task}: a text of {tokens.shape[1]} tokens; this model has "
+                             f"{len(self.position_embeddings.weight)} positions (--max_positions)")
         embedded = (self.word_embeddings(tokens) + self.token_type_embeddings(types)
                     + self.position_embeddings.weight[:tokens.shape[1]])
         x = self.dropout(self.norm(embedded))                         # (B, S, d_t^e)
