@@ -1214,7 +1214,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.write_tiny:
-            write_tiny(args.write_tiny)
+            try:
+                if args.write_tiny.is_dir() and any(args.write_tiny.iterdir()):
+                    raise bad(args.write_tiny, "is not empty", "give a new folder")
+                write_tiny(args.write_tiny)
+            except OSError as error:
+                raise bad(args.write_tiny, error.strerror, "give a folder to write to") from None
         data = args.write_tiny or args.data
         require_folder(data)
         write_vg(data) if args.prepare else report(data)
