@@ -796,6 +796,11 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("give either --checkpoint FILE or --released FILE (see --help)")
     if min(args.eval_samples or 0, args.batch_size, args.num_workers) < 0:
         raise InputError("--eval_samples, --batch_size and --num_workers cannot be negative")
+    text = args.question or args.text  # an empty one would silently evaluate whole data sets
+    if ("" in (args.image, args.question, args.text) or (args.question and args.text)
+            or (args.text_pair is not None and not text)):
+        raise InputError("--image, --question and --text must not be empty; --question excludes "
+                         "--text, and --text_pair goes with one of them")
     (rank, _, device), file = start_processes(), Path(args.checkpoint or args.released)
     if args.released:
         folder = Path(args.data or "data")
