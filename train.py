@@ -268,7 +268,10 @@ def load_newest(out: Path) -> dict:
         if not path.exists():
             continue
         try:
-            return evaluation.read_checkpoint(path)
+            state = evaluation.read_checkpoint(path)
+            if lost := {"optimizer", "scaler", "iteration", "train"} - set(state):
+                raise InputError(f"{path}: no run can go on from it: it has no {min(lost)}")
+            return state
         except InputError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt there; "
@@ -685,8 +688,12 @@ def resume(out: Path, args, config, train) -> tuple[Config, TrainConfig, dict]:
             raise InputError(f"--{name} {given}: the run in {out} has {saved[name]}; leave the "
                              f"flag out, or start another run with another --out")
     free = {k: getattr(train, k) for k in FREE_ON_RESUME if hasattr(args, k)}
-    restored = [c(**{f.name: saved[f.name] for f in dataclasses.fields(c)})
-                for c in (Config, TrainConfig)]
+    try:
+        restored = [c(**{f.name: saved[f.name] for f in dataclasses.fields(c)})
+                    for c in (Config, TrainConfig)]
+    except KeyError as error:
+        raise InputError(f"{out}: its checkpoint does not know the setting {error}; go on with the "
+                         f"code that it was trained with") from None
     return restored[0], dataclasses.replace(restored[1], **free), state
 
 
@@ -744,7 +751,12 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
-        model.load_state_dict(state["model"])
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise InputError(f"the checkpoint does not fit the data sets in {folder} ("
+                             f"{evaluation.in_short(error)}); give the --data of its training") \
+                from None
         say(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif not tiny:
         try:
