@@ -348,15 +348,16 @@ class Log:
         path, self.file = out / "log.jsonl", None
         if main:
             if path.exists():  # drop what came after the checkpoint, and a torn last line
-                whole = [x for x in path.read_text().splitlines(True) if x.endswith("}\n")]
-                path.write_text("".join(x for x in whole if json.loads(x)["iteration"] <= start))
-            self.file = open(path, "a")
+                lines = path.read_text(errors="replace").splitlines(True)
+                with evaluation.whole_file(path) as file:  # killed here, the log stays as it was
+                    file.writelines(x for x in lines if iteration_of(x) <= start)
+            self.file = open(path, "ab", buffering=0)
 
     def write(self, records: list[dict]) -> None:
-        """One JSON object a line, handed to the system whole: a kill leaves no half of one."""
+        """One JSON object a line, handed to the system in one call (a buffer would cut it at 8 KB):
+        a kill leaves no half of one."""
         if self.file:
-            self.file.write("".join(json.dumps(r) + "\n" for r in records))
-            self.file.flush()
+            self.file.write("".join(json.dumps(r) + "\n" for r in records).encode())
 
     def add(self, iteration: int, task: str, lr: float, terms: dict[str, Tensor], norm: Tensor):
         row = torch.stack([terms[t].to(norm) if t in terms else torch.zeros_like(norm)
@@ -397,6 +398,14 @@ class Log:
             skipped = f"  skipped {self.skipped}" if self.skipped else ""
             print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {lr:.2e}  "
                   f"{speed:.1f} samples/s  ETA {clock(eta)}{skipped}", flush=True)
+
+
+def iteration_of(line: str) -> float:
+    """Of a line of log.jsonl; infinity if it is none, as a crash of the machine may leave."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith("}\n") else math.inf
+    except (ValueError, KeyError):
+        return math.inf
 
 
 class NotFinite(FloatingPointError):
