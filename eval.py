@@ -485,7 +485,8 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
         # As for evaluation: floored sizes for vision and language; tiny pictures are 32 x 32.
         shortest, longest = (32, 64) if is_tiny(model.config) else (data.SHORTEST, data.LONGEST)
         sample.image = data.normalise(data.resize(pixels, shortest, longest, floor=task.text))
-    if text is not None:
+    if text is not None:  # letters that are no UTF-8, as a terminal may give, become "?"
+        text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))
         tokenizer = data.Tokenizer(checkpoint["vocab"])
         sample.tokens, sample.types = tokenizer.encode(text, text_pair, task.max_tokens)
     device = next(model.parameters()).device
