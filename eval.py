@@ -402,15 +402,19 @@ GLUE_FILES = {"qnli": ("QNLI", ["entailment", "not_entailment"]), "mnli": ("MNLI
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "w"):
     """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); make room, or choose "
+                         "another --out") from None
 
 
 def require_writable(out: Path) -> None:
-    """Makes the folder --out. Said before the work, not after: that nothing can be written there."""
+    """Makes the folder --out: that nothing can be written there is said before the work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -71,7 +71,7 @@ class TrainConfig:
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
 
 
-# The least that each number may be. A width of 0 or a negative rate would only show later, if at all.
+# The least that each number may be. A width of 0 or a negative rate would show later, if at all.
 AT_LEAST = {1: """iterations batch_size log_every save_every encoder_width encoder_heads encoder_ff
                   bert_width bert_heads bert_ff decoder_width decoder_heads decoder_ff
                   decoder_layers max_positions""".split(),
@@ -351,13 +351,18 @@ class Log:
                 lines = path.read_text(errors="replace").splitlines(True)
                 with evaluation.whole_file(path) as file:  # killed here, the log stays as it was
                     file.writelines(x for x in lines if iteration_of(x) <= start)
-            self.file = open(path, "ab", buffering=0)
+            self.file = open(path, "ab", buffering=2**20)
 
     def write(self, records: list[dict]) -> None:
-        """One JSON object a line, handed to the system in one call (a buffer would cut it at 8 KB):
-        a kill leaves no half of one."""
+        """One JSON object a line, handed to the system in one call (the usual buffer cuts it at
+        8 KB): a kill leaves no half of one."""
         if self.file:
-            self.file.write("".join(json.dumps(r) + "\n" for r in records).encode())
+            try:
+                self.file.write("".join(json.dumps(r) + "\n" for r in records).encode())
+                self.file.flush()
+            except OSError as error:
+                raise InputError(f"{self.file.name}: cannot be written ({error.strerror}); make "
+                                 f"room, go on with --resume") from None
 
     def add(self, iteration: int, task: str, lr: float, terms: dict[str, Tensor], norm: Tensor):
         row = torch.stack([terms[t].to(norm) if t in terms else torch.zeros_like(norm)
