@@ -699,8 +699,10 @@ def resume(out: Path, args, config, train) -> tuple[Config, TrainConfig, dict]:
     for name in set(vars(args)) & set(saved) - FREE_ON_RESUME:
         given = getattr(config if hasattr(config, name) else train, name)
         if given != saved[name]:
-            raise InputError(f"--{name} {given}: the run in {out} has {saved[name]}; leave the "
-                             f"flag out, or start another run with another --out")
+            given, had = (",".join(map(str, x)) if isinstance(x, tuple) else x
+                          for x in (given, saved[name]))
+            raise InputError(f"--{name} {given}: the run in {out} has {had}; leave the flag out, "
+                             f"or start another run with another --out")
     free = {k: getattr(train, k) for k in FREE_ON_RESUME if hasattr(args, k)}
     try:
         restored = [c(**{f.name: saved[f.name] for f in dataclasses.fields(c)})

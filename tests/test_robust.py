@@ -1,4 +1,4 @@
-"""Nothing lost: bad data, bad files, bad luck. Each case that real data sets and clusters have shown.
+"""Nothing lost: bad data, bad files, bad luck, as real data sets and clusters have them.
 
 The generated cases are seeded: a failure names its case, and the same case fails again.
 """
@@ -7,10 +7,17 @@ import copy
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import re
 import shutil
 import signal
+import statistics
 import struct
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +26,9 @@ from PIL import Image
 
 import data
 import eval as evaluation
+import train
 import unit
+from conftest import ROOT, run_python
 from test_data import make_vqa, picture, read, vocabulary, write
 from test_eval import truth_of
 from unit import InputError
@@ -431,7 +440,7 @@ def losses_and_gradients(outputs, batch, head, dtype, compute=None):
 @pytest.mark.parametrize("queries", [1, 2, 7])
 def test_generated_losses_against_float64(dtype, queries):
     """60 each: finite, and those of double precision from the same (rounded) inputs. Where two
-    matchings cost the same to seven places, either is right: those cases have only the finiteness."""
+    matchings cost the same to seven places, either is right: there, finite is all they must be."""
     task = unit.Task("x", "detection", True, False, queries, 5, num_attributes=6)
     torch.manual_seed(0)
     single = unit.DetectionHead(8, task)
@@ -506,7 +515,7 @@ def test_generated_matchings_are_the_best():
                 + 5 * (boxes[0, 0][None] - targets[:, None]).abs().sum(-1)
                 - 2 * unit.elementwise_giou(boxes[0, 0][None], targets[:, None]))  # (n, q)
         _, _, query, target = unit.match(logits, boxes, [labels], [targets])
-        assert len(query) == len(set(query.tolist())) == len(set(target.tolist())) == min(queries, n)
+        assert len({*query.tolist()}) == len({*target.tolist()}) == len(query) == min(queries, n)
         few, many = sorted((queries, n))
         best = min(sum(cost[(j, i) if queries <= n else (i, j)] for i, j in enumerate(way))
                    for way in itertools.permutations(range(many), few))
@@ -612,3 +621,346 @@ def test_generated_vqa_accuracy():
         expected = np.mean([min(1, sum(x == mine for j, x in enumerate(theirs) if j != i) / 3)
                             for i in range(10)])
         assert evaluation.vqa_accuracy(answer, ten) == pytest.approx(expected, abs=1e-12), case
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line: one clear line, exit status 2, no traceback
+# --------------------------------------------------------------------------------------------------
+
+SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
+         "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
+         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 "
+         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --coco_first 0").split()
+MAIN = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.main}
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """A run in this process leaves signal handlers and the number of threads changed."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def mistake(capsys, script, *arguments):
+    """The line that it prints. argparse's own has the usage before it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        MAIN[script]([str(x) for x in arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "error: " in lines[-1]
+    assert len(lines) == 1 or lines[0].startswith("usage:"), lines
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def run_folder(small_tiny_data, tmp_path_factory):
+    """--out of a run of six iterations, a checkpoint every three."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    train.main(["--tiny", "--data", str(small_tiny_data), "--out", str(out), *SMALL, "--tasks",
+                "coco,sst2,vqa2", "--iterations", "6", "--save_every", "3"])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return out
+
+
+WRONG = """
+--iterations 0 | --iterations -5 | --iterations 1.5 | --iterations many | --iterations
+--batch_size 0 | --batch_size -8 | --micro_batch -1 | --log_every 0 | --save_every -1
+--eval_every -1 | --eval_samples -1 | --num_workers -1 | --seed -1 | --seed 99999999999999999999
+--lr -1 | --lr nan | --lr fast | --lr_backbone -1 | --warmup -1 | --weight_decay -1 | --clip 0
+--clip -1 | --clip nan | --dropout -0.1 | --dropout 1.5 | --dropout nan | --coco_first 2
+--coco_first nan | --coco_first -1 | --tasks sst2 --coco_first 0.5 | --precision fp8
+--encoder_width 0 | --encoder_width 18 | --encoder_width 20 --encoder_heads 3 | --encoder_heads 0
+--encoder_layers -1 | --encoder_ff 0 | --bert_width 15 | --bert_heads -2 | --bert_layers -1
+--decoder_width 33 | --decoder_heads 0 | --decoder_layers 0 | --decoder_ff -1 | --num_queries -1
+--max_positions 0 | --max_positions 4 | --backbone vgg | --shared_decoder 1 | --tasks ,
+--tasks coco,cocoa | --tasks coco,coco | --all_text_states x | --probabilities 1
+--probabilities nan,1,1,1,1,1,1,1 | --probabilities inf,1,1,1,1,1,1,1
+--probabilities 0,0,0,0,0,0,0,0 | --probabilities -1,1,1,1,1,1,1,1 | --probabilities a,b
+--freeze legs | --freeze image_encoder,text_encoder,decoder,queries,heads | --init nowhere.pt
+--init_parts legs | --experiment T9.9 | --tinny | --iter 5 | --data | surplus
+"""
+
+
+@pytest.mark.parametrize("flags", [x.strip() for x in WRONG.replace("\n", "|").split("|")
+                                   if x.strip()])
+def test_wrong_flags_of_train(flags, small_tiny_data, tmp_path, capsys):
+    line = mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out",
+                   tmp_path / "out", *SMALL, "--iterations", 30, *flags.split())
+    flag = flags.split()[-2] if "coco_first" in flags else flags.split()[0]
+    assert flag in line or "width" in flag and "width" in line  # split among too many heads
+    assert not (tmp_path / "out/last.pt").exists()
+
+
+NOT_WRITABLE = ["/proc/nowhere", "/dev/null", "/dev/null/out", "/sys/kernel"]
+
+
+@pytest.mark.parametrize("out", NOT_WRITABLE)
+def test_unwritable_out(out, small_tiny_data, run_folder, capsys):
+    """Said before the first iteration; also where the folder is there but takes no file."""
+    assert out in mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out", out)
+    for more in ([], ["--text", "a film", "--tasks", "sst2"]):
+        assert out in mistake(capsys, "eval.py", "--checkpoint", run_folder / "last.pt", "--out",
+                              out, *more)
+    assert out in mistake(capsys, "data.py", "--write_tiny", out)
+    assert out in mistake(capsys, "train.py", "--tiny", "--data", out, "--out", run_folder / "new")
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_nothing_there_is_overwritten(run_folder, small_tiny_data, tmp_path, monkeypatch, capsys):
+    """Runs without --resume or --overwrite, and data sets in the way of the tiny ones."""
+    before, data_before = files_of(run_folder), files_of(small_tiny_data)
+    tiny = ["--tiny", "--data", small_tiny_data, *SMALL]
+    assert "--resume" in mistake(capsys, "train.py", *tiny, "--out", run_folder)
+    assert "--overwrite" in mistake(capsys, "train.py", *tiny, "--out", run_folder,
+                                    "--experiment", "T4.7")
+    for name in train.RESULT_FILES:  # any one of a run's files tells that there is a run
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("precious")
+        assert name in mistake(capsys, "train.py", *tiny, "--out", tmp_path / name)
+    assert "is not empty" in mistake(capsys, "data.py", "--write_tiny", small_tiny_data)
+    real = write(tmp_path / "real/vqa2/answers_vqa.txt", "<unk>\n").parent.parent
+    assert "something else" in mistake(capsys, "train.py", *tiny, "--data", real,
+                                       "--out", tmp_path / "new")
+    # runs/tiny is scratch only as the default; named, it is a run like any other.
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs/tiny/config.json", "{}")
+    assert "--overwrite" in mistake(capsys, "train.py", *tiny, "--out", "runs/tiny")
+    write(tmp_path / "runs/tiny-T4.7/last.pt", "precious")
+    assert "--overwrite" in mistake(capsys, "train.py", *tiny, "--experiment", "T4.7")
+    assert files_of(run_folder) == before and files_of(small_tiny_data) == data_before
+    assert (tmp_path / "runs/tiny-T4.7/last.pt").read_text() == "precious"
+
+
+def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch):
+    """Twice --tiny; what else is in the folder stays."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "notes.txt"):
+        write(tmp_path / "runs/tiny" / name, "old")
+    tiny = ["--tiny", "--data", str(small_tiny_data), *SMALL, "--tasks", "sst2", "--iterations"]
+    train.main([*tiny, "1"])
+    train.main([*tiny, "2"])
+    lines = (tmp_path / "runs/tiny/log.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(line) for line in lines) == 2
+    assert (tmp_path / "runs/tiny/notes.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--tasks mnli", "this model's tasks are coco, sst2, vqa2"), ("--tasks ,", "--tasks"),
+    ("--tasks coco --split test", "image_info_test-dev2017.json: missing"),
+    ("--data nowhere", "nowhere: no such folder"), ("--data OUT", "missing"),
+    ("--eval_samples -1", "negative"), ("--batch_size x", "invalid int"),
+    ("--num_workers -1", "negative"), ("--precision fp8", "invalid choice"),
+    ("--split dev", "invalid choice"), ("--text_pair x", "--text_pair"), ("--image=", "empty"),
+    ("--text= --tasks sst2", "empty"), ("--text a --question b", "excludes"),
+    ("--image nowhere.jpg", "nowhere.jpg: cannot be read as a picture"),
+    ("--image OUT/last.pt --question what?", "last.pt: cannot be read as a picture"),
+    ("--image OUT", "cannot be read as a picture"), ("--released x.pth", "either --checkpoint"),
+    ("--check x", "unrecognized")])
+def test_wrong_flags_of_eval(flags, says, run_folder, capsys):
+    flags = flags.replace("OUT", str(run_folder))
+    before = files_of(run_folder)
+    assert says in mistake(capsys, "eval.py", "--checkpoint", run_folder / "last.pt",
+                           *flags.split())
+    assert files_of(run_folder) == before
+
+
+def test_letters_that_are_no_text(run_folder, tmp_path, capsys):
+    """NUL, half a character, thousands of words: answered, or a line."""
+    ask = ["--checkpoint", str(run_folder / "last.pt"), "--out", str(tmp_path), "--tasks", "sst2"]
+    for text in ("\udcff\x00 a film", "\u2028", " ", "猫" * 30, '"'):
+        evaluation.main([*ask, "--text", text])
+        assert "positive" in capsys.readouterr().out
+    assert "--max_positions" in mistake(capsys, "eval.py", *ask, "--text", "film " * 500)
+
+
+def spoilt_checkpoint(path, to, changes):
+    """A copy with other values; ... leaves one out."""
+    state = torch.load(path, weights_only=True)
+    state |= {k: v(state[k]) if callable(v) else v for k, v in changes.items()}
+    torch.save({k: v for k, v in state.items() if v is not ...}, to)
+    return to
+
+
+@pytest.mark.parametrize("changes", [
+    dict(config=lambda c: c | {"decoder_width": 32}), dict(config=lambda c: c | {"bert_layers": 2}),
+    dict(config=lambda c: c | {"shared_decoder": False}), dict(config=lambda c: c | {"new": 1}),
+    dict(config=lambda c: c | {"decoder_heads": 3}), dict(config=...), dict(tasks=...),
+    dict(tasks=lambda t: t[:1]), dict(tasks=[{}]), dict(model={}), dict(model=...), dict(labels=...),
+    dict(model=lambda m: {k: v[..., :1] for k, v in m.items()})], ids=lambda c: [*c][0])
+def test_checkpoint_of_another_configuration(changes, run_folder, tmp_path, capsys):
+    path = spoilt_checkpoint(run_folder / "last.pt", tmp_path / "x.pt", changes)
+    line = mistake(capsys, "eval.py", "--checkpoint", path)
+    assert "x.pt" in line or "width" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello", None], ids=repr)
+def test_what_is_no_checkpoint(content, run_folder, small_tiny_data, tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    whole = (run_folder / "last.pt").read_bytes()
+    path.write_bytes(whole[:-100] if content is None else content)
+    for flags in (["eval.py", "--checkpoint", path], ["eval.py", "--released", path],
+                  ["train.py", "--tiny", "--data", small_tiny_data, "--init", path, "--out",
+                   tmp_path / "new"]):
+        assert "last.pt" in mistake(capsys, *flags)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # here a warning comes first: why last.pt was passed over
+        train.main(["--tiny", "--out", str(tmp_path), "--resume"])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert "last.pt" in warning and "nothing to resume" in error
+
+
+def test_resume_with_what_does_not_fit(run_folder, small_tiny_data, tmp_path, capsys):
+    """Nothing there, other settings, other data, a file without the optimiser, an older version."""
+    def resume(out, *more):
+        return mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out", out,
+                       "--resume", *more)
+    assert "nothing to resume" in resume(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    for flags in ("--decoder_layers 3", "--lr 0.5", "--tasks coco", "--seed 1", "--iterations 7"):
+        assert f"{flags}: the run in" in resume(run_folder, *flags.split())
+    last = run_folder / "last.pt"
+    shorter = shutil.copytree(small_tiny_data, tmp_path / "data")
+    write(shorter / "bert/vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    assert "give the --data of its training" in resume(run_folder, "--data", shorter)
+    for n, (changes, says) in enumerate([
+            (dict(train=lambda t: {k: v for k, v in t.items() if k != "clip"}), "setting 'clip'"),
+            (dict(config=lambda c: c | {"decoder_width": 32}), "does not fit")]):
+        out = tmp_path / str(n)
+        out.mkdir()
+        spoilt_checkpoint(last, out / "last.pt", changes)
+        assert says in resume(out)
+    out = tmp_path / "no optimizer"
+    out.mkdir()
+    spoilt_checkpoint(last, out / "last.pt", dict(optimizer=...))
+    with pytest.raises(SystemExit):
+        train.main(["--tiny", "--out", str(out), "--resume"])
+    assert "no run can go on from it: it has no optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log", ['{"iteration": 1, "loss": 3.5, "task": "coco"}\n', "", None])
+@pytest.mark.parametrize("end", ["", '{"iteration": 4, "lo', "\0" * 50, "not json}\n", "{}\n",
+                                 '{"iteration": 9}\n', "\udcff}\n"], ids=repr)
+def test_a_log_of_any_ending_goes_on(log, end, run_folder, small_tiny_data, tmp_path):
+    """What a kill, a crash of the machine or an editor left of log.jsonl: whole lines up to the
+    checkpoint stay, all else goes, every iteration after it follows."""
+    shutil.copy(run_folder / "previous.pt", tmp_path / "last.pt")
+    if log is not None:
+        (tmp_path / "log.jsonl").write_text(log + end, errors="surrogateescape")
+    train.main(["--tiny", "--data", str(small_tiny_data), "--out", str(tmp_path), "--resume"])
+    lines = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [x["iteration"] for x in lines if "loss" in x] == [1] * bool(log) + [4, 5, 6]
+
+
+def test_a_full_disk_at_the_log(run_folder, small_tiny_data, tmp_path, monkeypatch, capsys):
+    """/dev/full takes nothing."""
+    shutil.copy(run_folder / "previous.pt", tmp_path / "last.pt")
+    opened = open
+    monkeypatch.setattr("builtins.open", lambda path, *args, **kwargs: opened(
+        "/dev/full" if str(path).endswith("log.jsonl") else path, *args, **kwargs))
+    line = mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out", tmp_path,
+                   "--resume")
+    assert "cannot be written (No space left on device); make room" in line
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed at any time, and long runs
+# --------------------------------------------------------------------------------------------------
+
+def quietly(arguments, errors):
+    """train.main in a process of its own, which has no screen."""
+    with open(errors, "a") as file, contextlib.redirect_stdout(file), \
+            contextlib.redirect_stderr(file):
+        train.main(arguments)
+
+
+def test_killed_at_any_time(small_tiny_data, tmp_path):
+    """SIGKILL at ten random moments, from the first line of the program on: while it loads,
+    trains, saves, evaluates, or reads what the last kill left. After each, every line of log.jsonl
+    is JSON and the run goes on; at its end the weights are those of a run that nobody killed."""
+    flags = ["--tiny", "--data", str(small_tiny_data), *SMALL, "--iterations", "100",
+             "--log_every", "3", "--save_every", "4", "--eval_every", "9", "--dropout", "0.1"]
+    out, errors, fork = tmp_path / "run", tmp_path / "errors", multiprocessing.get_context("fork")
+
+    def start(workers):
+        how = ("--resume" if any((out / x).exists() for x in ("last.pt", "previous.pt"))
+               else "--overwrite")
+        process = fork.Process(target=quietly, args=(
+            [*flags, "--out", str(out), how, "--num_workers", str(workers)], errors))
+        process.start()
+        return process
+
+    rng, killed = np.random.default_rng(0), 0
+    for moment in rng.uniform(0, 1.5, 10):
+        process = start(workers=int(rng.integers(2)))
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if (out / "log.jsonl").exists():
+            text = (out / "log.jsonl").read_text()
+            assert text.endswith("\n") or not text
+            numbers = [json.loads(x)["iteration"] for x in text.splitlines() if "loss" in x]
+            assert numbers == list(range(1, len(numbers) + 1))
+    last = start(workers=0)
+    last.join(60)
+    assert last.exitcode == 0 and killed >= 4, errors.read_text()[-2000:]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    ends = [torch.load(x / "last.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole")]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[1])
+    logs = [[json.loads(x) for x in (x / "log.jsonl").read_text().splitlines()]
+            for x in (out, tmp_path / "whole")]
+    assert [x.get("loss", x.get("results")) for x in logs[0]] == [
+        x.get("loss", x.get("results")) for x in logs[1]]
+
+
+def descendants(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(x for child in children for x in descendants(int(child)))]
+
+
+def usage(pid):
+    """Of a process: resident memory, the part that is its own alone (MB), open files."""
+    rollup = dict(re.findall(r"^(\w+): +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(),
+                             re.M))
+    own = int(rollup["Private_Clean"]) + int(rollup["Private_Dirty"])
+    return int(rollup["Rss"]) / 1024, own / 1024, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.slow
+def test_a_long_run_keeps_its_size(small_tiny_data, tmp_path):
+    """2,000 iterations of the real command with two data workers, checkpoints and evaluations:
+    memory and open files of every process are flat after the first 200. (With all of the tiny
+    data, a worker grows until it has seen every picture once: it keeps them, 3 KB each.)"""
+    process = run_python(
+        [sys.executable, ROOT / "train.py", "--tiny", "--data", small_tiny_data, "--out",
+         tmp_path / "run", *SMALL, "--iterations", 2000, "--log_every", 20, "--save_every", 100,
+         "--eval_every", 100, "--num_workers", 2],
+        wait=False)
+    seen = {}  # {iteration: {which process: usage}}
+    for line in process.stdout:
+        if found := re.match(r" *(\d+)/2000 ", line):
+            with contextlib.suppress(OSError):  # the last ones may have ended
+                seen[int(found[1])] = [usage(pid) for pid in descendants(process.pid)]
+    assert process.wait() == 0 and len(seen) > 80
+    count = statistics.mode(map(len, seen.values()))
+    assert count == 3  # the run and its workers
+    for place in range(count):
+        early, late = ([x[place] for i, x in seen.items() if low <= i <= high and len(x) == count]
+                       for low, high in ((200, 400), (1700, 1980)))
+        middle = [[statistics.median(x[k] for x in part) for part in (early, late)]
+                  for k in range(3)]
+        print(f"process {place}: resident {middle[0]} MB, its own {middle[1]} MB, "
+              f"open files {middle[2]}")
+        assert middle[0][1] - middle[0][0] < 8 and middle[1][1] - middle[1][0] < 8
+        assert max(x[2] for x in late) <= max(x[2] for x in early)
+    for line in (tmp_path / "run/log.jsonl").read_text().splitlines():
+        json.loads(line)
