@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -505,6 +506,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         model.train()
         return results
 
+    gc.freeze()  # or the first full collection copies 75 MB that the data workers share
     model.train()
     try:
         for i, group in itertools.groupby(loader, key=lambda item: item[0]):
