@@ -957,10 +957,10 @@ def test_a_long_run_keeps_its_size(small_tiny_data, tmp_path):
                        for low, high in ((200, 400), (1700, 1980)))
         middle = [[statistics.median(x[k] for x in part) for part in (early, late)]
                   for k in range(3)]
-        print(f"process {place}: resident {middle[0]} MB, written {middle[1]} MB, open files "
-              f"{middle[2]}")
-        print("") ; continue
+        for name, (before, after) in zip(("resident MB", "written MB", "open files"), middle):
+            print(f"process {place}, {name}: {before:.1f} early, {after:.1f} late")
         assert middle[0][1] - middle[0][0] < 8 and middle[1][1] - middle[1][0] < 8
-        assert max(x[2] for x in late) <= max(x[2] for x in early)
+        # What waits between processes has open files, too: up to four batches a worker.
+        assert max(x[2] for x in late) < max(x[2] for x in early) + 10
     for line in (tmp_path / "run/log.jsonl").read_text().splitlines():
         json.loads(line)
