@@ -138,16 +138,21 @@ def table(content, key: str, path: Path) -> list[dict]:
 
 
 def column(rows: list[dict], name: str, path: Path, dtype=None, width: int | None = None):
-    """Field `name` of all rows: a list, or with `dtype` an array (n,) or (n, width) of finite
-    numbers. The first row that does not have it (so) is an error."""
+    """Field `name` of all rows: a list, with `dtype` str of texts, or else an array (n,) or
+    (n, width) of finite numbers. The first row that does not have it (so) is an error."""
     def convert(rows):
         values = [row[name] for row in rows]
-        if dtype is None:
+        if dtype in (None, str):
+            if dtype and not all(isinstance(value, str) for value in values):
+                raise TypeError("not a text")
             return values
-        values = np.array(values, dtype).reshape((len(rows), width) if width else len(rows))
-        if not np.isfinite(values).all():
-            raise ValueError("not finite")
-        return values
+        given, shape = np.array(values), (len(rows), width) if width else (len(rows),)
+        with np.errstate(invalid="ignore"):
+            values = given.astype(dtype)
+        # Compared, as an id of 1.5 would become 1.
+        if given.shape not in (shape, (0,)) or not (np.isfinite(values) & (values == given)).all():
+            raise ValueError
+        return values.reshape(shape)
 
     try:
         return convert(rows)
@@ -156,8 +161,9 @@ def column(rows: list[dict], name: str, path: Path, dtype=None, width: int | Non
             try:
                 convert([row])
             except (KeyError, TypeError, ValueError, OverflowError):
-                what = f"{width or 'one'} finite number" if dtype else "present"
-                raise bad(path, f"record {number}: {name!r} is not {what} ({row!s:.120})") from None
+                what = {None: "present", str: "a text", np.int64: "one whole number"}.get(
+                    dtype, f"{width} finite numbers" if width else "one finite number")
+                raise bad(path, f"record {number}: {name!r} is not {what} ({row!r:.120})") from None
         raise
 
 
@@ -165,7 +171,7 @@ def require(good, problem: str, path: Path, rows: list) -> None:
     """`good` (n,) bool, one a row: the first False is an error."""
     if not np.all(good):
         number = int(np.argmin(good))
-        raise bad(path, f"record {number} {problem} ({rows[number]!s:.120})")
+        raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
 
 
 class Pictures:
@@ -176,8 +182,10 @@ class Pictures:
         self.listing = functools.cache(self.list)
 
     def list(self, folder: str) -> set[str]:
-        path = self.root / folder
-        return set(os.listdir(path)) if path.is_dir() else set()
+        try:
+            return set(os.listdir(self.root / folder))
+        except (OSError, ValueError):  # not there, or no name that a folder can have
+            return set()
 
     def has(self, name, path: Path) -> bool:
         """Is `name` there, which the file `path` gives? One that leads out of it is refused."""
@@ -213,8 +221,8 @@ def read_image(path: Path) -> Tensor:
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("ignore")          # odd metadata, very large: not our concern
+        # Warnings (odd metadata, very large) are not our concern; opening gives some, too.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             if picture.mode[0] in "IF":              # 16-bit grey: PIL would cut it off at 255
                 grey = np.asarray(picture, np.float32) / (257 if picture.mode[0] == "I" else 1)
                 picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
@@ -415,7 +423,7 @@ class Dataset:
     def count_absent(self, present: list[bool], names: list, root: Path, path: Path) -> np.ndarray:
         """Pictures that `path` names and `root` lacks are counted; none there is an error."""
         if absent := present.count(False):
-            first = names[present.index(False)]
+            first = repr(str(names[present.index(False)]))[1:-1]  # what cannot be printed, escaped
             if absent == len(present):
                 raise bad(path, f"none of its pictures is under {root} (the first: {first})",
                           "unpack the pictures there")
@@ -457,11 +465,10 @@ class Coco(Dataset):
 
     def read_content(self, content: dict, path: Path) -> None:
         """The parsed file (test splits end after the images) to arrays."""
-        size = 0 if self.tiny else self.task.num_classes
-        self.class_names = self.names_by_id(content, "categories", size, path)
+        self.class_names = self.names_by_id(content, "categories", self.task.num_classes, path)
         self.task = replace(self.task, num_classes=len(self.class_names))
         if self.task.num_attributes:
-            size = 0 if self.tiny else self.task.num_attributes
+            size = self.task.num_attributes
             self.attribute_names = self.names_by_id(content, "attributes", size, path)
             self.task = replace(self.task, num_attributes=len(self.attribute_names))
         every_id = self.read_images(table(content, "images", path), path)
@@ -477,17 +484,18 @@ class Coco(Dataset):
             self.read_boxes([rows[n] for n in order.tolist()], self.sizes[places[order]], path)
 
     def names_by_id(self, content: dict, key: str, size: int, path: Path) -> list[str]:
-        """List `key` of ids and names -> names by id; size 0: just enough for the largest id."""
+        """List `key` of ids and names -> names by id; if tiny, just enough for the largest id."""
         rows = table(content, key, path)
         ids = column(rows, "id", path, np.int64)
-        size = size or int(ids.max(initial=0)) + 1
+        if self.tiny:
+            size = min(size, int(ids.max(initial=0)) + 1)
         require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", path, rows)
-        names = dict(zip(ids.tolist(), column(rows, "name", path)))
+        names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
         return [names.get(number, "") for number in range(size)]
 
     def read_images(self, rows: list[dict], path: Path) -> np.ndarray:
         """-> all ids of the file, those included whose picture is absent."""
-        ids, names = column(rows, "id", path, np.int64), column(rows, "file_name", path)
+        ids, names = column(rows, "id", path, np.int64), column(rows, "file_name", path, str)
         sizes = np.stack([column(rows, side, path, np.int64) for side in ("height", "width")], 1)
         require((sizes > 0).all(1), "has an image of no size", path, rows)
         self.folder = self.data / self.folders[self.split]
@@ -508,19 +516,21 @@ class Coco(Dataset):
         used = np.flatnonzero([bool(name) for name in self.class_names])
         require(np.isin(labels, used), "has a category_id not in its categories", path, rows)
         self.labels = labels.astype(np.int16)
-        self.crowd = np.array([row.get("iscrowd", 0) for row in rows], bool)
-        self.areas = np.array([row.get("area", w * h) for row, (_, _, w, h)
-                               in zip(rows, self.boxes.tolist())], np.float64)
+        for row, (_, _, w, h) in zip(rows, self.boxes.tolist()):  # not every tool writes these
+            row.setdefault("iscrowd", 0), row.setdefault("area", w * h)
+        self.crowd = column(rows, "iscrowd", path, np.int64).astype(bool)
+        self.areas = column(rows, "area", path, np.float64)
         full = not_empty(clipped(self.boxes, sizes))
         self.usable = full & ~self.crowd  # what is trained on
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (in training; the metric knows them)"] = int(self.crowd.sum())
         if self.task.num_attributes:
-            lists = [(row.get("attribute_ids") or [])[:MAX_ATTRIBUTES] for row in rows]
+            lists = [row.get("attribute_ids") or [] for row in rows]
+            known = range(1, self.task.num_attributes)
+            require([isinstance(x, list) and all(type(n) is int and n in known for n in x)
+                     for x in lists], f"has attribute_ids outside 1..{len(known)}", path, rows)
+            lists = [x[:MAX_ATTRIBUTES] for x in lists]
             flat = np.array(list(chain.from_iterable(lists)), np.int64)
-            if not ((flat > 0) & (flat < self.task.num_attributes)).all():
-                raise bad(path, f"attribute_ids outside 1..{self.task.num_attributes - 1}",
-                          "prepare the file again")
             self.attributes = np.full((len(lists), MAX_ATTRIBUTES), -1, np.int16)
             lengths = np.array([len(x) for x in lists], np.int64)
             self.attributes[np.arange(MAX_ATTRIBUTES) < lengths[:, None]] = flat
@@ -595,7 +605,7 @@ class VisualGenome(Coco):
 def coco_val_ids(data: Path) -> set[int]:
     """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
     path = data / "coco/annotations/instances_val2017.json"
-    return set(column(table(read_json(path), "images", path), "id", path))
+    return set(column(table(read_json(path), "images", path), "id", path, np.int64).tolist())
 
 
 def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
@@ -638,8 +648,8 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
             for thing in row["attributes"]:
                 if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
                     split["annotations"].append({"id": len(split["annotations"]) + 1, **found})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise bad(path, f"a row lacks {error} ({row!s:.120})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise bad(path, f"a row lacks {error} ({row!r:.120})") from None
     return splits, dropped
 
 
@@ -730,12 +740,13 @@ class Vqa2(Classification):
         self.different = defaultdict(lambda: len(self.different))  # {answer: its place}
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
             rows = table(read_json(path, self.shorten), "annotations", path)
-            numbers = column(rows, "question_id", path)
+            numbers = column(rows, "question_id", path, np.int64).tolist()
             for number, ten in zip(numbers, column(rows, "answers", path)):
-                if not isinstance(ten, list) or {*map(type, ten)} - {int}:
+                if not isinstance(ten, list) or not all(
+                        type(n) is int and 0 <= n < len(self.different) for n in ten):
                     raise bad(path, f"question {number}: bad answers ({ten!s:.80})")
                 answers[number] = ten[:10]
-            common.update(column(rows, "multiple_choice_answer", path))
+            common.update(column(rows, "multiple_choice_answer", path, str))
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
         test = self.split == "test"
@@ -746,7 +757,7 @@ class Vqa2(Classification):
             rows = table(read_json(path), "questions", path)
             numbers, images = (column(rows, name, path, np.int64).tolist()
                                for name in ("question_id", "image_id"))
-            texts = column(rows, "question", path)
+            texts = column(rows, "question", path, str)
             found += [(number, pictures.get(image), text, answers.get(number, ()))
                       for number, image, text in zip(numbers, images, texts)
                       if test or (image in held_out) == (self.split == "val")]
@@ -788,9 +799,9 @@ class Vqa2(Classification):
                 if image not in coco_ids:  # nothing tells whether it is in val2017
                     self.skipped["VG questions on unknown images"] += len(row["qas"])
                 elif coco_ids[image] not in held_out:
-                    found += [(int(qa["qa_id"]), pictures.get(image), qa["question"],
+                    found += [(np.int64(int(qa["qa_id"])), pictures.get(image), qa["question"],
                                [self.different[str(qa["answer"])]] * 10) for qa in row["qas"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
@@ -854,7 +865,9 @@ class SnliVe(Classification):
                 # The first release spelt the key otherwise, and had ".jpg" in the value.
                 name = row["Flickr30K_ID"] if "Flickr30K_ID" in row else row["Flikr30kID"]
                 text, label = row["sentence2"], row["gold_label"]
-            except (ValueError, KeyError, TypeError) as error:
+                if not isinstance(text, str):
+                    raise TypeError("sentence2 is not a text")
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise bad(path, f"line {number + 1}: {error!r} in {line[:80]}") from None
             if label == "-":  # annotators who disagree; SNLI has such rows
                 self.skipped["with label '-'"] += 1
@@ -1201,7 +1214,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.write_tiny:
-            write_tiny(args.write_tiny)
+            try:
+                if args.write_tiny.is_dir() and any(args.write_tiny.iterdir()):
+                    raise bad(args.write_tiny, "is not empty", "give a new folder")
+                write_tiny(args.write_tiny)
+            except OSError as error:
+                raise bad(args.write_tiny, error.strerror, "give a folder to write to") from None
         data = args.write_tiny or args.data
         require_folder(data)
         write_vg(data) if args.prepare else report(data)

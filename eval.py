@@ -23,10 +23,12 @@ import gc
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
 import sys
+import tempfile
 import textwrap
 import time
 import zipfile
@@ -412,15 +414,30 @@ def whole_file(path, mode: str = "w"):
                          "is intact: make room, repeat (a training: with --resume)") from error
 
 
+def require_writable(out: Path) -> None:
+    """Makes the folder --out: that nothing can be written there is said before the work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
+            from None
+
+
 def write_json(path, value) -> None:
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1) + "\n")
 
 
 def read_log(path) -> list[dict]:
-    """The lines of a log.jsonl, less one that a kill cut off."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a log.jsonl, less what a crash left half written."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith("}\n"):
+                records.append(json.loads(line))
+    return records
 
 
 def write_predictions(folder: Path, dataset, items: list) -> None:
@@ -482,7 +499,8 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
         # As for evaluation: floored sizes for vision and language; tiny pictures are 32 x 32.
         shortest, longest = (32, 64) if is_tiny(model.config) else (data.SHORTEST, data.LONGEST)
         sample.image = data.normalise(data.resize(pixels, shortest, longest, floor=task.text))
-    if text is not None:
+    if text is not None:  # letters that are no UTF-8, as a terminal may give, become "?"
+        text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))
         tokenizer = data.Tokenizer(checkpoint["vocab"])
         sample.tokens, sample.types = tokenizer.encode(text, text_pair, task.max_tokens)
     device = next(model.parameters()).device
@@ -542,7 +560,9 @@ def title(found: dict) -> str:
 def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
     """A copy of the picture, `scale` times as large (tiny ones have no room for letters), with what
     `predict` found drawn in; the first of `found` on top."""
-    size = round(picture.width * scale), round(picture.height * scale)
+    # A picture may be one pixel wide, or high: no side of 0, and none that fills the memory.
+    scale = min(scale, 10 * WIDTH / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     smooth = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
     picture = picture.convert("RGB").resize(size, smooth)
     draw, corner = ImageDraw.Draw(picture), 2 * (np.array(size) - 1).tolist()
@@ -660,13 +680,14 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def at_least(least: int, kind: type = int):
-    """A flag's type: numbers that are not too small."""
+def between(least: float, most: float, kind: type = int):
+    """A flag's type: a finite number from `least` to `most`."""
     def convert(text: str):
-        with contextlib.suppress(ValueError):
-            if kind(text) >= least:  # false for NaN too
+        with contextlib.suppress(ValueError, OverflowError):
+            if least <= kind(text) <= most and math.isfinite(kind(text)):
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} of at least {least}")
+        limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} {limits}")
     return convert
 
 
@@ -695,7 +716,7 @@ def parser() -> argparse.ArgumentParser:
     g("--split", choices=["val", "test"], default="val",
       help="test writes what the test servers take into OUT/predictions [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=at_least(0), metavar="INT", help="at most so many of each task [all]")
+    g("--eval_samples", type=between(0, math.inf), metavar="INT", help="at most so many of each task [all]")
     g("--figures", action="store_true",
       help="also draw predictions.png and, where there is a log.jsonl, curves.png")
     g = p.add_argument_group("one input (no data set needed)").add_argument
@@ -704,9 +725,9 @@ def parser() -> argparse.ArgumentParser:
       help="a question or statement about --image, or the sentence of a text task")
     g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
     g = p.add_argument_group("how").add_argument
-    g("--batch_size", type=at_least(0), default=0, metavar="INT",
+    g("--batch_size", type=between(0, math.inf), default=0, metavar="INT",
       help="samples at a time; padding images to one size changes AP a little [1 image, 32 texts]")
-    g("--num_workers", type=at_least(0), default=2, metavar="INT", help="data workers [2]")
+    g("--num_workers", type=between(0, math.inf), default=2, metavar="INT", help="data workers [2]")
     g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     return p
 
@@ -788,6 +809,10 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     rank, _, device = start_processes()
     file = Path(args.checkpoint or args.released)
+    # An empty one would silently evaluate whole data sets.
+    if "" in (args.image, args.text) or (args.text_pair is not None and not args.text):
+        raise InputError("--image, --question and --text must not be empty, and --text_pair goes "
+                         "with one of them")
     if args.released:
         folder = Path(args.data or "data")
         model, checkpoint, name = released_checkpoint(file, folder)
@@ -797,6 +822,8 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(args.data or checkpoint.get("train", {}).get("data", "data"))
     model.to(device).eval()
     out = Path(args.out or file.parent)
+    if rank == 0:
+        require_writable(out)
     if args.image or args.text:
         return answer_one(args, model, checkpoint, out)
     tasks = args.tasks.split(",") if args.tasks else list(model.tasks)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -249,8 +250,12 @@ def load_newest(out: Path) -> dict:
     """The newest whole checkpoint under `out`: last.pt, or previous.pt if a crash tore that one."""
     for path in (out / "last.pt", out / "previous.pt"):
         try:
-            if path.exists():
-                return evaluation.read_checkpoint(path)
+            if not path.exists():
+                continue
+            state = evaluation.read_checkpoint(path)
+            if lost := {"optimizer", "scaler", "iteration", "train"} - set(state):
+                raise InputError(f"{path}: no run can go on from it: it has no {min(lost)}")
+            return state
         except InputError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt there; "
@@ -316,14 +321,20 @@ class Log:
         if main:
             path = out / "log.jsonl"
             before = evaluation.read_log(path) if path.exists() else []
-            self.file = open(path, "w")
-            self.write([x for x in before if x["iteration"] <= start])  # up to the checkpoint
+            with evaluation.whole_file(path) as file:  # killed here, the log stays as it was
+                file.writelines(json.dumps(x) + "\n" for x in before if x["iteration"] <= start)
+            self.file = open(path, "ab", buffering=2**20)
 
     def write(self, records: list[dict]) -> None:
-        """One JSON object a line, handed to the system whole: a kill leaves no half of one."""
+        """One JSON object a line, handed to the system in one call (the usual buffer cuts it at
+        8 KB): a kill leaves no half of one."""
         if self.file:
-            self.file.write("".join(json.dumps(r) + "\n" for r in records))
-            self.file.flush()
+            try:
+                self.file.write("".join(json.dumps(r) + "\n" for r in records).encode())
+                self.file.flush()
+            except OSError as error:
+                raise InputError(f"{self.file.name}: cannot be written ({error.strerror}); make "
+                                 f"room, go on with --resume") from None
 
     def add(self, iteration: int, task: str, lr: float, terms: dict[str, Tensor], norm: Tensor):
         self.pending.append((iteration, task, lr, terms, norm))
@@ -442,6 +453,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         log.last = iteration, time.time()  # samples a second: of training alone
         return results
 
+    gc.freeze()  # or the first full collection copies 75 MB that the data workers share
     model.train()
     try:
         for i, group in itertools.groupby(loader, key=lambda item: item[0]):
@@ -510,23 +522,29 @@ GROUPS = {
 }
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B",
             "data": "DIR", "init": "FILE"}
-ALL_TASKS = [t.name for t in data.TASKS]
-CHOICES = {"tasks": ALL_TASKS, "all_text_states": ALL_TASKS, "init_parts": PARTS, "freeze": PARTS,
-           "precision": list(evaluation.PRECISIONS), "backbone": ["resnet50", "small"]}
-AT_LEAST_1 = ("iterations", "batch_size", "log_every", "save_every")  # other numbers: 0
+CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.PRECISIONS),
+           "backbone": ("resnet50", "small")}
+# From and to; all other numbers are at least 0.
+LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1)} | dict.fromkeys(
+    ("dropout", "coco_first"), (0, 1)) | dict.fromkeys(
+    ("iterations", "batch_size", "log_every", "save_every", "encoder_width", "encoder_heads",
+     "encoder_ff", "bert_width", "bert_heads", "bert_ff", "decoder_width", "decoder_heads",
+     "decoder_ff", "decoder_layers", "max_positions"), (1, math.inf))
 
 
 def flag_type(field: dataclasses.Field):
     """How a flag's text becomes the field's value; tuples are written with commas."""
     many = isinstance(field.default, tuple)
     kind = float if "float" in field.type else str if many else type(field.default)
-    known = ["true", "false"] if kind is bool else CHOICES.get(field.name)
+    known = ("true", "false") if kind is bool else CHOICES.get(field.name)
+    if field.name in ("tasks", "all_text_states"):
+        known = [t.name for t in data.TASKS]
 
     def choice(text):
         if known and text.lower() not in known:
             raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(known)}")
         return text.lower() == "true" if kind is bool else text
-    number = evaluation.at_least(int(field.name in AT_LEAST_1), kind)
+    number = evaluation.between(*LIMITS.get(field.name, (0, math.inf)), kind)
     one = number if kind in (int, float) else choice
     return (lambda text: tuple(one(x) for x in text.split(",") if x)) if many else one
 
@@ -601,12 +619,14 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
 
 def check(train: TrainConfig, world_size: int) -> None:
     """What only several settings together get wrong, before anything is written."""
-    if not train.tasks:
-        raise InputError("--tasks is empty; name at least one")
+    if not train.tasks or len(set(train.tasks)) < len(train.tasks):
+        raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and (len(train.probabilities) != len(train.tasks)
                                 or not sum(train.probabilities)):
         raise InputError(f"--probabilities: give one for each of {len(train.tasks)} --tasks, in "
                          "their order, and not all 0")
+    if train.coco_first and "coco" not in train.tasks:
+        raise InputError(f"--coco_first {train.coco_first}: coco is not among --tasks")
     if train.batch_size % world_size:
         raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
                          f"processes; it counts the samples of all of them")
@@ -645,7 +665,6 @@ def prepare(out: Path, args: argparse.Namespace) -> None:
     try:
         for path in found:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
             from error
@@ -655,10 +674,17 @@ def write_tiny_data(folder: Path) -> None:
     """The tiny data sets, once; under another name first, so that half of them never stays."""
     if (folder / "coco").exists():
         return
-    new = folder.with_name(f"{folder.name}.{os.getpid()}")
-    data.write_tiny(new)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(new, folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: has something else than the tiny data sets; give --tiny "
+                         f"another --data")
+    new = folder.absolute().with_name(f"{folder.absolute().name}.{os.getpid()}")
+    try:
+        data.write_tiny(new)
+        os.replace(new, folder)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise InputError(f"{folder}: cannot write there ({error.strerror}); give another --data") \
+            from error
     print(f"tiny data sets written to {folder}")
 
 
@@ -680,7 +706,12 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
-        model.load_state_dict(state["model"])
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise InputError(f"the checkpoint does not fit the data sets in {folder} ("
+                             f"{evaluation.in_short(error)}); give the --data of its training") \
+                from None
         say(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif not tiny:
         try:
@@ -712,6 +743,7 @@ def start(args: argparse.Namespace) -> None:
     if rank == 0:
         if not args.resume:
             prepare(out, args)
+        evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
     sum_over_processes()  # the others wait for the files

@@ -162,6 +162,17 @@ class Config:
     classifier_norm: bool = option(
         False, "classifier with LayerNorm and early dropout, as released; else as in Eq. 8")
 
+    def __post_init__(self):
+        """Raises InputError for widths that cannot be split."""
+        for part in ("encoder", "bert", "decoder"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            if width % heads:
+                raise InputError(f"--{part}_width {width} cannot be split among {heads} heads; "
+                                 f"choose a width that --{part}_heads divides")
+        if self.encoder_width % 4:
+            raise InputError(f"--encoder_width {self.encoder_width}: must be a multiple of 4, for "
+                             "sine and cosine of rows and columns")
+
 
 # The three switches that make the model the released one where that differs from the paper.
 AS_RELEASED = {"binary_vqa_loss": True, "classifier_norm": True, "all_text_states": ("vqa2",)}
@@ -193,9 +204,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
-        if width % heads:
-            raise InputError(f"width {width} cannot be split among {heads} heads; "
-                             f"choose a width that {heads} divides")
         self.heads, self.dropout = heads, dropout
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
@@ -401,6 +409,9 @@ class TextEncoder(nn.Module):
     def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
         """BERT, (B, S) -> (B, S, d_t^e). The task vector is put in front of the embedded tokens and
         has no position, type or LayerNorm of its own: token positions start at 0 as usual."""
+        if tokens.shape[1] > len(self.position_embeddings.weight):
+            raise InputError(f"{task}: a text of {tokens.shape[1]} tokens; this model has "
+                             f"{len(self.position_embeddings.weight)} positions (--max_positions)")
         embedded = (self.word_embeddings(tokens) + self.token_type_embeddings(types)
                     + self.position_embeddings.weight[:tokens.shape[1]])
         x = self.dropout(self.norm(embedded))                         # (B, S, d_t^e)

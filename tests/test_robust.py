@@ -1,0 +1,966 @@
+"""Nothing lost: bad data, bad files, bad luck, as real data sets and clusters have them.
+
+The generated cases are seeded: a failure names its case, and the same case fails again.
+"""
+import contextlib
+import copy
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import statistics
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import eval as evaluation
+import train
+import unit
+from conftest import ROOT, run_python
+from test_data import make_vqa, picture, read, vocabulary, write
+from test_eval import truth_of
+from unit import InputError
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """A hang is a failure too."""
+    def stop(*_):
+        raise TimeoutError(f"took more than {seconds} seconds")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Generated annotations: whatever is in the files, samples that can be used, or one line that names
+# the file
+# --------------------------------------------------------------------------------------------------
+
+NASTY = [None, True, False, 0, -1, 1, 2, 3, 1.5, -0.0, 1e-9, 1e308, -1e308, math.inf, -math.inf,
+         math.nan, 10**30, 2**63, -2**63, 10**400, "", " ", "1", "NaN", "-", "x" * 300, "\u2028",
+         "a\tb\nc\r", "\x00", "\ud800", "ä猫", '"', "../../etc/passwd", "/etc/passwd", "..", ".",
+         "b" * 300 + "/x.jpg", "\x00/x.jpg", "\ud800/x.jpg", "no such", [], [[]], [1, 2, 3],
+         [1, 2, 3, 4], ["x"], [None], [[1, 2], [3]], {}, {"id": 1}, {"answer": "red"}]
+
+# What is read, and the files of it to spoil.
+READ = {
+    ("coco", "val"): ["coco/annotations/instances_val2017.json"],
+    ("coco", "test"): ["coco/annotations/image_info_test-dev2017.json"],
+    ("vg", "train"): ["vg/image_data.json", "vg/attributes.json", "vg/objects_vocab.txt",
+                      "vg/attributes_vocab.txt", "coco/annotations/instances_val2017.json"],
+    ("vg", "val"): ["vg/instances_val.json"],
+    ("vqa2", "train"): ["vqa2/v2_OpenEnded_mscoco_train2014_questions.json",
+                        "vqa2/v2_mscoco_val2014_annotations.json", "vg/question_answers.json",
+                        "vg/image_data.json", "coco/annotations/instances_val2017.json"],
+    ("vqa2", "val"): ["vqa2/v2_OpenEnded_mscoco_val2014_questions.json",
+                      "vqa2/v2_mscoco_val2014_annotations.json", "vqa2/answers_vqa.txt"],
+    ("snli_ve", "val"): ["snli_ve/snli_ve_dev.jsonl"],
+    ("qnli", "val"): ["glue/QNLI/dev.tsv", "bert/vocab.txt"],
+    ("mnli", "val"): ["glue/MNLI/dev_mismatched.tsv"], ("qqp", "val"): ["glue/QQP/dev.tsv"],
+    ("sst2", "test"): ["glue/SST-2/test.tsv"]}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder in the official formats, a few records of everything."""
+    root = tmp_path_factory.mktemp("good")
+    make_vqa(root, ["<unk>", "0", "blue", "red"])
+    path = root / "coco/annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"] += [
+        dict(id=n, image_id=500, category_id=3, bbox=[n, 2, 9.5, 8], iscrowd=n % 2, area=76)
+        for n in (2, 3)]
+    write(path, content)
+    write(root / "coco/annotations/image_info_test-dev2017.json",
+          {k: v for k, v in content.items() if k != "annotations"})
+    shutil.copytree(root / "coco/val2017", root / "coco/test2017")
+    prepared = data.prepare_vg(root)[0]["train"]
+    write(root / "vg/instances_val.json", prepared)
+    for name in ("11", "22"):
+        picture(root / f"snli_ve/flickr30k_images/{name}.jpg", (30, 20))
+    write(root / "snli_ve/snli_ve_dev.jsonl", "".join(json.dumps(dict(
+        Flickr30K_ID=name, sentence2="a red dog .", gold_label=label, pairID=name + ".jpg#0r1n"))
+        + "\n" for name, label in zip(("11", "22", "11"), ("neutral", "contradiction", "-"))))
+    tables = {
+        "QNLI/dev": ("index question sentence label", [("0", "what ?", '"a cat', "entailment")]),
+        "MNLI/dev_mismatched": ("index sentence1 sentence2 label1 gold_label",
+                                [("0", "a cat", "a dog", "-", "neutral"),
+                                 ("1", "a cat", "a dog", "-", "-")]),
+        "QQP/dev": ("id qid1 qid2 question1 question2 is_duplicate",
+                    [("1", "1", "2", "what ?", "is it ?", "0")]),
+        "SST-2/test": ("index sentence", [("0", "a red cat ")])}
+    for name, (header, rows) in tables.items():
+        lines = ["\t".join(row) for row in [header.split(), *rows * 3]]
+        write(root / f"glue/{name}.tsv", "\n".join(lines) + "\n")
+    return root
+
+
+def places(node):
+    """All (container, key) of a parsed JSON file."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in items:
+        yield node, key
+        if isinstance(value, (dict, list)):
+            yield from places(value)
+
+
+def spoil_json(content, rng):
+    """One to three changes anywhere in it."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.integers(1, 4)):
+        found = list(places(content)) if isinstance(content, (dict, list)) else []
+        if not found or rng.random() < 0.02:
+            return NASTY[rng.integers(len(NASTY))]
+        node, key = found[rng.integers(len(found))]
+        nasty, what = copy.deepcopy(NASTY[rng.integers(len(NASTY))]), rng.random()
+        if what < 0.15:
+            del node[key]
+        elif what < 0.25 and isinstance(node, list):
+            node.append(copy.deepcopy(node[key]))  # twice the same record
+        elif what < 0.35:
+            node[key] = [node[key]]
+        elif what < 0.45 and isinstance(node[key], (int, float)):
+            node[key] = str(node[key]) if rng.random() < 0.5 else -node[key] * rng.normal()
+        else:
+            node[key] = nasty
+    return content
+
+
+def spoil_text(text, rng):
+    """One to three changes to lines, cells or letters."""
+    for _ in range(rng.integers(1, 4)):
+        lines = text.split("\n")
+        at, what = rng.integers(len(lines)), rng.integers(7)
+        nasty = NASTY[rng.integers(len(NASTY))]
+        if what == 0:
+            del lines[at]
+        elif what == 1:
+            lines.insert(at, lines[rng.integers(len(lines))])
+        elif what == 2:
+            lines[at] += "\t" + str(nasty)
+        elif what == 3:
+            cells = lines[at].split("\t")
+            cells[rng.integers(len(cells))] = str(nasty)
+            lines[at] = "\t".join(cells)
+        elif what == 4:
+            lines[at] = lines[at].replace("\t", " ", 1)
+        elif what == 5:
+            lines[at] = '"' + lines[at] + "\r"
+        else:
+            lines[at] = lines[at][:rng.integers(len(lines[at]) + 1)]
+        text = "\n".join(lines)
+    return text
+
+
+def spoil_bytes(raw, rng):
+    """Cut short, begun with a byte order mark, or a byte changed."""
+    at, what = int(rng.integers(len(raw))), rng.integers(4)
+    if what == 0:
+        return raw[:at]
+    if what == 1:
+        return b"\xef\xbb\xbf" + raw
+    letter = bytes([rng.integers(256)]) if what == 2 else b"\x00"
+    return raw[:at] + letter + raw[at + 1:]
+
+
+def spoil(raw, name, rng):
+    """A file's bytes -> what some script, editor, disk or download made of them."""
+    if rng.random() < 0.15:
+        return spoil_bytes(raw, rng)
+    if name.endswith(".json"):
+        text = json.dumps(spoil_json(json.loads(raw), rng))
+    elif name.endswith(".jsonl") and rng.random() < 0.8:
+        rows = spoil_json([json.loads(line) for line in raw.splitlines()], rng)
+        text = "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows]))
+    else:
+        text = spoil_text(raw.decode(), rng)
+    return text.encode("utf-8", "surrogatepass")
+
+
+def check_detection(dataset, batch, rng):
+    """Boxes inside the picture, labels the model has, finite losses and gradients, and a score."""
+    torch.manual_seed(int(rng.integers(2**31)))
+    task, boxes = dataset.task, [*map(len, batch.boxes)]
+    for (box, labels) in zip(batch.boxes, batch.labels):
+        low, high = box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2
+        assert (box[:, 2:] > 0).all() and (low >= -1e-6).all() and (high <= 1 + 1e-6).all()
+        assert ((labels > 0) & (labels < task.num_classes)).all() and len(labels) == len(box)
+    head = unit.DetectionHead(4, task)
+    hidden = torch.randn(2, len(boxes), 3, 4, requires_grad=True)
+    terms = unit.detection_losses(unit.Outputs(hidden, *head(hidden)), batch, head)
+    sum(term.sum() for term in terms.values()).backward()
+    assert hidden.grad.isfinite().all() and all(t.isfinite().all() for t in terms.values())
+    rows = np.array([[i, *rng.uniform(1, 30, 4), rng.random(), rng.integers(1, 4)]
+                     for i in dataset.ids for _ in range(2)])
+    truth = dataset.ground_truth()
+    assert sorted(truth.getImgIds()) == sorted(dataset.ids)
+    metrics = evaluation.average_precision(truth, rows, dataset.ids.tolist())
+    assert all(0 <= value <= 100 for value in metrics.values())
+
+
+def check_classification(dataset, batch):
+    scores = batch.scores
+    if dataset.split == "test":
+        assert scores is None
+        return
+    assert scores.shape == (len(dataset), dataset.task.num_classes)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert dataset.split != "train" or (scores.sum(1) > 0).all()
+    logits = (10 * torch.randn(1, *scores.shape)).requires_grad_()
+    loss = unit.classification_loss(logits, scores, dataset.task.soft_scores)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+    if dataset.task.soft_scores:
+        for index in range(len(dataset)):
+            assert 0 <= evaluation.vqa_accuracy("red", dataset.answers(index)) <= 1
+
+
+def check_usable(dataset, rng):
+    """What was read goes through sampling, batching, losses and metrics."""
+    dataset.summary.encode()  # can be printed
+    if not len(dataset):
+        return
+    augmentation = np.random.default_rng(0) if dataset.split == "train" else None
+    samples = [dataset.sample(n, augmentation) for n in range(len(dataset))]
+    batch = data.collate(dataset.task, samples)
+    if dataset.task.image:
+        assert batch.images.isfinite().all() and (batch.sizes > 0).all()
+    if dataset.task.text:
+        assert batch.tokens.shape[1] <= dataset.task.max_tokens
+        assert int(batch.tokens.max()) < len(data.read_lines(dataset.data / "bert/vocab.txt"))
+    if dataset.task.kind == "classification":
+        check_classification(dataset, batch)
+    elif batch.boxes is not None:
+        check_detection(dataset, batch, rng)
+
+
+CASES = 52  # of each of the 21 files: 1,092
+
+
+@pytest.mark.parametrize("name, split, file", [(*key, file) for key, files in READ.items()
+                                               for file in files])
+def test_generated_annotations(good, name, split, file):
+    path, outcome, faults = good / file, {"usable": 0, "refused": 0}, []
+    raw = path.read_bytes()
+    check_all(good, name, split, np.random.default_rng(0))
+    try:
+        for case in range(CASES):
+            rng = np.random.default_rng([case, *map(ord, name + split + file)])
+            path.write_bytes(spoil(raw, file, rng))
+            try:
+                with within(20):
+                    check_all(good, name, split, rng)
+                outcome["usable"] += 1
+            except InputError as error:
+                outcome["refused"] += 1
+                if str(good) not in str(error) or "\n" in str(error) or ";" not in str(error):
+                    faults.append(f"case {case}: file, problem; fix in one line? {error}")
+            except Exception as error:
+                faults.append(f"case {case}: {error!r}")
+    finally:
+        path.write_bytes(raw)
+    assert not faults, "\n".join(faults)
+    assert min(outcome.values()) > 0, outcome  # else one of the two was never tried
+
+
+def check_all(root, name, split, rng):
+    dataset = read(name, root, split, tiny=True)
+    if dataset.task.text:
+        dataset.tokenizer = data.Tokenizer(root / "bert/vocab.txt")
+    check_usable(dataset, rng)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures: any mode, any size, any format, whole or not
+# --------------------------------------------------------------------------------------------------
+
+MODES = {"1": "png", "L": "jpg", "LA": "png", "P": "gif", "PA": "tiff", "RGB": "jpg", "RGBA": "png",
+         "RGBX": "tiff", "CMYK": "jpg", "YCbCr": "jpg", "HSV": "tiff", "LAB": "tiff", "I": "tiff",
+         "I;16": "png", "I;16B": "tiff", "F": "tiff"}
+SIDES = [1, 2, 3, 7, 31, 32, 33, 100, 383, 640, 1334, 10_000]
+
+
+def random_picture(path, rng):
+    """Writes any picture; returns its size, or None if Pillow has no such file."""
+    mode = [*MODES][rng.integers(len(MODES))]
+    ending = MODES[mode] if rng.random() < 0.7 else ["png", "tiff", "bmp", "webp"][rng.integers(4)]
+    width, height = (int(SIDES[rng.integers(len(SIDES))]) for _ in range(2))
+    if width * height > 1_100_000:
+        height = int(rng.integers(1, 110))
+    if mode in ("F", "I", "I;16", "I;16B"):
+        kind = {"F": np.float32, "I": np.int32}.get(mode, np.uint16)
+        values = rng.normal(0, [1, 300, 1e30][rng.integers(3)], (height, width))
+        if mode == "F" and rng.random() < 0.3:
+            values[0, 0] = [math.nan, math.inf][rng.integers(2)]
+        with np.errstate(invalid="ignore"):
+            image = Image.fromarray(values.astype(kind))
+    else:
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        image = Image.fromarray(pixels)
+        image = image.convert("L").convert(mode) if mode in ("LA", "PA", "P") else image
+        try:
+            image = image.convert(mode)
+        except ValueError:  # Pillow converts to LAB by colour profiles alone
+            image = Image.frombytes(mode, (width, height), pixels.tobytes())
+    options = {"transparency": 3} if mode in ("1", "L", "P", "RGB") and rng.random() < 0.3 else {}
+    try:
+        image.save(path, ending if ending != "jpg" else "jpeg", **options)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SystemError, struct.error):
+        return None
+    return width, height
+
+
+@pytest.mark.filterwarnings("error")  # of Pillow's a user can make nothing
+@pytest.mark.parametrize("part", range(5))
+def test_generated_pictures(tmp_path, part):
+    """100 each: RGB of the right size, or one line that names the file; then augmented, resized and
+    normalised with boxes that stay inside. One in five is cut short or has bytes changed."""
+    read_well = 0
+    for case in range(100):
+        rng = np.random.default_rng([part, case])
+        path = tmp_path / f"{case}.jpg"  # the content tells the format, as in real folders
+        size = random_picture(path, rng)
+        broken = rng.random() < 0.2
+        if broken and path.exists() and path.stat().st_size:
+            path.write_bytes(spoil_bytes(path.read_bytes(), rng))
+        try:
+            with within(20):
+                image = data.read_image(path)
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error), case
+            assert broken or size is None or "LAB" in str(error), (case, str(error))
+            continue
+        assert image.dtype == torch.uint8 and image.shape[0] == 3, case
+        assert broken or tuple(image.shape[1:]) == size[::-1], case
+        read_well += 1
+        check_transforms(image, rng, case)
+    assert read_well > 60
+
+
+def check_transforms(image, rng, case):
+    corners = np.sort(rng.random((4, 2, 2)), 1).reshape(4, 4)
+    corners[0] = 0, 0, 1, 1
+    with within(20):
+        done, boxes = data.augment(image, corners, rng)
+        floored = data.resize(image, data.SHORTEST, data.LONGEST, floor=True)
+    assert boxes.shape == (4, 4) and (boxes >= 0).all() and (boxes <= 1).all(), case
+    for picture in (done, floored):
+        assert 1 <= min(picture.shape[1:]) and max(picture.shape[1:]) <= data.LONGEST, case
+    assert data.normalise(done).isfinite().all(), case
+
+
+@pytest.mark.parametrize("name", ["missing", "folder", "empty", "text", "html", "bomb"])
+def test_what_is_no_picture(tmp_path, name):
+    """A "bomb" is a small file that says it is 100,000 pixels wide and high."""
+    path = tmp_path / "x.jpg"
+    if name == "folder":
+        path.mkdir()
+    elif name == "bomb":
+        Image.new("1", (20, 20)).save(path, "png")
+        raw = bytearray(path.read_bytes())
+        raw[16:24] = (100_000).to_bytes(4, "big") * 2
+        raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+        path.write_bytes(raw)
+    elif name != "missing":
+        path.write_text({"empty": "", "text": "404", "html": "<html>not found</html>"}[name])
+    with pytest.raises(InputError, match=r"x\.jpg: cannot be read as a picture \(.+\); fetch it"):
+        data.read_image(path)
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (3, 4000)])
+def test_thin_pictures_are_drawn(size):
+    """Figures of what the model found: never a side of 0, never a picture that fills the memory."""
+    found = [{"label": "line", "score": 0.9, "box": [0.0, 0.0, float(size[0]), float(size[1])]}]
+    for scale in (max(1, evaluation.WIDTH / size[0]), evaluation.WIDTH / size[0]):
+        drawn = evaluation.draw_boxes(Image.new("RGB", size), found, scale)
+        assert min(drawn.size) >= 1 and drawn.width * drawn.height < 10**7
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers: matching, losses, gradients
+# --------------------------------------------------------------------------------------------------
+
+def random_detections(rng, queries):
+    """Outputs and targets that training may meet on its worst day."""
+    counts = rng.integers(0, [1, 2, 4, 12][rng.integers(4)] + 1, rng.integers(1, 4)).tolist()
+    size, classes = (int(rng.integers(1, 4)), len(counts), queries), 5
+    scale = [0.01, 1, 30, 1e4][rng.integers(4)]
+    boxes = torch.from_numpy(rng.random((*size, 4)))
+    targets = [torch.from_numpy(rng.random((n, 4))) for n in counts]
+    kind = rng.integers(6)
+    if kind == 1:    # all equal
+        for x in (boxes, *targets):
+            x[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    elif kind == 2:  # nothing left of a width after cropping
+        for x in (boxes, *targets):
+            x[..., 2] = 0
+    elif kind == 3:  # points, at the picture's corner
+        for x in (boxes, *targets):
+            x[:] = torch.tensor([1.0, 1.0, 0, 0])
+    elif kind == 4:  # the whole picture, and less than a pixel
+        boxes[:] = torch.tensor([0.5, 0.5, 1, 1])
+        for x in targets:
+            x[:, 2:] *= 5e-4
+    attributes = [torch.from_numpy(rng.integers(-1, 6, (n, 16))) for n in counts]
+    outputs = [torch.from_numpy(rng.normal(0, min(scale, 30), (*size, 8))),
+               torch.from_numpy(rng.normal(0, scale, (*size, classes + 1)).clip(-1e4, 1e4)), boxes]
+    batch = unit.Batch("x", counts, boxes=targets, attributes=attributes,
+                       labels=[torch.from_numpy(rng.integers(0, classes, n)) for n in counts])
+    return outputs, batch
+
+
+def losses_and_gradients(outputs, batch, head, dtype, compute=None):
+    """Terms and gradients of the three outputs; `dtype`: what the outputs are given in."""
+    leaves = [x.to(dtype).to(compute or dtype).requires_grad_() for x in outputs]
+    # Under autocast, too, targets are in single precision.
+    batch = batch.to("cpu", torch.float32).to("cpu", compute or torch.float32)
+    terms = unit.detection_losses(unit.Outputs(*leaves), batch, head)
+    sum(x.sum() for x in terms.values()).backward()
+    return terms, [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 2, 7])
+def test_generated_losses_against_float64(dtype, queries):
+    """60 each: finite, and those of double precision from the same (rounded) inputs. Where two
+    matchings cost the same to seven places, either is right: there, finite is all they must be."""
+    task = unit.Task("x", "detection", True, False, queries, 5, num_attributes=6)
+    torch.manual_seed(0)
+    single = unit.DetectionHead(8, task)
+    double = copy.deepcopy(single).double()
+    compared = 0
+    for case in range(60):
+        outputs, batch = random_detections(np.random.default_rng([queries, case]), queries)
+        terms, gradients = losses_and_gradients(outputs, batch, single, dtype)
+        rounded = [x.to(dtype) for x in outputs]
+        exact, expected = losses_and_gradients(rounded, batch, double, dtype, torch.float64)
+        assert all(x.isfinite().all() for x in (*terms.values(), *gradients)), case
+        if not same_matches(rounded, batch):
+            continue
+        compared += 1
+        for name, term in terms.items():
+            torch.testing.assert_close(term.double(), exact[name], rtol=2e-4, atol=2e-4,
+                                       msg=lambda text: f"case {case}, {name}: {text}")
+        # Where a side of nothing counts as 1e-6, single precision has a digit or two left of it.
+        if any((x[..., 2:] < 1e-4).any() for x in (outputs[2], *batch.boxes)):
+            continue
+        # A gradient comes in the type of what it belongs to, hence half precision's tolerance.
+        close = 2e-3 if dtype == torch.float32 else 2e-2
+        for mine, theirs in zip(gradients, expected):
+            if mine is not None and theirs.abs().max() < 1e4:
+                torch.testing.assert_close(mine.double(), theirs, rtol=close, atol=close,
+                                           msg=lambda text: f"case {case}: {text}")
+    assert compared > 30
+
+
+def same_matches(outputs, batch):
+    """Do single and double precision match the same pairs?"""
+    found = [unit.match(outputs[1].to(dtype), outputs[2].to(dtype), batch.labels,
+                        [x.float().to(dtype) for x in batch.boxes])
+             for dtype in (torch.float32, torch.float64)]
+    return all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_generated_answer_losses_against_float64(dtype, binary):
+    """60 each: logits up to 1e4, targets soft, hard, or none at all."""
+    for case in range(60):
+        rng = np.random.default_rng(case)
+        size = rng.integers(1, 3), rng.integers(1, 5), rng.integers(1, 40)
+        logits = torch.from_numpy(rng.normal(0, [1, 100, 1e4][case % 3], size).clip(-1e4, 1e4))
+        scores = torch.from_numpy(rng.choice([0, 0, 0, 0.3, 0.6, 0.9, 1], size[1:]))
+        scores[0] *= case % 5 > 0  # a question without any answer in the vocabulary
+        found = []
+        for x in (logits.to(dtype), logits.to(dtype).double()):
+            x = x.requires_grad_()
+            loss = unit.classification_loss(x, scores.to(x.dtype), binary)
+            loss.backward()
+            found.append((loss.double(), x.grad.double()))
+            assert loss.isfinite() and x.grad.isfinite().all()
+        (loss, gradient), (exact, expected) = found
+        torch.testing.assert_close(loss, exact, rtol=1e-2 if dtype != torch.float32 else 1e-5,
+                                   atol=1e-3)
+        torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=2e-2 if dtype
+                                   != torch.float32 else 1e-5)
+
+
+def test_generated_matchings_are_the_best():
+    """100 against trying all ways: no pairing of queries and boxes costs less."""
+    for case in range(100):
+        rng = np.random.default_rng(case)
+        queries, n = int(rng.integers(1, 5)), int(rng.integers(1, 5))
+        logits = torch.from_numpy(rng.normal(0, 3, (1, 1, queries, 4)))
+        boxes, targets = (torch.from_numpy(rng.random((*size, 4)))
+                          for size in ((1, 1, queries), (n,)))
+        labels = torch.from_numpy(rng.integers(0, 3, n))
+        cost = (-logits[0, 0].softmax(-1)[:, labels].T
+                + 5 * (boxes[0, 0][None] - targets[:, None]).abs().sum(-1)
+                - 2 * unit.elementwise_giou(boxes[0, 0][None], targets[:, None]))  # (n, q)
+        _, _, query, target = unit.match(logits, boxes, [labels], [targets])
+        assert len({*query.tolist()}) == len({*target.tolist()}) == len(query) == min(queries, n)
+        few, many = sorted((queries, n))
+        best = min(sum(cost[(j, i) if queries <= n else (i, j)] for i, j in enumerate(way))
+                   for way in itertools.permutations(range(many), few))
+        assert cost[target, query].sum() == pytest.approx(float(best), abs=1e-9), case
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics, against plain recomputation
+# --------------------------------------------------------------------------------------------------
+
+def overlap(a, b, crowd):
+    """IoU of two boxes x, y, w, h; for a crowd the share of `a` that lies in it."""
+    w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    both = max(w, 0) * max(h, 0)
+    return both / (a[2] * a[3] + (0 if crowd else b[2] * b[3] - both))
+
+
+def plain_ap(truth, rows, label, threshold):
+    """COCO's average precision of one class at one IoU. truth: (image, class, box, crowd)."""
+    boxes = [(i, box, crowd) for i, c, box, crowd in truth if c == label]
+    total, taken, hits = sum(not crowd for *_, crowd in boxes), set(), []
+    for image, *box, _, _ in sorted((r for r in rows if r[6] == label), key=lambda r: -r[5]):
+        near = [(overlap(box, b, crowd), n, crowd) for n, (i, b, crowd) in enumerate(boxes)
+                if i == image and n not in taken]
+        things = [x for x in near if not x[2] and x[0] >= threshold]
+        if things:
+            taken.add(max(things)[1])
+            hits.append(True)
+        elif not any(x[0] >= threshold for x in near):  # in a crowd: neither right nor wrong
+            hits.append(False)
+    precision = [sum(hits[:k]) / k for k in range(1, len(hits) + 1)]
+    recall = [sum(hits[:k]) / total for k in range(1, len(hits) + 1)]
+    best = [max((p for p, r in zip(precision, recall) if r >= at), default=0)
+            for at in np.linspace(0, 1, 101)]
+    return float(np.mean(best))
+
+
+def test_generated_average_precision():
+    """70 cases: crowds, classes with crowds alone, classes nobody has, no detections."""
+    for case in range(70):
+        rng = np.random.default_rng(case)
+        truth, rows, images = [], [], [3, 5, 900_100_217_285][:int(rng.integers(1, 4))]
+        for image in images:
+            for _ in range(rng.integers(0, 5)):
+                box, label = rng.uniform(1, 60, 4).tolist(), int(rng.integers(1, 4))
+                truth.append((image, label, box, int(rng.random() < 0.3)))
+                rows += [[image, *(np.array(box) + rng.normal(0, 2, 4)).clip(0.5), rng.random(),
+                          label] for _ in range(rng.integers(0, 3))]
+            rows += [[image, *rng.uniform(1, 60, 4), rng.random(), rng.integers(1, 5)]
+                     for _ in range(rng.integers(0, 3))]
+        found = evaluation.average_precision(
+            truth_of(truth) if truth else truth_of([(1, 1, [0, 0, 1, 1], 0)]),
+            np.array(rows).reshape(-1, 7), images)
+        labels = sorted({c for _, c, _, crowd in truth if not crowd})
+        if not labels:
+            assert found == {}
+            continue
+        each = [[plain_ap(truth, rows, label, at) for label in labels]
+                for at in np.arange(0.5, 0.96, 0.05)]
+        assert found["AP"] == pytest.approx(100 * np.mean(each), abs=1e-9), case
+        assert found["AP50"] == pytest.approx(100 * np.mean(each[0]), abs=1e-9), case
+
+
+def test_generated_attribute_hits():
+    """70 cases against two loops."""
+    for case in range(70):
+        rng = np.random.default_rng(case)
+        n, q = rng.integers(0, 5), rng.integers(1, 6)
+        low, found_low = rng.random((n, 2)) * 20, rng.random((q, 2)) * 20
+        boxes = torch.from_numpy(np.hstack([low, low + rng.random((n, 2)) * 20]))
+        found = unit.Detections(
+            torch.rand(q), torch.from_numpy(rng.integers(1, 3, q)),
+            torch.from_numpy(np.hstack([found_low, found_low + rng.random((q, 2)) * 20])),
+            torch.from_numpy(rng.integers(1, 4, q)))
+        for i in range(min(n, q)):
+            if rng.random() < 0.7:
+                found.boxes[i] = boxes[i] + 0.1
+        labels = torch.from_numpy(rng.integers(1, 3, n))
+        attributes = torch.from_numpy(rng.choice([-1, -1, 1, 2, 3], (n, 16)))
+        right = counted = 0
+        for box, label, wanted in zip(boxes.tolist(), labels, attributes.tolist()):
+            best = (0, None)
+            for other, c, a in zip(found.boxes.tolist(), found.labels, found.attributes.tolist()):
+                as_size = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in (box, other)]
+                if c == label and (iou := overlap(*as_size, False)) > best[0]:
+                    best = iou, a
+            if best[0] >= 0.5 and max(wanted) >= 0:
+                counted, right = counted + 1, right + (best[1] in wanted)
+        assert evaluation.attribute_hits(found, boxes, labels, attributes) == (right, counted)
+
+
+def test_generated_vqa_accuracy():
+    """70 cases: strings of any letters; by the rule as visualqa.org words it, leaving one out."""
+    letters = list("ab ,.-'/019\t\n?") + ["the", "a ", "two", "dont", "猫", "\u2028", "\ud800"]
+    for case in range(70):
+        rng = np.random.default_rng(case)
+        words = ["".join(rng.choice(letters, rng.integers(0, 6))) for _ in range(3)]
+        answer, *ten = rng.choice(words, 11).tolist()
+        trimmed = [x.replace("\n", " ").replace("\t", " ").strip() for x in (answer, *ten)]
+        same = len(set(trimmed[1:])) == 1
+        mine, *theirs = trimmed if same else map(data.normalise_answer, trimmed)
+        expected = np.mean([min(1, sum(x == mine for j, x in enumerate(theirs) if j != i) / 3)
+                            for i in range(10)])
+        assert evaluation.vqa_accuracy(answer, ten) == pytest.approx(expected, abs=1e-12), case
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line: one clear line, exit status 2, no traceback
+# --------------------------------------------------------------------------------------------------
+
+SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
+         "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
+         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 "
+         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --coco_first 0").split()
+MAIN = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.main}
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """A run in this process leaves signal handlers and the number of threads changed."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def mistake(capsys, script, *arguments):
+    """The line that it prints. argparse's own has the usage before it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        MAIN[script]([str(x) for x in arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "error: " in lines[-1]
+    assert len(lines) == 1 or lines[0].startswith("usage:"), lines
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def run_folder(small_tiny_data, tmp_path_factory):
+    """--out of a run of six iterations, a checkpoint every three."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    train.main(["--tiny", "--data", str(small_tiny_data), "--out", str(out), *SMALL, "--tasks",
+                "coco,sst2,vqa2", "--iterations", "6", "--save_every", "3"])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return out
+
+
+WRONG = """
+--iterations 0 | --iterations -5 | --iterations 1.5 | --iterations many | --iterations
+--batch_size 0 | --batch_size -8 | --micro_batch -1 | --log_every 0 | --save_every -1
+--eval_every -1 | --eval_samples -1 | --num_workers -1 | --seed -1 | --seed 99999999999999999999
+--lr -1 | --lr nan | --lr fast | --lr_backbone -1 | --warmup -1 | --weight_decay -1 | --clip 0
+--clip -1 | --clip nan | --dropout -0.1 | --dropout 1.5 | --dropout nan | --coco_first 2
+--coco_first nan | --coco_first -1 | --tasks sst2 --coco_first 0.5 | --precision fp8
+--encoder_width 0 | --encoder_width 18 | --encoder_width 20 --encoder_heads 3 | --encoder_heads 0
+--encoder_layers -1 | --encoder_ff 0 | --bert_width 15 | --bert_heads -2 | --bert_layers -1
+--decoder_width 33 | --decoder_heads 0 | --decoder_layers 0 | --decoder_ff -1 | --num_queries -1
+--max_positions 0 | --max_positions 4 | --backbone vgg | --shared_decoder 1 | --tasks ,
+--tasks coco,cocoa | --tasks coco,coco | --all_text_states x | --probabilities 1
+--probabilities nan,1,1,1,1,1,1,1 | --probabilities inf,1,1,1,1,1,1,1
+--probabilities 0,0,0,0,0,0,0,0 | --probabilities -1,1,1,1,1,1,1,1 | --probabilities a,b
+--freeze legs | --freeze image_encoder,text_encoder,decoder,queries,heads | --init nowhere.pt
+--init_parts legs | --experiment T9.9 | --tinny | --iter 5 | --data | surplus
+"""
+
+
+@pytest.mark.parametrize("flags", [x.strip() for x in WRONG.replace("\n", "|").split("|")
+                                   if x.strip()])
+def test_wrong_flags_of_train(flags, small_tiny_data, tmp_path, capsys):
+    line = mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out",
+                   tmp_path / "out", *SMALL, "--iterations", 30, *flags.split())
+    flag = flags.split()[-2] if "coco_first" in flags else flags.split()[0]
+    assert flag in line or "width" in flag and "width" in line  # split among too many heads
+    assert not (tmp_path / "out/last.pt").exists()
+
+
+NOT_WRITABLE = ["/proc/nowhere", "/dev/null", "/dev/null/out", "/sys/kernel"]
+
+
+@pytest.mark.parametrize("out", NOT_WRITABLE)
+def test_unwritable_out(out, small_tiny_data, run_folder, capsys):
+    """Said before the first iteration; also where the folder is there but takes no file."""
+    assert out in mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out", out)
+    for more in ([], ["--text", "a film", "--tasks", "sst2"]):
+        assert out in mistake(capsys, "eval.py", "--checkpoint", run_folder / "last.pt", "--out",
+                              out, *more)
+    assert out in mistake(capsys, "data.py", "--write_tiny", out)
+    assert out in mistake(capsys, "train.py", "--tiny", "--data", out, "--out", run_folder / "new")
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_nothing_there_is_overwritten(run_folder, small_tiny_data, tmp_path, monkeypatch, capsys):
+    """Runs without --resume or --overwrite, and data sets in the way of the tiny ones."""
+    before, data_before = files_of(run_folder), files_of(small_tiny_data)
+    tiny = ["--tiny", "--data", small_tiny_data, *SMALL]
+    assert "--resume" in mistake(capsys, "train.py", *tiny, "--out", run_folder)
+    assert "--overwrite" in mistake(capsys, "train.py", *tiny, "--out", run_folder,
+                                    "--experiment", "T4.7")
+    for name in train.RESULT_FILES:  # any one of a run's files tells that there is a run
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("precious")
+        assert name in mistake(capsys, "train.py", *tiny, "--out", tmp_path / name)
+    assert "is not empty" in mistake(capsys, "data.py", "--write_tiny", small_tiny_data)
+    real = write(tmp_path / "real/vqa2/answers_vqa.txt", "<unk>\n").parent.parent
+    assert "something else" in mistake(capsys, "train.py", *tiny, "--data", real,
+                                       "--out", tmp_path / "new")
+    # runs/tiny is scratch only as the default; named, it is a run like any other.
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "runs/tiny/config.json", "{}")
+    assert "--overwrite" in mistake(capsys, "train.py", *tiny, "--out", "runs/tiny")
+    write(tmp_path / "runs/tiny-T4.7/last.pt", "precious")
+    assert "--overwrite" in mistake(capsys, "train.py", *tiny, "--experiment", "T4.7")
+    assert files_of(run_folder) == before and files_of(small_tiny_data) == data_before
+    assert (tmp_path / "runs/tiny-T4.7/last.pt").read_text() == "precious"
+
+
+def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch):
+    """Twice --tiny; what else is in the folder stays."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("config.json", "notes.txt"):
+        write(tmp_path / "runs/tiny" / name, "old")
+    tiny = ["--tiny", "--data", str(small_tiny_data), *SMALL, "--tasks", "sst2", "--iterations"]
+    train.main([*tiny, "1"])
+    train.main([*tiny, "2"])
+    lines = (tmp_path / "runs/tiny/log.jsonl").read_text().splitlines()
+    assert sum("loss" in json.loads(line) for line in lines) == 2
+    assert (tmp_path / "runs/tiny/notes.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--tasks mnli", "this model's tasks are coco, sst2, vqa2"), ("--tasks ,", "--tasks"),
+    ("--tasks coco --split test", "image_info_test-dev2017.json: missing"),
+    ("--data nowhere", "nowhere: no such folder"), ("--data OUT", "missing"),
+    ("--eval_samples -1", "negative"), ("--batch_size x", "invalid int"),
+    ("--num_workers -1", "negative"), ("--precision fp8", "invalid choice"),
+    ("--split dev", "invalid choice"), ("--text_pair x", "--text_pair"), ("--image=", "empty"),
+    ("--text= --tasks sst2", "empty"), ("--text a --question b", "excludes"),
+    ("--image nowhere.jpg", "nowhere.jpg: cannot be read as a picture"),
+    ("--image OUT/last.pt --question what?", "last.pt: cannot be read as a picture"),
+    ("--image OUT", "cannot be read as a picture"), ("--released x.pth", "either --checkpoint"),
+    ("--check x", "unrecognized")])
+def test_wrong_flags_of_eval(flags, says, run_folder, capsys):
+    flags = flags.replace("OUT", str(run_folder))
+    before = files_of(run_folder)
+    assert says in mistake(capsys, "eval.py", "--checkpoint", run_folder / "last.pt",
+                           *flags.split())
+    assert files_of(run_folder) == before
+
+
+def test_letters_that_are_no_text(run_folder, tmp_path, capsys):
+    """NUL, half a character, thousands of words: answered, or a line."""
+    ask = ["--checkpoint", str(run_folder / "last.pt"), "--out", str(tmp_path), "--tasks", "sst2"]
+    for text in ("\udcff\x00 a film", "\u2028", " ", "猫" * 30, '"'):
+        evaluation.main([*ask, "--text", text])
+        assert "positive" in capsys.readouterr().out
+    assert "--max_positions" in mistake(capsys, "eval.py", *ask, "--text", "film " * 500)
+
+
+def spoilt_checkpoint(path, to, changes):
+    """A copy with other values; ... leaves one out."""
+    state = torch.load(path, weights_only=True)
+    state |= {k: v(state[k]) if callable(v) else v for k, v in changes.items()}
+    torch.save({k: v for k, v in state.items() if v is not ...}, to)
+    return to
+
+
+@pytest.mark.parametrize("changes", [
+    dict(config=lambda c: c | {"decoder_width": 32}), dict(config=lambda c: c | {"bert_layers": 2}),
+    dict(config=lambda c: c | {"shared_decoder": False}), dict(config=lambda c: c | {"new": 1}),
+    dict(config=lambda c: c | {"decoder_heads": 3}), dict(config=...), dict(tasks=...),
+    dict(tasks=lambda t: t[:1]), dict(tasks=[{}]), dict(model={}), dict(model=...), dict(labels=...),
+    dict(model=lambda m: {k: v[..., :1] for k, v in m.items()})], ids=lambda c: [*c][0])
+def test_checkpoint_of_another_configuration(changes, run_folder, tmp_path, capsys):
+    path = spoilt_checkpoint(run_folder / "last.pt", tmp_path / "x.pt", changes)
+    line = mistake(capsys, "eval.py", "--checkpoint", path)
+    assert "x.pt" in line or "width" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"hello", None], ids=repr)
+def test_what_is_no_checkpoint(content, run_folder, small_tiny_data, tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    whole = (run_folder / "last.pt").read_bytes()
+    path.write_bytes(whole[:-100] if content is None else content)
+    for flags in (["eval.py", "--checkpoint", path], ["eval.py", "--released", path],
+                  ["train.py", "--tiny", "--data", small_tiny_data, "--init", path, "--out",
+                   tmp_path / "new"]):
+        assert "last.pt" in mistake(capsys, *flags)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # here a warning comes first: why last.pt was passed over
+        train.main(["--tiny", "--out", str(tmp_path), "--resume"])
+    warning, error = capsys.readouterr().err.splitlines()
+    assert "last.pt" in warning and "nothing to resume" in error
+
+
+def test_resume_with_what_does_not_fit(run_folder, small_tiny_data, tmp_path, capsys):
+    """Nothing there, other settings, other data, a file without the optimiser, an older version."""
+    def resume(out, *more):
+        return mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out", out,
+                       "--resume", *more)
+    assert "nothing to resume" in resume(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    for flags in ("--decoder_layers 3", "--lr 0.5", "--tasks coco", "--seed 1", "--iterations 7"):
+        assert f"{flags}: the run in" in resume(run_folder, *flags.split())
+    last = run_folder / "last.pt"
+    shorter = shutil.copytree(small_tiny_data, tmp_path / "data")
+    write(shorter / "bert/vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    assert "give the --data of its training" in resume(run_folder, "--data", shorter)
+    for n, (changes, says) in enumerate([
+            (dict(train=lambda t: {k: v for k, v in t.items() if k != "clip"}), "setting 'clip'"),
+            (dict(config=lambda c: c | {"decoder_width": 32}), "does not fit")]):
+        out = tmp_path / str(n)
+        out.mkdir()
+        spoilt_checkpoint(last, out / "last.pt", changes)
+        assert says in resume(out)
+    out = tmp_path / "no optimizer"
+    out.mkdir()
+    spoilt_checkpoint(last, out / "last.pt", dict(optimizer=...))
+    with pytest.raises(SystemExit):
+        train.main(["--tiny", "--out", str(out), "--resume"])
+    assert "no run can go on from it: it has no optimizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log", ['{"iteration": 1, "loss": 3.5, "task": "coco"}\n', "", None])
+@pytest.mark.parametrize("end", ["", '{"iteration": 4, "lo', "\0" * 50, "not json}\n", "{}\n",
+                                 '{"iteration": 9}\n', "\udcff}\n"], ids=repr)
+def test_a_log_of_any_ending_goes_on(log, end, run_folder, small_tiny_data, tmp_path):
+    """What a kill, a crash of the machine or an editor left of log.jsonl: whole lines up to the
+    checkpoint stay, all else goes, every iteration after it follows."""
+    shutil.copy(run_folder / "previous.pt", tmp_path / "last.pt")
+    if log is not None:
+        (tmp_path / "log.jsonl").write_text(log + end, errors="surrogateescape")
+    train.main(["--tiny", "--data", str(small_tiny_data), "--out", str(tmp_path), "--resume"])
+    lines = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [x["iteration"] for x in lines if "loss" in x] == [1] * bool(log) + [4, 5, 6]
+
+
+def test_a_full_disk_at_the_log(run_folder, small_tiny_data, tmp_path, monkeypatch, capsys):
+    """/dev/full takes nothing."""
+    shutil.copy(run_folder / "previous.pt", tmp_path / "last.pt")
+    opened = open
+    monkeypatch.setattr("builtins.open", lambda path, *args, **kwargs: opened(
+        "/dev/full" if str(path).endswith("log.jsonl") else path, *args, **kwargs))
+    line = mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out", tmp_path,
+                   "--resume")
+    assert "cannot be written (No space left on device); make room" in line
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed at any time, and long runs
+# --------------------------------------------------------------------------------------------------
+
+def quietly(arguments, errors):
+    """train.main in a process of its own, which has no screen."""
+    with open(errors, "a") as file, contextlib.redirect_stdout(file), \
+            contextlib.redirect_stderr(file):
+        train.main(arguments)
+
+
+def test_killed_at_any_time(small_tiny_data, tmp_path):
+    """SIGKILL at ten random moments, from the first line of the program on: while it loads,
+    trains, saves, evaluates, or reads what the last kill left. After each, every line of log.jsonl
+    is JSON and the run goes on; at its end the weights are those of a run that nobody killed."""
+    flags = ["--tiny", "--data", str(small_tiny_data), *SMALL, "--iterations", "100",
+             "--log_every", "3", "--save_every", "4", "--eval_every", "9", "--dropout", "0.1"]
+    out, errors, fork = tmp_path / "run", tmp_path / "errors", multiprocessing.get_context("fork")
+
+    def start(workers):
+        how = ("--resume" if any((out / x).exists() for x in ("last.pt", "previous.pt"))
+               else "--overwrite")
+        process = fork.Process(target=quietly, args=(
+            [*flags, "--out", str(out), how, "--num_workers", str(workers)], errors))
+        process.start()
+        return process
+
+    rng, killed = np.random.default_rng(0), 0
+    for moment in rng.uniform(0, 1.5, 10):
+        process = start(workers=int(rng.integers(2)))
+        time.sleep(moment)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if (out / "log.jsonl").exists():
+            text = (out / "log.jsonl").read_text()
+            assert text.endswith("\n") or not text
+            numbers = [json.loads(x)["iteration"] for x in text.splitlines() if "loss" in x]
+            assert numbers == list(range(1, len(numbers) + 1))
+    last = start(workers=0)
+    last.join(60)
+    assert last.exitcode == 0 and killed >= 4, errors.read_text()[-2000:]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    ends = [torch.load(x / "last.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole")]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[1])
+    logs = [[json.loads(x) for x in (x / "log.jsonl").read_text().splitlines()]
+            for x in (out, tmp_path / "whole")]
+    assert [x.get("loss", x.get("results")) for x in logs[0]] == [
+        x.get("loss", x.get("results")) for x in logs[1]]
+
+
+def descendants(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(x for child in children for x in descendants(int(child)))]
+
+
+def usage(pid):
+    """Of a process: resident memory, the part that it alone has written to (MB), open files."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    memory = {k: int(v) / 1024 for k, v in re.findall(r"^(\w+): +(\d+) kB", text, re.M)}
+    return memory["Rss"], memory["Private_Dirty"], len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.slow
+def test_a_long_run_keeps_its_size(small_tiny_data, tmp_path):
+    """2,000 iterations of the real command with two data workers, checkpoints and evaluations:
+    memory and open files of every process are flat after the first 200. (With all of the tiny
+    data, a worker grows until it has seen every picture once: it keeps them, 3 KB each.)"""
+    process = run_python(
+        [sys.executable, ROOT / "train.py", "--tiny", "--data", small_tiny_data, "--out",
+         tmp_path / "run", *SMALL, "--iterations", 2000, "--log_every", 20, "--save_every", 100,
+         "--eval_every", 100, "--num_workers", 2],
+        wait=False)
+    seen = {}  # {iteration: {which process: usage}}
+    for line in process.stdout:
+        if found := re.match(r" *(\d+)/2000 ", line):
+            with contextlib.suppress(OSError):  # the last ones may have ended
+                seen[int(found[1])] = [usage(pid) for pid in descendants(process.pid)]
+    assert process.wait() == 0 and len(seen) > 80
+    count = statistics.mode(map(len, seen.values()))
+    assert count == 3  # the run and its workers
+    for place in range(count):
+        early, late = ([x[place] for i, x in seen.items() if low <= i <= high and len(x) == count]
+                       for low, high in ((200, 400), (1700, 1980)))
+        middle = [[statistics.median(x[k] for x in part) for part in (early, late)]
+                  for k in range(3)]
+        for name, (before, after) in zip(("resident MB", "written MB", "open files"), middle):
+            print(f"process {place}, {name}: {before:.1f} early, {after:.1f} late")
+        assert middle[0][1] - middle[0][0] < 8 and middle[1][1] - middle[1][0] < 8
+        # What waits between processes has open files, too: up to four batches a worker.
+        assert max(x[2] for x in late) < max(x[2] for x in early) + 10
+    for line in (tmp_path / "run/log.jsonl").read_text().splitlines():
+        json.loads(line)
