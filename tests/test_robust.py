@@ -794,8 +794,8 @@ def spoilt_checkpoint(path, to, changes):
     dict(config=lambda c: c | {"decoder_width": 32}), dict(config=lambda c: c | {"bert_layers": 2}),
     dict(config=lambda c: c | {"shared_decoder": False}), dict(config=lambda c: c | {"new": 1}),
     dict(config=lambda c: c | {"decoder_heads": 3}), dict(config=...), dict(tasks=...),
-    dict(tasks=lambda t: t[:1]), dict(tasks=[{}]), dict(model={}), dict(model=...), dict(labels=...),
-    dict(model=lambda m: {k: v[..., :1] for k, v in m.items()})], ids=lambda c: [*c][0])
+    dict(tasks=lambda t: t[:1]), dict(tasks=[{}]), dict(model={}), dict(model=...),
+    dict(labels=...), dict(model=lambda m: {k: v[..., :1] for k, v in m.items()})], ids=lambda c: [*c][0])
 def test_checkpoint_of_another_configuration(changes, run_folder, tmp_path, capsys):
     path = spoilt_checkpoint(run_folder / "last.pt", tmp_path / "x.pt", changes)
     line = mistake(capsys, "eval.py", "--checkpoint", path)
@@ -872,6 +872,150 @@ def test_a_full_disk_at_the_log(run_folder, small_tiny_data, tmp_path, monkeypat
 
 
 # --------------------------------------------------------------------------------------------------
+# Data as it is found: what each reader makes of each oddity is in test_data.py; here all of them
+# together, through a whole run
+# --------------------------------------------------------------------------------------------------
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    write(path, content)
+
+
+def spoil_pictures(folder):
+    """The first six become what is in real folders, under the same names."""
+    names = sorted(folder.glob("*.jpg"))
+    pixels = Image.open(names[0])
+    pixels.convert("L").save(names[0])
+    pixels.convert("P").save(names[1], "gif")
+    pixels.convert("CMYK").save(names[2])
+    pixels.convert("RGBA").save(names[3], "png")
+    Image.fromarray(np.asarray(pixels.convert("L")).astype(np.uint16) * 257).save(names[4], "png")
+    pixels.resize((1, 90)).save(names[5])
+    names[6].unlink()
+
+
+@pytest.fixture(scope="module")
+def as_found(small_tiny_data, tmp_path_factory):
+    """The tiny data sets with every oddity that the real ones have."""
+    root = shutil.copytree(small_tiny_data, tmp_path_factory.mktemp("found") / "data")
+
+    def coco(content):
+        images, boxes = content["images"], content["annotations"]
+        first = dict(boxes[0], iscrowd=0)
+        images.append(dict(images[-1]))                                   # its id occurs again
+        boxes += [dict(first, iscrowd=1, segmentation={"counts": [1], "size": [32, 32]}),
+                  dict(first, bbox=[3, 4, 0, 5]), dict(first, bbox=[9, 9, -4, 3]),
+                  dict(first, bbox=[40, 2, 5, 5]), dict(first, bbox=[-5, -5, 90, 90]),
+                  dict(first, image_id=999_999), *([first] * 20)]          # 8 queries
+    for split in ("train", "val"):
+        change(root / f"coco/annotations/instances_{split}2017.json", coco)
+
+    def genome(rows):
+        for row in rows:
+            things = row["attributes"]
+            things += [dict(things[0], w=0), dict(things[0], h=-3), dict(things[0], names=[]),
+                       dict(things[0], x=30, w=9), dict(things[0], names=["unheard of"]),
+                       dict(things[0], attributes=["red"] * 30 + ["Green "])]
+        rows.append(dict(rows[0]))
+    change(root / "vg/attributes.json", genome)
+    change(root / "vg/image_data.json", lambda rows: rows.append(dict(rows[0])))
+    change(root / "vqa2/v2_mscoco_train2014_annotations.json", lambda content: content[
+        "annotations"][0].update(answers=[dict(answer="never seen")] * 10))
+    for name in ("coco/train2017", "snli_ve/flickr30k_images", "vg/VG_100K"):
+        spoil_pictures(root / name)
+    path = root / "snli_ve/snli_ve_train.jsonl"
+    lines = path.read_text().splitlines()
+    lines.append(json.dumps(json.loads(lines[0]) | {"gold_label": "-"}))
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n\r\n")
+    for task, odd in (("QNLI", '"1\t"Why? \t"What" is\tentailment'), ("QQP", '"\tWas it?\t0'),
+                      ("MNLI", "\t".join(["x"] * 11 + ["-"])), ("SST-2", "short")):
+        path = root / f"glue/{task}/train.tsv"
+        rows = [*path.read_text().splitlines(), odd]
+        path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(rows).encode() + b"\r\n")
+    return root
+
+
+def test_a_run_on_data_as_it_is_found(as_found, tmp_path, capsys):
+    """Each data set tells in one line what it dropped and why; all eight train and are scored."""
+    train.main(["--tiny", "--data", str(as_found), "--out", str(tmp_path / "run"), *SMALL,
+                "--iterations", "24", "--probabilities", "1,1,1,1,1,1,1,1"])
+    printed = capsys.readouterr().out
+    told = {tuple(line.split()[:2]): line for line in printed.splitlines() if "samples" in line}
+    for task, says in {
+            "coco": ["1 without picture", "1 repeated image ids", "1 boxes of images not listed",
+                     "3 empty boxes", "1 crowd boxes"],
+            "vg": ["1 without picture"], "vqa2": ["without an answer in the vocabulary"],
+            "snli_ve": ["1 with label '-'", "1 without picture"], "mnli": ["1 with label '-'"],
+            "qqp": ["1 rows of too few"], "sst2": ["1 rows of too few"], "qnli": []}.items():
+        for text in says:
+            assert text in told[task, "train"], told[task, "train"]
+    lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {x["task"] for x in lines if "loss" in x} == set(train.EIGHT) == set(
+        lines[-1]["results"])
+    assert all(math.isfinite(x["loss"]) and x["grad_norm"] > 0 for x in lines if "loss" in x)
+
+
+def test_crowds_are_never_matched_and_never_counted(as_found):
+    """More objects than queries, one of them a crowd: at most as many pairs as queries, none of
+    them the crowd; the metric is 100 for the things alone, with or without boxes in the crowd."""
+    dataset = read("coco", as_found, "val", tiny=True)
+    crowd = int(np.flatnonzero(dataset.crowd)[0])
+    index = int(np.searchsorted(dataset.starts, crowd, side="right")) - 1
+    sample = dataset.sample(index)
+    own = slice(dataset.starts[index], dataset.starts[index + 1])
+    assert len(sample.boxes) > dataset.task.num_queries == 8
+    assert len(sample.boxes) == dataset.usable[own].sum() and not dataset.usable[crowd]
+    _, _, query, target = unit.match(torch.randn(1, 1, 8, 99), torch.rand(1, 1, 8, 4),
+                                     [sample.labels], [sample.boxes])
+    assert len(query) == len(set(target.tolist())) == 8
+    image, truth = int(dataset.ids[index]), dataset.ground_truth()
+    things = [a for a in truth.imgToAnns[image] if not a["iscrowd"] and min(a["bbox"][2:]) > 0]
+    rows = np.array([[image, *a["bbox"], 0.9, a["category_id"]] for a in things])
+    inside = np.repeat([[image, *(dataset.boxes[crowd] + (1, 1, -2, -2)), 0.99,
+                         dataset.labels[crowd]]], 30, 0)
+    scores = [evaluation.average_precision(truth, x, [image])["AP50"]
+              for x in (rows, np.concatenate([inside, rows]))]
+    assert scores[0] > 90 and scores[1] == pytest.approx(scores[0])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_ends_the_run_in_one_line(workers, as_found, tmp_path, capsys):
+    """Skipping it would hide a torn download: which one and what to do is said."""
+    root = shutil.copytree(as_found, tmp_path / "data")
+    for path in (root / "coco/train2017").iterdir():
+        path.write_bytes(path.read_bytes()[:300])
+    line = mistake(capsys, "train.py", "--tiny", "--data", root, "--out", tmp_path / "run", *SMALL,
+                   "--tasks", "coco", "--iterations", 3, "--num_workers", workers)
+    assert re.search(r"train2017/\d+\.jpg: cannot be read as a picture .*; fetch it again", line)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.jpg",
+                                  "a\\..\\b.jpg", "VG_100K/../../../b.jpg"])
+def test_names_that_leave_the_folder(name, good, as_found, tmp_path):
+    """Refused wherever a file gives a picture's name: COCO, both forms of VG, SNLI-VE."""
+    root = shutil.copytree(good, tmp_path / "data")
+    for file, edit in (
+            ("coco/annotations/instances_val2017.json", lambda c: c["images"][0]),
+            ("coco/annotations/image_info_test-dev2017.json", lambda c: c["images"][0]),
+            ("vg/instances_val.json", lambda c: c["images"][0])):
+        change(root / file, lambda c: edit(c).update(file_name=name))
+    write(root / "snli_ve/snli_ve_dev.jsonl", json.dumps(dict(
+        Flickr30K_ID=name, sentence2="a", gold_label="neutral")) + "\n")
+    for task, split in (("coco", "val"), ("coco", "test"), ("vg", "val"), ("snli_ve", "val")):
+        with pytest.raises(InputError, match="leads out of"):
+            read(task, root, split)
+
+
+def test_an_address_that_leaves_the_folder(good, tmp_path):
+    """Of an address, VG's names take the last two parts."""
+    root = shutil.copytree(good, tmp_path / "data")
+    change(root / "vg/image_data.json", lambda rows: rows[0].update(url="https://x/../1.jpg"))
+    with pytest.raises(InputError, match="'../1.jpg' leads out of"):
+        read("vg", root, "train")
+
+
+# --------------------------------------------------------------------------------------------------
 # Killed at any time, and long runs
 # --------------------------------------------------------------------------------------------------
 
@@ -883,11 +1027,11 @@ def quietly(arguments, errors):
 
 
 def test_killed_at_any_time(small_tiny_data, tmp_path):
-    """SIGKILL at ten random moments, from the first line of the program on: while it loads,
+    """SIGKILL at eight random moments, from the first line of the program on: while it loads,
     trains, saves, evaluates, or reads what the last kill left. After each, every line of log.jsonl
     is JSON and the run goes on; at its end the weights are those of a run that nobody killed."""
-    flags = ["--tiny", "--data", str(small_tiny_data), *SMALL, "--iterations", "100",
-             "--log_every", "3", "--save_every", "4", "--eval_every", "9", "--dropout", "0.1"]
+    flags = ["--tiny", "--data", str(small_tiny_data), *SMALL, "--iterations", "150",
+             "--log_every", "3", "--save_every", "4", "--eval_every", "19", "--dropout", "0.1"]
     out, errors, fork = tmp_path / "run", tmp_path / "errors", multiprocessing.get_context("fork")
 
     def start(workers):
@@ -899,7 +1043,7 @@ def test_killed_at_any_time(small_tiny_data, tmp_path):
         return process
 
     rng, killed = np.random.default_rng(0), 0
-    for moment in rng.uniform(0, 1.5, 10):
+    for moment in rng.uniform(0, 0.8, 8):
         process = start(workers=int(rng.integers(2)))
         time.sleep(moment)
         process.kill()
@@ -912,14 +1056,15 @@ def test_killed_at_any_time(small_tiny_data, tmp_path):
             assert numbers == list(range(1, len(numbers) + 1))
     last = start(workers=0)
     last.join(60)
-    assert last.exitcode == 0 and killed >= 4, errors.read_text()[-2000:]
+    assert last.exitcode == 0, errors.read_text()[-2000:]
+    assert killed >= 4
     train.main([*flags, "--out", str(tmp_path / "whole")])
-    ends = [torch.load(x / "last.pt", weights_only=True)["model"] for x in (out, tmp_path / "whole")]
-    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[1])
-    logs = [[json.loads(x) for x in (x / "log.jsonl").read_text().splitlines()]
+    ends = [torch.load(x / "last.pt", weights_only=True)["model"]
             for x in (out, tmp_path / "whole")]
-    assert [x.get("loss", x.get("results")) for x in logs[0]] == [
-        x.get("loss", x.get("results")) for x in logs[1]]
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[1])
+    losses = [[x["loss"] for x in map(json.loads, (x / "log.jsonl").read_text().splitlines())
+               if "loss" in x] for x in (out, tmp_path / "whole")]
+    assert losses[0] == losses[1] and len(losses[1]) == 150
 
 
 def descendants(pid):
@@ -938,7 +1083,7 @@ def usage(pid):
 def test_a_long_run_keeps_its_size(small_tiny_data, tmp_path):
     """2,000 iterations of the real command with two data workers, checkpoints and evaluations:
     memory and open files of every process are flat after the first 200. (With all of the tiny
-    data, a worker grows until it has seen every picture once: it keeps them, 3 KB each.)"""
+    data a worker grows by 60 MB until it has seen every picture once: it keeps them decoded.)"""
     process = run_python(
         [sys.executable, ROOT / "train.py", "--tiny", "--data", small_tiny_data, "--out",
          tmp_path / "run", *SMALL, "--iterations", 2000, "--log_every", 20, "--save_every", 100,
