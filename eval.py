@@ -435,8 +435,8 @@ def read_log(path) -> list[dict]:
     records = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(ValueError):
-            if line.endswith("}\n"):
-                records.append(json.loads(line))
+            if line.endswith("}\n") and "iteration" in (record := json.loads(line)):
+                records.append(record)
     return records
 
 
@@ -719,10 +719,11 @@ def parser() -> argparse.ArgumentParser:
     g("--eval_samples", type=between(0, math.inf), metavar="INT", help="at most so many of each task [all]")
     g("--figures", action="store_true",
       help="also draw predictions.png and, where there is a log.jsonl, curves.png")
-    g = p.add_argument_group("one input (no data set needed)").add_argument
+    group = p.add_argument_group("one input (no data set needed)")
+    g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     g("--image", metavar="FILE", help="a picture; alone: detection, also drawn into prediction.png")
-    g("--question", "--text", dest="text", metavar="TEXT",
-      help="a question or statement about --image, or the sentence of a text task")
+    either("--question", dest="text", metavar="TEXT", help="a question about --image")
+    either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
     g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
     g = p.add_argument_group("how").add_argument
     g("--batch_size", type=between(0, math.inf), default=0, metavar="INT",

@@ -549,6 +549,12 @@ def flag_type(field: dataclasses.Field):
     return (lambda text: tuple(one(x) for x in text.split(",") if x)) if many else one
 
 
+def written(value) -> str:
+    """A setting as one types it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(
+        value).lower() if isinstance(value, bool) else str(value)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = evaluation.Parser(
         usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
@@ -570,11 +576,10 @@ def make_parser() -> argparse.ArgumentParser:
     for config in (TrainConfig, Config):
         for field in dataclasses.fields(config):
             default = field.default
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             groups[titles.get(field.name) or titles[config.__name__]].add_argument(
                 f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
                 metavar=METAVARS.get(field.name) or METAVARS[type(default)],
-                help=f"{field.metadata['help']} [{str(shown).lower() or 'none'}]")
+                help=f"{field.metadata['help']} [{written(default) or 'none'}]")
     return parser
 
 
@@ -643,10 +648,14 @@ def resume(out: Path, args: argparse.Namespace) -> tuple[Config, TrainConfig, di
     """Settings and state of the run in `out`. Flags may repeat its settings or change free ones."""
     state, given = load_newest(out), vars(args)
     saved = state["config"] | state["train"]
+    if lost := {f.name for c in (Config, TrainConfig) for f in dataclasses.fields(c)} - set(saved):
+        raise InputError(f"{out}: its checkpoint does not know the setting {min(lost)!r}; go on with "
+                         "the code that it was trained with")
     for name in given.keys() & saved.keys() - FREE_ON_RESUME:
         if given[name] != saved[name]:
-            raise InputError(f"--{name} {given[name]}: the run in {out} has {saved[name]}; leave "
-                             f"the flag out, or start another run with another --out")
+            raise InputError(f"--{name} {written(given[name])}: the run in {out} has "
+                             f"{written(saved[name])}; leave the flag out, or start another run "
+                             "with another --out")
     free = {name: given[name] for name in given.keys() & FREE_ON_RESUME}
     return *configs(saved | free), state
 
@@ -709,9 +718,9 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
         try:
             model.load_state_dict(state["model"])
         except RuntimeError as error:
-            raise InputError(f"the checkpoint does not fit the data sets in {folder} ("
-                             f"{evaluation.in_short(error)}); give the --data of its training") \
-                from None
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"the checkpoint does not fit the data sets in {folder} "
+                             f"({reason}); give the --data of its training") from None
         say(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif not tiny:
         try:
@@ -772,8 +781,7 @@ def list_experiments() -> str:
     for name, row in EXPERIMENTS.items():
         changes = {k: v for k, v in row.items() if k not in ("tasks", "iterations")}
         tasks = "all eight" if row["tasks"] == EIGHT else ",".join(row["tasks"])
-        text = " ".join(f"--{k} {','.join(v) if isinstance(v, tuple) else v}"
-                        for k, v in changes.items())
+        text = " ".join(f"--{k} {written(v)}" for k, v in changes.items())
         paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
         lines.append(f"{name:<13} {tasks:<19} {row['iterations']:>9,}  {text or '-':<62} {paper}")
     head = f"{'name':<13} {'tasks':<19} {'iterations':>10}  {'changes':<62} paper\n"

@@ -159,7 +159,7 @@ def test_groups_and_limits_of_flags_name_settings_that_exist():
     names = {f.name for c in (train.TrainConfig, unit.Config) for f in dataclasses.fields(c)}
     grouped = " ".join(train.GROUPS.values()).split()
     assert set(grouped) <= names | {"TrainConfig", "Config"} and len(grouped) == len(set(grouped))
-    assert {*train.CHOICES, *train.AT_LEAST_1} <= names
+    assert {*train.CHOICES, *train.LIMITS} <= names
 
 
 def test_flags_have_the_last_word():

@@ -757,13 +757,13 @@ def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch
     ("--tasks mnli", "this model's tasks are coco, sst2, vqa2"), ("--tasks ,", "--tasks"),
     ("--tasks coco --split test", "image_info_test-dev2017.json: missing"),
     ("--data nowhere", "nowhere: no such folder"), ("--data OUT", "missing"),
-    ("--eval_samples -1", "negative"), ("--batch_size x", "invalid int"),
-    ("--num_workers -1", "negative"), ("--precision fp8", "invalid choice"),
+    ("--eval_samples -1", "at least 0"), ("--batch_size x", "no int"),
+    ("--num_workers -1", "at least 0"), ("--precision fp8", "invalid choice"),
     ("--split dev", "invalid choice"), ("--text_pair x", "--text_pair"), ("--image=", "empty"),
-    ("--text= --tasks sst2", "empty"), ("--text a --question b", "excludes"),
+    ("--text= --tasks sst2", "empty"), ("--text a --question b", "not allowed with"),
     ("--image nowhere.jpg", "nowhere.jpg: cannot be read as a picture"),
     ("--image OUT/last.pt --question what?", "last.pt: cannot be read as a picture"),
-    ("--image OUT", "cannot be read as a picture"), ("--released x.pth", "either --checkpoint"),
+    ("--image OUT", "cannot be read as a picture"), ("--released x.pth", "not allowed with argument --checkpoint"),
     ("--check x", "unrecognized")])
 def test_wrong_flags_of_eval(flags, says, run_folder, capsys):
     flags = flags.replace("OUT", str(run_folder))
