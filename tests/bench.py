@@ -1,0 +1,753 @@
+"""How fast and how large: this implementation beside yardsticks that anyone can install.
+
+    python tests/bench.py                          # pictures of 800 x 1066; half an hour on 2 cores
+    python tests/bench.py --quick                  # pictures of 480 x 640, fewer rounds: 5 minutes
+    python tests/bench.py --only inference,text    # some of: inference, training, text, matching,
+                                                   # data, annotations, evaluation, growth, gpu
+    python tests/bench.py --only gpu --peak_tflops 989
+
+Ours and the yardstick take turns in one process (A B A B), on all cores, so that whatever else the
+machine does hits both. `ratio` is the yardstick's time over ours, its median and, in brackets, the
+least and the greatest of the rounds. Peaks of memory are those of a fresh process each.
+
+* "the authors' way" is our model, with the same weights, that calls torch's MultiheadAttention as
+  DETR and the released system do (it returns the attention weights), matches layer by layer, each
+  with a copy to the host, and looks at every gradient on the host in the optimiser's step.
+* "transformers" is DetrForObjectDetection and BertModel of the same shapes, random weights.
+* "PIL" decodes, crops and resizes with PIL through torchvision's first transforms.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no yardstick downloads anything
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+import unit  # noqa: E402
+
+from torchvision.ops import box_convert, generalized_box_iou  # noqa: E402
+from torchvision.transforms import functional as v1  # noqa: E402
+
+TASKS = {task.name: task for task in data.TASKS}
+MIB = 2 ** 20
+CUDA = torch.device("cuda") if torch.cuda.is_available() else None
+CPU = torch.device("cpu")
+# Peak of dense half precision, 10^12 operations a second, by a part of the device's name.
+PEAK_TFLOPS = {"V100": 125, "A100": 312, "H100": 989, "H200": 989}
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring and printing
+# --------------------------------------------------------------------------------------------------
+
+def heading(title: str, columns=("ours", "yardstick")) -> None:
+    print(f"\n{title}\n{'':<46}{columns[0]:>12}{columns[1]:>12}  {'ratio':<22}{'target':<14}",
+          flush=True)
+
+
+def row(what: str, ours="", theirs="", ratio="", target="", good: bool | None = None) -> None:
+    """A line of a table; `good`: was the target met?"""
+    met = "" if good is None else "met" if good else "MISSED"
+    print(f"{what:<46}{ours:>12}{theirs:>12}  {ratio:<22}{target:<14}{met}".rstrip(), flush=True)
+
+
+def timed(function, device=CPU) -> float:
+    """Seconds of one call; on a GPU until its work is done."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(what: str, ours, theirs, rounds: int, least: float | None, device=CPU, unit="s"):
+    """Times both in turn and prints the row; `least`: the target, how many times theirs must
+    take. Returns the median seconds of ours."""
+    for function in (ours, theirs):  # the first call allocates and chooses algorithms
+        timed(function, device)
+    pairs = [(timed(ours, device), timed(theirs, device)) for _ in range(rounds)]
+    a, b = (median(column) for column in zip(*pairs))
+    ratios = [y / x for x, y in pairs]
+    middle, scale = median(ratios), {"s": 1, "ms": 1000}[unit]
+    row(what, f"{a * scale:.3g} {unit}", f"{b * scale:.3g} {unit}",
+        f"{middle:.2f} ({min(ratios):.2f}..{max(ratios):.2f})",
+        "" if least is None else f">= {least}", None if least is None else middle >= least)
+    return a
+
+
+def memory(field: str, file: str = "status") -> float:
+    """MiB of this process, as Linux tells. VmHWM is its peak; getrusage's ru_maxrss would start at
+    the peak of the process that started this one."""
+    for line in Path(f"/proc/self/{file}").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(field)
+
+
+def in_child(function, *arguments):
+    """function(*arguments) in a fresh process -> its value."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # a Pool's could not fork a worker
+        return pool.submit(function, *arguments).result()
+
+
+def devices() -> list:
+    return [CPU] + [CUDA] * bool(CUDA)
+
+
+# --------------------------------------------------------------------------------------------------
+# The authors' way, transformers
+# --------------------------------------------------------------------------------------------------
+
+class AuthorsAttention(nn.Module):
+    """torch's attention as DETR calls it: all weights are made, averaged over heads, returned and
+    dropped."""
+
+    def __init__(self, ours: unit.Attention):
+        super().__init__()
+        projections = ours.q_proj, ours.k_proj, ours.v_proj
+        self.attention = nn.MultiheadAttention(ours.out_proj.in_features, ours.heads,
+                                               dropout=ours.dropout, batch_first=True)
+        self.attention.load_state_dict({
+            "in_proj_weight": torch.cat([p.weight for p in projections]),
+            "in_proj_bias": torch.cat([p.bias for p in projections]),
+            "out_proj.weight": ours.out_proj.weight, "out_proj.bias": ours.out_proj.bias})
+
+    def forward(self, query, key, value, bias=None):
+        padding = None if bias is None else bias[:, 0, 0]
+        return self.attention(query, key, value, key_padding_mask=padding, need_weights=True)[0]
+
+
+def authors_way(model: unit.UniT) -> unit.UniT:
+    """A copy of our model, in its mode, whose every attention is torch's."""
+    theirs = copy.deepcopy(model)
+    for parent in list(theirs.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, unit.Attention):
+                setattr(parent, name, AuthorsAttention(child).to(child.q_proj.weight))
+    return theirs.train(model.training)
+
+
+@torch.no_grad()
+def authors_match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]):
+    """`unit.match` as DETR does it: for each layer all pairs of the batch, a copy to the host, and
+    from there image by image."""
+    all_labels, all_targets = torch.cat(labels), torch.cat(targets)
+    counts, found = [len(x) for x in labels], []
+    corners = box_convert(all_targets, "cxcywh", "xyxy")
+    for layer, (scores, candidates) in enumerate(zip(logits.flatten(1, 2), boxes.flatten(1, 2))):
+        cost = 5 * torch.cdist(candidates, all_targets, p=1) - scores.softmax(-1)[:, all_labels]
+        cost -= 2 * generalized_box_iou(box_convert(candidates, "cxcywh", "xyxy"), corners)
+        cost, start = cost.view(len(labels), -1, sum(counts)).cpu(), 0
+        for i, part in enumerate(cost.split(counts, -1)):
+            query, target = linear_sum_assignment(part[i])
+            found.append(np.stack([np.full_like(query, layer), np.full_like(query, i), query,
+                                   target + start]))
+            start += counts[i]
+    return torch.from_numpy(np.concatenate(found, 1)).unbind()
+
+
+class AuthorsAdamW(torch.optim.AdamW):
+    """A parameter at a time, and not if all of its gradient is zero, which the host must know."""
+
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p.grad.abs().sum().item() == 0:
+                p.grad = None
+        return super().step(closure)
+
+
+def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str = "fp32",
+            lr: float = 1e-9):
+    """A function that takes one training step, as train.py does. The learning rate is so small
+    that all steps see the same weights."""
+    settings = train.TrainConfig(batch_size=len(batch), precision=precision, lr=lr, lr_backbone=lr)
+    device = next(model.parameters()).device
+    step, scaler = train.Step(model), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    optimizer = train.make_optimizer(model, settings)
+    for group in optimizer.param_groups:  # as train.run does
+        group["lr"] = group["base_lr"]
+    if authors:
+        optimizer = AuthorsAdamW(optimizer.param_groups, fused=False, foreach=False)
+        for group in optimizer.param_groups:
+            group["fused"] = False
+    boxes = sum(len(x) for x in batch.labels or [])
+    update = functools.partial(train.update, step, optimizer, scaler, [batch], settings, boxes, 1,
+                               device)
+    if not authors:
+        return update
+
+    def step_by_layer():
+        with mock.patch.object(unit, "match", authors_match):
+            return update()
+    return step_by_layer
+
+
+def transformers_detr(num_queries: int, num_classes: int):
+    """transformers' DETR of our image side's shapes, dilated. Its `dilation` needs timm, which
+    would be one more package: its own ResNet-50 gets the last stage's strides changed instead."""
+    from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+    config = DetrConfig(backbone_config=ResNetConfig(out_features=["stage4"]),
+                        num_queries=num_queries, num_labels=num_classes)
+    model = DetrForObjectDetection(config).eval()
+    assert model.config._attn_implementation == "sdpa"
+    for block, layer in enumerate(model.model.backbone.model.encoder.stages[-1].layers):
+        for conv in (m for m in layer.modules() if isinstance(m, nn.Conv2d)):
+            conv.stride = (1, 1)
+            if conv.kernel_size == (3, 3) and block > 0:
+                conv.dilation = conv.padding = (2, 2)
+    return model
+
+
+def transformers_bert():
+    from transformers import BertConfig, BertModel
+    return BertModel(BertConfig(), add_pooling_layer=False, attn_implementation="sdpa").eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# Models and batches of random numbers, at the paper's sizes
+# --------------------------------------------------------------------------------------------------
+
+def make_model(names=("coco",), device=CPU, tasks=(), **config) -> unit.UniT:
+    torch.manual_seed(0)
+    tasks = [*(TASKS[name] for name in names), *tasks]
+    return unit.UniT(unit.Config(**config), tasks).to(device)
+
+
+def make_batch(task: str, size: int, image=None, tokens=None, num_boxes=7, device=CPU):
+    """`size` samples: pictures of `image` (height, width), texts of `tokens` word pieces. 7: the
+    boxes of an average picture of COCO."""
+    torch.manual_seed(1)
+    batch, row = unit.Batch(task, list(range(size))), TASKS.get(task, TASKS["qnli"])
+    if image:
+        batch.images = torch.randn(size, 3, *image)
+        batch.sizes = torch.tensor([image] * size)
+    if tokens:
+        batch.tokens = torch.randint(1000, 30000, (size, tokens))
+        batch.token_types = torch.zeros_like(batch.tokens)
+    if row.kind == "detection":
+        batch.boxes = [0.2 + 0.4 * torch.rand(num_boxes, 4) for _ in range(size)]
+        batch.labels = [torch.randint(1, row.num_classes, (num_boxes,)) for _ in range(size)]
+    else:
+        batch.scores = torch.eye(row.num_classes)[torch.randint(row.num_classes, (size,))]
+    return batch.to(device)
+
+
+def assert_equal_but_for_rounding(ours: Tensor, theirs: Tensor) -> None:
+    error = ((ours - theirs).abs().max() / ours.abs().max()).item()
+    assert error < 1e-3, f"not the same work: a relative difference of {error:.1e}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts
+# --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def inference(flags) -> None:
+    size = flags.image
+    heading(f"Inference, COCO, one picture of {size[0]} x {size[1]}, fp32")
+    for device in devices():
+        ours = make_model(device=device).eval()
+        theirs, batch = authors_way(ours), make_batch("coco", 1, size, device=device)
+        for field in ("logits", "boxes"):
+            assert_equal_but_for_rounding(getattr(ours(batch), field), getattr(theirs(batch), field))
+        where = f", {device.type}"
+        compare("the authors' way" + where, lambda: ours(batch), lambda: theirs(batch),
+                flags.rounds, 1.6, device)
+        del theirs
+        detr = transformers_detr(100, 91).to(device)
+        compare("transformers' DETR" + where, lambda: ours(batch), lambda: detr(batch.images),
+                flags.rounds, 1.0, device)
+
+
+def training(flags) -> None:
+    size = flags.image
+    heading(f"Training step, COCO, one picture of {size[0]} x {size[1]}, fp32")
+    for device in devices():
+        for dropout, least in ((0.0, 2.0), (0.1, 1.0)):
+            ours = make_model(device=device, dropout=dropout).train()
+            batch = make_batch("coco", 1, size, device=device)
+            steps = [trainer(model, batch, authors) for model, authors in
+                     ((ours, False), (authors_way(ours), True))]
+            if not dropout:  # with it, both draw their own
+                (a, norm_a), (b, norm_b) = (step() for step in steps)
+                for name in a:
+                    assert_equal_but_for_rounding(a[name], b[name])
+                assert_equal_but_for_rounding(norm_a, norm_b)
+            compare(f"the authors' way, dropout {dropout}, {device.type}", *steps, flags.rounds,
+                    least, device)
+            del ours, steps
+    for dropout, least in ((0.0, 2.0), (0.1, None)):
+        peaks = [in_child(training_peak, size, dropout, authors) for authors in (False, True)]
+        ratio = peaks[1] / peaks[0]
+        row(f"peak memory, dropout {dropout}, cpu", *(f"{p:.0f} MiB" for p in peaks),
+            f"{ratio:.2f}", least and f">= {least}" or "", None if least is None else ratio >= least)
+
+
+def training_peak(size: tuple, dropout: float, authors: bool) -> float:
+    """MiB, of a process that takes two steps (the second has the optimiser's state)."""
+    model = make_model(dropout=dropout).train()
+    model = authors_way(model) if authors else model
+    step = trainer(model, make_batch("coco", 1, size), authors)
+    step(), step()
+    return memory("VmHWM")
+
+
+@torch.no_grad()
+def text(flags) -> None:
+    heading("Inference with text, fp32")
+    for device in devices():
+        where = f", {device.type}"
+        ours = make_model(("vqa2", "qnli"), device).eval()
+        bert, detr = transformers_bert().to(device), transformers_detr(25, 91).to(device)
+        vqa = make_batch("vqa2", 1, (480, 640), 14, device=device)
+        compare("VQA, 480 x 640, 14 tokens: DETR + BERT" + where, lambda: ours(vqa),
+                lambda: (detr(vqa.images), bert(vqa.tokens)), flags.rounds, 1.0, device)
+        glue = make_batch("qnli", 16, tokens=128, device=device)
+        whole = compare("GLUE, 16 x 128: BERT" + where, lambda: ours(glue),
+                        lambda: bert(glue.tokens), flags.rounds, 1.0, device)
+        memory, positions, mask = ours.encode(glue, ours.tasks["qnli"])
+        queries, decoder = ours.queries["qnli"], ours.decoders["shared"]
+        hidden = [decoder(memory, positions, mask, q)[:, :, 0] for q in (queries[:1], queries)]
+        assert_equal_but_for_rounding(*hidden)  # one query computes what the first of 25 does
+        one = compare("  the decoder on [CLS]: 1 query, 25" + where,
+                      lambda: decoder(memory, positions, mask, queries[:1]),
+                      lambda: decoder(memory, positions, mask, queries), 5, None, device, "ms")
+        row("  its share of the whole", f"{one / whole:.2%}", target="< 2%", good=one < 0.02 * whole)
+
+
+def matching(flags) -> None:
+    heading("Matching, 6 layers x 8 pictures x 100 queries")
+    for device in devices():
+        batch = make_batch("coco", 8, device=device)
+        logits, boxes = torch.randn(6, 8, 100, 92), 0.2 + 0.4 * torch.rand(6, 8, 100, 4)
+        arguments = logits.to(device), boxes.to(device), batch.labels, batch.boxes
+        sort = [sorted(zip(*(x.tolist() for x in f(*arguments)))) for f in (unit.match, authors_match)]
+        assert sort[0] == sort[1]
+        seconds = compare(f"layer by layer, {device.type}", lambda: unit.match(*arguments),
+                          lambda: authors_match(*arguments), 10, None, device, "ms")
+        one = make_batch("coco", 1, flags.image, device=device)
+        step = trainer(make_model(device=device).train(), one, False)
+        whole = 8 * min(timed(step, device) for _ in range(3))  # pictures are taken one at a time
+        row("its share of a training step of 8", f"{1000 * seconds:.3g} ms", f"{whole:.3g} s",
+            f"{seconds / whole:.2%}", "< 3%", seconds < 0.03 * whole)
+
+
+# Pictures ------------------------------------------------------------------------------------
+
+def write_pictures(folder: Path, number: int, seed: int = 0) -> list[Path]:
+    """JPEGs of COCO's sizes: blurred noise with a little sharp noise, as large as photographs."""
+    rng, paths = np.random.default_rng(seed), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(number):
+        size = [(640, 480), (480, 640), (640, 427), (500, 375)][n % 4]
+        small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+        pixels = np.asarray(small.resize(size, Image.BICUBIC), np.int16)
+        pixels = (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
+        paths.append(folder / f"{n + 1:012}.jpg")
+        Image.fromarray(pixels).save(paths[-1], quality=90)
+    return paths
+
+
+def with_pil(path: Path, boxes: np.ndarray, rng) -> Tensor:
+    """`data.augment` step by step on PIL's pictures, with the same draws."""
+    def resize(image, shortest, longest):
+        height, width = data.fitted_size(image.height, image.width, int(shortest), longest, False)
+        return v1.resize(image, [height, width])
+
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    if rng.random() < 0.5:
+        image = v1.hflip(image)
+    if rng.random() < 0.5:
+        image = resize(image, rng.choice(data.CROP_SCALES), 10_000)
+        sides = np.array([image.height, image.width])
+        low, high = (np.minimum(sides, side) for side in data.CROP_SIDES)
+        h, w = rng.integers(low, high, endpoint=True)
+        y, x = rng.integers(0, sides - (h, w), endpoint=True)
+        image = v1.crop(image, int(y), int(x), int(h), int(w))
+    image = resize(image, rng.choice(data.SCALES), data.LONGEST)
+    return v1.normalize(v1.to_tensor(image), data.MEAN, data.STD)
+
+
+def pictures(flags) -> None:
+    heading("Training pictures, from JPEG to tensor, one core")
+    threads, boxes = torch.get_num_threads(), np.array([[0.1, 0.2, 0.5, 0.6]])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_pictures(Path(folder), 16)
+
+        def ours(path, seed):
+            rng = np.random.default_rng(seed)
+            return data.normalise(data.augment(data.read_image(path), boxes, rng)[0])
+
+        def theirs(path, seed):
+            return with_pil(path, boxes, np.random.default_rng(seed))
+        for seed, path in enumerate(paths):  # a step of 255 is about 0.02
+            assert (ours(path, seed) - theirs(path, seed)).abs().mean() < 0.02
+        seconds = compare(f"PIL, {len(paths)} pictures", *(
+            lambda f=f: [f(path, seed) for seed, path in enumerate(paths)]
+            for f in (ours, theirs)), flags.rounds, 1.5)
+        row("  a second and core", f"{len(paths) / seconds:.1f}")
+    torch.set_num_threads(threads)
+
+
+# Annotations ---------------------------------------------------------------------------------
+
+def write_coco(folder: Path, num_images: int, num_boxes: int) -> None:
+    """A file as large as instances_train2017.json, polygons and all, and its pictures (empty)."""
+    rng = np.random.default_rng(0)
+    (folder / "coco/annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "coco/train2017").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for n in range(1, num_images + 1):
+        (folder / f"coco/train2017/{n:012}.jpg").touch()
+        images.append(f'{{"license": 3, "file_name": "{n:012}.jpg", "coco_url": "http://images.'
+                      f'cocodataset.org/train2017/{n:012}.jpg", "height": 480, "width": 640, '
+                      f'"date_captured": "2013-11-14 16:28:13", "id": {n}}}')
+    polygons = [json.dumps([rng.uniform(0, 640, 46).round(2).tolist()]) for _ in range(5000)]
+    places = rng.uniform(0, 300, (num_boxes, 4)).round(2).tolist()
+    owners, labels = rng.integers(1, num_images + 1, num_boxes), rng.integers(1, 91, num_boxes)
+    for n, (box, owner, label) in enumerate(zip(places, owners.tolist(), labels.tolist()), 1):
+        annotations.append(f'{{"segmentation": {polygons[n % 5000]}, "area": {box[2] * box[3]}, '
+                           f'"iscrowd": 0, "image_id": {owner}, "bbox": {box}, '
+                           f'"category_id": {label}, "id": {n}}}')
+    categories = json.dumps([{"supercategory": "x", "id": n, "name": str(n)} for n in range(1, 91)])
+    for split, rows, boxes in (("train", images, annotations), ("val", images[:1], [])):
+        (folder / f"coco/annotations/instances_{split}2017.json").write_text(
+            f'{{"info": {{}}, "licenses": [], "images": [{", ".join(rows)}], "annotations": '
+            f'[{", ".join(boxes)}], "categories": {categories}}}')
+
+
+def write_vqa(folder: Path, num_images: int, num_questions: int) -> None:
+    """Questions and ten answers each, in the sizes of VQAv2's train and val files together."""
+    rng = np.random.default_rng(0)
+    (folder / "vqa2").mkdir(exist_ok=True)
+    words = [f"answer {n}" for n in range(num_questions // 4)]
+    chosen = (len(words) * rng.random((num_questions, 10)) ** 8).astype(int).tolist()
+    for split, part in (("train2014", range(0, num_questions * 2 // 3)),
+                        ("val2014", range(num_questions * 2 // 3, num_questions))):
+        questions, annotations = [], []
+        for n in part:
+            image = n % num_images + 1
+            questions.append(f'{{"image_id": {image}, "question": "What is the number {n} of the '
+                             f'things in this picture?", "question_id": {n}}}')
+            ten = ", ".join(f'{{"answer": "{words[w]}", "answer_confidence": "yes", "answer_id": '
+                            f'{k}}}' for k, w in enumerate(chosen[n], 1))
+            annotations.append(f'{{"question_type": "what is", "multiple_choice_answer": '
+                               f'"{words[chosen[n][0]]}", "answers": [{ten}], "image_id": {image}, '
+                               f'"answer_type": "other", "question_id": {n}}}')
+        (folder / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json").write_text(
+            f'{{"info": {{}}, "questions": [{", ".join(questions)}]}}')
+        (folder / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(
+            f'{{"info": {{}}, "annotations": [{", ".join(annotations)}]}}')
+
+
+def load(name: str, folder: str):
+    return TASKS[name].dataset(TASKS[name], Path(folder), "train")
+
+
+class NoTokenizer:
+    def encode(self, *texts, max_length):
+        return [0], [0]
+
+
+def read_through(dataset, pipe) -> None:
+    """In a forked worker: every sample once, without decoding pictures; sends by how many MiB the
+    memory grew that this process has for itself."""
+    pixel, dataset.tokenizer = torch.zeros(3, 1, 1, dtype=torch.uint8), NoTokenizer()
+    torch.set_num_threads(1)
+    with mock.patch.multiple(data, read_image=lambda path: pixel, resize=lambda x, *a, **k: x):
+        for index in range(200):  # brings in code and buffers
+            dataset.sample(index)
+        before = memory("Private_Dirty", "smaps_rollup")
+        for index in range(len(dataset)):
+            dataset.sample(index)
+    pipe.send(memory("Private_Dirty", "smaps_rollup") - before)
+
+
+def resident(name: str, folder: str) -> tuple[float, float]:
+    """MiB that a process keeps after loading, MiB by which a worker of it grows."""
+    gc.collect()
+    before = memory("VmRSS")
+    dataset = load(name, folder)
+    gc.collect()
+    kept = memory("VmRSS") - before
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    worker = context.Process(target=read_through, args=(dataset, theirs))
+    worker.start()
+    grown = ours.recv()
+    worker.join()
+    return kept, grown
+
+
+def annotations(flags) -> None:
+    share = 10 if flags.quick else 1
+    sizes = dict(num_images=118_287 // share, num_boxes=860_001 // share,
+                 num_questions=658_111 // share)
+    heading("Annotations, " + ", ".join(f"{n:,} {k[4:]}" for k, n in sizes.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        write_coco(Path(folder), sizes["num_images"], sizes["num_boxes"])
+        write_vqa(Path(folder), sizes["num_images"], sizes["num_questions"])
+        for name, limit in (("coco", 300), ("vqa2", 600)):
+            kept, grown = in_child(resident, name, folder)
+            row(f"{name}: kept in memory once loaded", f"{kept:.0f} MiB",
+                target=f"< {limit / share:.0f} MiB", good=kept < limit / share)
+            row(f"{name}: growth of a worker that reads all", f"{grown:.1f} MiB",
+                target="< 8 MiB", good=grown < 8)
+            times = in_child(loading_times, name, folder, 2 if flags.quick else 3)
+            ratios = [a / b for a, b in times]
+            a, b = (median(column) for column in zip(*times))
+            row(f"{name}: loading, json.load of the files", f"{a:.3g} s", f"{b:.3g} s",
+                f"{median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})", "<= 1.5",
+                median(ratios) <= 1.5)
+
+
+def loading_times(name: str, folder: str, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of our loading and of json.load, round by round."""
+    files = TASKS[name].dataset.needed(Path(folder), "train")
+
+    def parse():
+        for file in files:
+            with open(Path(folder) / file) as opened:
+                json.load(opened)
+    return [(timed(lambda: load(name, folder)), timed(parse)) for _ in range(rounds)]
+
+
+# Evaluation ----------------------------------------------------------------------------------
+
+def random_truth(num_images: int, num_classes: int, boxes_each: int) -> COCO:
+    rng, truth, number = np.random.default_rng(0), COCO(), num_images * boxes_each
+    corners = np.concatenate([rng.uniform(0, 400, (number, 2)), rng.uniform(20, 200, (number, 2))], 1)
+    labels = rng.integers(1, num_classes + 1, number).tolist()
+    truth.dataset = {
+        "info": {}, "images": [{"id": n} for n in range(1, num_images + 1)],
+        "categories": [{"id": n} for n in range(1, num_classes + 1)],
+        "annotations": [dict(id=n + 1, image_id=n // boxes_each + 1, category_id=labels[n], bbox=box,
+                             area=box[2] * box[3], iscrowd=0)
+                        for n, box in enumerate(corners.tolist())]}
+    with redirect_stdout(StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def random_predictions(truth: COCO, num_images: int, queries: int = 100) -> np.ndarray:
+    """(images x queries, 7) rows as of `eval.to_rows`; the first ones lie near true boxes."""
+    rng, blocks = np.random.default_rng(1), []
+    for image in range(1, num_images + 1):
+        true = truth.imgToAnns[image]
+        boxes = torch.from_numpy(rng.uniform(0, 300, (queries, 4)))
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.from_numpy(rng.integers(1, len(truth.cats) + 1, queries))
+        for n, thing in enumerate(true[:queries]):
+            x, y, w, h = thing["bbox"]
+            boxes[n] = torch.tensor([x, y, x + w, y + h]) + torch.from_numpy(rng.normal(0, 5, 4))
+            labels[n] = thing["category_id"]
+        scores = torch.from_numpy(rng.random(queries))
+        blocks.append(evaluation.to_rows(image, unit.Detections(scores, labels, boxes)))
+    return np.concatenate(blocks)
+
+
+def inside_pycocotools(function) -> tuple[float, float]:
+    """Seconds of function(), and how many of them pycocotools' own methods took."""
+    spent = [0.0]
+
+    def clocked(method):
+        def call(*arguments, **more):
+            start = time.perf_counter()
+            try:
+                return method(*arguments, **more)
+            finally:
+                spent[0] += time.perf_counter() - start
+        return call
+    with mock.patch.multiple(COCOeval, evaluate=clocked(COCOeval.evaluate),
+                             accumulate=clocked(COCOeval.accumulate)), \
+            mock.patch.multiple(COCO, createIndex=clocked(COCO.createIndex)):
+        return timed(function), spent[0]
+
+
+def metric(flags) -> None:
+    num_images = 1000 if flags.quick else 5000
+    heading(f"The COCO metric, {num_images} pictures x 100 boxes", ("ours", "pycocotools"))
+    truth = random_truth(num_images, 80, 7)
+    rows, ids = random_predictions(truth, num_images), list(range(1, num_images + 1))
+    whole, theirs = inside_pycocotools(lambda: evaluation.average_precision(truth, rows, ids))
+    part = (whole - theirs) / theirs
+    row("our part beside pycocotools' within it", f"{whole - theirs:.3g} s", f"{theirs:.3g} s",
+        f"{part:.1%}", "< 15%", part < 0.15)
+
+    def plainly():
+        with redirect_stdout(StringIO()):
+            found = truth.loadRes(rows)
+            scorer = COCOeval(truth, found, "bbox")
+            scorer.evaluate(), scorer.accumulate(), scorer.summarize()
+    plain = timed(plainly)
+    row("all of it, pycocotools as documented", f"{whole:.3g} s", f"{plain:.3g} s",
+        f"{plain / whole:.2f}")
+    peak, seconds = in_child(vg_peak, 300 if flags.quick else 2000)
+    row(f"VG: 1600 classes, {300 if flags.quick else 2000} pictures", f"{peak:.0f} MiB",
+        f"{seconds:.3g} s", target="< 4096 MiB", good=peak < 4096)
+
+
+def vg_peak(num_images: int) -> tuple[float, float]:
+    truth = random_truth(num_images, 1600, 20)
+    rows = random_predictions(truth, num_images)
+    seconds = timed(lambda: evaluation.average_precision(truth, rows,
+                                                         list(range(1, num_images + 1))))
+    return memory("VmHWM"), seconds
+
+
+# Growth and GPU ------------------------------------------------------------------------------
+
+def step_cost(image=None, tokens=None, queries=100, num_tasks=1) -> tuple[float, float]:
+    """Seconds and peak MiB of a training step: COCO of one picture, or QNLI of 16 texts."""
+    task = "coco" if image else "qnli"
+    base = replace(TASKS[task], num_queries=queries)
+    more = [replace(base, name=f"task {n}") for n in range(1, num_tasks)]
+    model = make_model((), tasks=[base, *more], dropout=0.0).train()
+    batch = make_batch(task, 1 if image else 16, image and (image, image), tokens)
+    step = trainer(model, batch, False)
+    step()
+    return timed(step), memory("VmHWM")
+
+
+def growth(flags) -> None:
+    heading("How a training step grows (dropout 0), cpu", ("time", "peak"))
+    quick, side = flags.quick, 320 if flags.quick else 640
+    for what, key, values, fixed in (
+            ("a picture of side", "image", (320, 640) if quick else (320, 480, 640, 800, 1066, 1333),
+             {}),
+            ("16 texts of tokens", "tokens", (16, 64) if quick else (16, 64, 128, 256, 512),
+             dict(queries=25)),
+            (f"queries (picture of {side})", "queries", (25, 300) if quick else (25, 100, 200, 300),
+             dict(image=side)),
+            (f"tasks (picture of {side})", "num_tasks", (1, 16) if quick else (1, 4, 8, 16),
+             dict(image=side))):
+        for value in values:
+            seconds, peak = in_child(functools.partial(step_cost, **fixed, **{key: value}))
+            row(f"{what} {value}", f"{seconds:.3g} s", f"{peak:.0f} MiB")
+
+
+def gpu(flags) -> None:
+    if CUDA is None:
+        return print("\nGPU\nno CUDA device: not measured")
+    name = torch.cuda.get_device_name()
+    peak = flags.peak_tflops or next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    heading(f"Training on {name}, COCO, 800 x 1333", ("images/s", "peak"))
+    for precision in ("fp32", "fp16", "bf16"):
+        for size in (1, 2, 4, 8):
+            speed, most, flops = gpu_speed(precision, size)
+            # fp32's convolutions may take TensorFloat-32, half as fast as half precision.
+            share = f"{speed * flops / (peak * 1e12):.1%} of {peak}" if peak else "peak not known"
+            row(f"{precision}, micro-batch {size}", f"{speed:.1f}", f"{most:.0f} MiB", share)
+    step = trainer(make_model(device=CUDA).train(), make_batch("coco", 1, (800, 1333), device=CUDA),
+                   False)
+    step()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    count = sum("synchroniz" in str(w.message) for w in caught)
+    row("synchronisations a step", str(count))
+    busy, alone = gpu_busy(flags.workers)
+    row(f"GPU busy with {flags.workers} data workers", f"{busy:.1%}", f"{alone:.1f}/s alone")
+
+
+def gpu_speed(precision: str, size: int) -> tuple[float, float, float]:
+    """Images a second, peak MiB, operations an image; zeros where memory does not suffice."""
+    from torch.utils.flop_counter import FlopCounterMode
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        step = trainer(make_model(device=CUDA).train(),
+                       make_batch("coco", size, (800, 1333), device=CUDA), False, precision)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        seconds = median(timed(step, CUDA) for _ in range(5))
+    except torch.cuda.OutOfMemoryError:
+        return 0.0, torch.cuda.max_memory_allocated() / MIB, 0.0
+    return (size / seconds, torch.cuda.max_memory_allocated() / MIB,
+            counter.get_total_flops() / size)
+
+
+def gpu_busy(workers: int, number: int = 200) -> tuple[float, float]:
+    """Share of the time in which the GPU works when pictures come from data workers (the time
+    that the same steps take on pictures already there, over that with workers), and images a
+    second without waiting."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_coco(Path(folder), number, 7 * number)
+        write_pictures(Path(folder) / "coco/train2017", number)
+        sets = {"coco": load("coco", folder)}
+        schedule = data.Schedule({"coco": number}, {"coco": 1.0}, 1, number, 0)
+        ready = [batch.to(CUDA) for _, batch in data.train_loader(sets, schedule, num_workers=workers)]
+        model, settings = make_model(device=CUDA).train(), train.TrainConfig(batch_size=1)
+        step, optimizer = train.Step(model), train.make_optimizer(model, settings)
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+
+        def run(batches):
+            for batch in batches:
+                boxes = sum(len(x) for x in batch.labels)
+                train.update(step, optimizer, scaler, [batch], settings, boxes, 1, CUDA)
+        timed(lambda: run(ready), CUDA)  # every size of picture once
+        alone = timed(lambda: run(ready), CUDA)
+        fed = timed(lambda: run(b for _, b in data.train_loader(sets, schedule, num_workers=workers)),
+                    CUDA)
+    return alone / fed, number / alone
+
+
+PARTS = {"inference": inference, "training": training, "text": text, "matching": matching,
+         "data": pictures, "annotations": annotations, "evaluation": metric, "growth": growth,
+         "gpu": gpu}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller pictures, fewer rounds")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART")
+    parser.add_argument("--peak_tflops", type=float, help="the GPU's peak, if it is not known here")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="data workers (gpu)")
+    flags = parser.parse_args()
+    if unknown := set(flags.only.split(",")) - set(PARTS):
+        parser.error(f"no part {min(unknown)!r}; there are {', '.join(PARTS)}")
+    flags.image, flags.rounds = ((480, 640), 3) if flags.quick else ((800, 1066), 5)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]}")
+    start = time.time()
+    for name, part in PARTS.items():
+        if name in flags.only.split(","):
+            part(flags)
+            gc.collect()
+    print(f"\n{time.time() - start:.0f} s, load {os.getloadavg()[0]}")
+
+
+if __name__ == "__main__":
+    main()
