@@ -251,7 +251,7 @@ def check_usable(dataset, rng):
         check_detection(dataset, batch, rng)
 
 
-CASES = 52  # of each of the 21 files: 1,092
+CASES = 52  # of each of the 22 files: 1,144
 
 
 @pytest.mark.parametrize("name, split, file", [(*key, file) for key, files in READ.items()
