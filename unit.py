@@ -1177,17 +1177,18 @@ def load_released(path: Path | str, **overrides) -> UniT:
             a, b = found.pop(key), found[original]  # mostly one tensor in memory, too
             if a.data_ptr() != b.data_ptr() and not torch.equal(a.double(), b.double()):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
-    tasks, config = released_settings(found, path)
+    tasks, sizes = released_settings(found, path)
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
-        model = UniT(replace(config, **AS_RELEASED | overrides), tasks)
+        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
     unused = RELEASED_UNUSED + ("" if model.text_encoder else RELEASED_UNUSED_TEXT)
     fill(model.state_dict(), found, released_source, unused, path, RELEASED_FIX)
     return model.eval()
 
 
-def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], Config]:
-    """What the names and shapes of a released file's tensors tell. Raises InputError."""
+def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], dict]:
+    """Tasks and fields of Config that the names and shapes of a released file's tensors tell.
+    Raises InputError."""
     def size(key: str, dim: int = 0) -> int:
         if key not in found or found[key].dim() <= dim:
             raise InputError(f"{path}: {key} is missing; {RELEASED_FIX}")
@@ -1226,4 +1227,4 @@ def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], Confi
         layers = {key[len(prefix):].split(".")[0] for key in found if key.startswith(prefix)}
         sizes |= {f"{part}_width": size(first, 1), f"{part}_ff": size(first),
                   f"{part}_layers": len(layers)}
-    return tasks, Config(**sizes)
+    return tasks, sizes
