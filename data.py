@@ -46,7 +46,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -345,19 +344,23 @@ class Sample:
     scores: Tensor | None = None      # (C,) float
 
 
+def padded(rows: list[list[int]], width: int) -> np.ndarray:
+    """-> (n, width) int32: rows that are shorter are filled up with -1, longer ones cut."""
+    return np.array([(row + [-1] * width)[:width] for row in rows], np.int32).reshape(-1, width)
+
+
 class Dataset:
     """What all readers share. `split` is train, val or test; `data` the folder of all data sets.
 
-    A reader adds `read(self)`, which sets `ids` and arrays of its own, and `sample(self, index,
-    rng=None) -> Sample`, augmented by draws from `rng`; without one as for evaluation.
+    A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
+    its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
+    Sample`, augmented by draws from `rng`; without one as for evaluation.
     """
 
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
     attribute_names: list[str] = []
     tokenizer: Tokenizer | None = None  # given by `load`
-    folder: Path                        # of the pictures
-    names: Strings | None = None        # of the pictures, relative to `folder`
 
     def __init__(self, task: Task, data: Path, split: str, tiny: bool = False):
         if split not in self.files:
@@ -370,7 +373,6 @@ class Dataset:
             self.task = replace(task, num_queries=8 if task.kind == "detection" else 4)
         self.path = data / self.files[split][0]   # of the annotations
         self.skipped, self.notes = Counter(), []  # {reason: how many}; what else the summary tells
-        self.num_images = 0                       # different pictures
         gc.disable()  # it would visit millions of objects just parsed, again and again
         try:
             self.read()
@@ -501,16 +503,11 @@ class Coco(Dataset):
         self.usable = full & ~self.crowd  # what is trained on
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (in training; the metric knows them)"] = int(self.crowd.sum())
-        if self.task.num_attributes:
-            lists = [ids[:MAX_ATTRIBUTES] for ids in column(rows, "attribute_ids", path)]
-            flat = np.array([*chain.from_iterable(lists)], np.int64)
-            if not ((flat > 0) & (flat < self.task.num_attributes)).all():
-                raise bad(path, f"attribute_ids outside 1..{self.task.num_attributes - 1}",
-                          "prepare the file again")
-            lengths = np.array([len(ids) for ids in lists], np.int64)
-            padded = np.full((len(rows), MAX_ATTRIBUTES), -1, np.int16)
-            padded[np.arange(MAX_ATTRIBUTES) < lengths[:, None]] = flat
-            self.attributes = padded[order]
+        if size := self.task.num_attributes:
+            attributes = padded(column(rows, "attribute_ids", path), MAX_ATTRIBUTES)
+            require(((attributes == -1) | (attributes > 0) & (attributes < size)).all(1),
+                    f"has attribute_ids outside 1..{size - 1}", path, rows)
+            self.attributes = attributes[order].astype(np.int16)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         image, size = self.picture(index), self.sizes[index]
@@ -647,30 +644,30 @@ def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: di
 
 
 class Classification(Dataset):
-    """What the readers below share: one or two texts, perhaps a picture, and a class."""
+    """What the readers below share: one or two texts, perhaps a picture, and a class.
 
-    columns: list[Strings]  # the texts: one, or of a pair the first and the second
-    labels: np.ndarray      # (n,) class id, -1: not known
+    `words` are the labels in the files, by class id.
+    """
 
     def texts(self, index: int) -> list[str]:
         return [texts[index] for texts in self.columns]
 
-    def class_id(self, label, names: list[str], line: int) -> int | None:
-        """None, counted: annotators disagree, as in SNLI and MultiNLI before the official split."""
+    def class_id(self, label, line: int) -> int | None:
+        """None, counted: annotators disagree. SNLI and MultiNLI have such rows."""
         if label == "-":
             self.skipped["with label '-'"] += 1
             return None
-        if label not in names:
+        if label not in self.words:
             raise bad(self.path, f"line {line}: unknown label {label!r}",
-                      f"it is one of {', '.join(names)}")
-        return names.index(label)
+                      f"it is one of {', '.join(self.words)}")
+        return self.words.index(label)
 
     def fill(self, rows: list[tuple]) -> None:
-        """(id, class id, picture, text, ...) -> flat arrays."""
-        self.ids, self.labels = (np.array([row[k] for row in rows], np.int64) for k in (0, 1))
-        self.names, *self.columns = (Strings(row[k] for row in rows)
-                                     for k in range(2, len(rows[0]) if rows else 3))
-        self.num_images = len({row[2] for row in rows})
+        """(id, class id or -1, picture or "", one or two texts) -> flat arrays."""
+        ids, labels, names, texts = zip(*rows) if rows else [()] * 4
+        self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
+        self.names, self.num_images = Strings(names), len({*names} - {""})
+        self.columns = [Strings(column) for column in zip(*texts)]
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -691,9 +688,6 @@ class Classification(Dataset):
         sample.tokens, sample.types = self.tokenizer.encode(*self.texts(index),
                                                             max_length=self.task.max_tokens)
         return sample
-
-
-NO_ANSWERS = [-1] * 10
 
 
 class Vqa2(Classification):
@@ -731,14 +725,14 @@ class Vqa2(Classification):
         def shorten(row: dict):
             return different[str(row["answer"])] if "answer" in row else row
 
-        answers, common = {}, Counter()  # {question id: ten places}, {most common answer: how many}
+        answers, common = {}, Counter()  # {question id: places}, {most common answer: how many}
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
             rows = table(read_json(path, shorten), "annotations", path)
             numbers = column(rows, "question_id", path)
             for number, ten in zip(numbers, column(rows, "answers", path)):
                 if not isinstance(ten, list) or {*map(type, ten)} - {int}:
                     raise bad(path, f"question {number}: bad answers ({ten!s:.80})")
-                answers[number] = (ten + NO_ANSWERS)[:10]
+                answers[number] = ten
             common.update(column(rows, "multiple_choice_answer", path))
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
@@ -750,17 +744,14 @@ class Vqa2(Classification):
             numbers, images = (column(questions, name, path, np.int64).tolist()
                                for name in ("question_id", "image_id"))
             texts = column(questions, "question", path)
-            rows += [(number, -1, pictures.get(image), text)
+            rows += [(number, -1, pictures.get(image), [text], answers.get(number, []))
                      for number, image, text in zip(numbers, images, texts)
                      if test or (image in held_out) == (self.split == "val")]
-        places = [answers.get(row[0], NO_ANSWERS) for row in rows]
         if self.split == "train":
-            for row, answer in self.genome_questions(held_out):
-                rows.append(row)
-                places.append([different[answer]] * 10)
+            rows += self.genome_questions(held_out, different)
         present = self.count_absent([row[2] is not None for row in rows],
                                     [f"question {row[0]}'s" for row in rows], paths[0])
-        self.encode(*(list(compress(x, present)) for x in (rows, places)), Strings(different))
+        self.encode(list(compress(rows, present)), Strings(different))
 
     def read_answers(self, common: Counter) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
@@ -776,7 +767,7 @@ class Vqa2(Classification):
             normal[normalise_answer(answer)] += count
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
-    def genome_questions(self, held_out: set[int]) -> list[tuple]:
+    def genome_questions(self, held_out: set[int], different: dict) -> list[tuple]:
         """VG's questions whose picture is not in val2017. Their one answer counts as ten (ours)."""
         paths = [self.data / "vg" / name for name in ("question_answers.json", "image_data.json")]
         if missing := [str(path) for path in paths if not path.exists()]:
@@ -790,15 +781,15 @@ class Vqa2(Classification):
                 if image not in coco_ids:  # nothing tells whether it is in val2017
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
-                    row = int(qa["qa_id"]), -1, pictures.get(image), qa["question"]
-                    found.append((row, str(qa["answer"])))
+                    found.append((int(qa["qa_id"]), -1, pictures.get(image), [qa["question"]],
+                                  [different[str(qa["answer"])]] * 10))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
-    def encode(self, rows: list[tuple], places: list[list], answers: Strings) -> None:
-        """rows as for `fill`, of each its answers' places in `answers` -> flat arrays."""
-        places = np.array(places, np.int32).reshape(-1, 10)
+    def encode(self, rows: list[tuple], answers: Strings) -> None:
+        """rows as for `fill`, and of each its answers' places in `answers` -> flat arrays."""
+        places = padded([row[4] for row in rows], 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
@@ -809,7 +800,7 @@ class Vqa2(Classification):
         known = (self.classes[places] >= 0).any(1) | (self.split != "train")  # else no loss
         self.skipped["without answers"] = int((~answered).sum())
         self.skipped["without an answer in the vocabulary"] = int((answered & ~known).sum())
-        self.fill(list(compress(rows, answered & known)))
+        self.fill([row[:4] for row in compress(rows, answered & known)])
         self.answer_places, self.answer_texts = places[answered & known], answers
 
     def answers(self, index: int) -> list[str]:
@@ -830,7 +821,7 @@ class SnliVe(Classification):
 
     files = {"train": ["snli_ve/snli_ve_train.jsonl"], "val": ["snli_ve/snli_ve_dev.jsonl"],
              "test": ["snli_ve/snli_ve_test.jsonl"]}
-    class_names = ["entailment", "neutral", "contradiction"]
+    class_names = words = ["entailment", "neutral", "contradiction"]
 
     def read(self) -> None:
         self.folder, rows = self.data / "snli_ve/flickr30k_images", []
@@ -844,18 +835,15 @@ class SnliVe(Classification):
                 text, label = row["sentence2"], row["gold_label"]
             except (ValueError, KeyError, TypeError) as error:
                 raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]}") from None
-            label = self.class_id(label, self.class_names, number + 1)
+            label = self.class_id(label, number + 1)
             if label is not None:
-                rows.append((number, label, str(name).removesuffix(".jpg") + ".jpg", text))
+                rows.append((number, label, str(name).removesuffix(".jpg") + ".jpg", [text]))
         self.fill(list(compress(rows, self.present([row[2] for row in rows], self.path))))
 
 
 class Glue(Classification):
     """A task of GLUE: lines of columns between tabs, under a header. Nothing is quoted: a quotation
-    mark is text."""
-
-    words: list[str]         # the labels in the files, by class id
-    fields: tuple[str, ...]  # the columns of the texts and of the label
+    mark is text. `fields` names the columns of the texts and, last, of the label."""
 
     def read(self) -> None:
         header, *lines = [line.split("\t") for line in read_lines(self.path) or [""]]
@@ -868,9 +856,9 @@ class Glue(Classification):
             if len(fields) == len(header):
                 texts, label = [fields[place].strip() for place in places], -1
                 if not test:
-                    label = self.class_id(texts.pop(), self.words, number + 2)
+                    label = self.class_id(texts.pop(), number + 2)
                 if label is not None:
-                    rows.append((number, label, "", *texts))
+                    rows.append((number, label, "", texts))
             elif test:
                 raise bad(self.path, f"line {number + 2}: {len(fields)} columns, not {len(header)}",
                           "the server wants every row: take the official file")
@@ -1063,7 +1051,7 @@ def start_worker(number: int) -> None:
     send to all processes: workers serve on while the parent saves, for half a minute at most."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(30, os._exit, (1,)).start())
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # then SIGALRM ends the process
 
 
 def run_loader(reader: Reader, requests, num_workers: int):
