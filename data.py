@@ -663,8 +663,8 @@ class Classification(Dataset):
         return self.words.index(label)
 
     def fill(self, rows: list[tuple]) -> None:
-        """(id, class id or -1, picture or "", one or two texts) -> flat arrays."""
-        ids, labels, names, texts = zip(*rows) if rows else [()] * 4
+        """(id, class id or -1, picture or "", one or two texts, ...) -> flat arrays."""
+        ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
         self.names, self.num_images = Strings(names), len({*names} - {""})
         self.columns = [Strings(column) for column in zip(*texts)]
@@ -800,7 +800,7 @@ class Vqa2(Classification):
         known = (self.classes[places] >= 0).any(1) | (self.split != "train")  # else no loss
         self.skipped["without answers"] = int((~answered).sum())
         self.skipped["without an answer in the vocabulary"] = int((answered & ~known).sum())
-        self.fill([row[:4] for row in compress(rows, answered & known)])
+        self.fill(list(compress(rows, answered & known)))
         self.answer_places, self.answer_texts = places[answered & known], answers
 
     def answers(self, index: int) -> list[str]:
