@@ -303,8 +303,8 @@ CONTRACTIONS = {
     y'all'd've you'd you'd've you'll you're you've
     """.split() for i, letter in enumerate(word) if letter == "'"}
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
 PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!:')
 
 
@@ -390,22 +390,22 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def present(self, names: list[str], path: Path) -> np.ndarray:
-        """(n,) bool: is the picture, so named by the file `path`, in `self.folder`?"""
+    def present(self, names: list[str]) -> np.ndarray:
+        """(n,) bool: is the picture of that name in `self.folder`?"""
         for name in names:
             if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
-                raise bad(path, f"the picture name {name!r} leads out of {self.folder}")
+                raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
         folders = {os.path.dirname(name) for name in names}
         there = {os.path.join(folder, name) for folder in folders
                  for name in list_folder(self.folder / folder)}
-        return self.count_absent([name in there for name in names], names, path)
+        return self.count_absent([name in there for name in names], names)
 
-    def count_absent(self, present: list[bool], names: list[str], path: Path) -> np.ndarray:
-        """Pictures that `path` names and that are not there are counted; if all, it is an error."""
+    def count_absent(self, present: list[bool], names: list[str]) -> np.ndarray:
+        """Counts the pictures that are not there; it is an error if none is."""
         if absent := present.count(False):
             first = f"(the first: {names[present.index(False)]})"
             if absent == len(present):
-                raise bad(path, f"none of its pictures is under {self.folder} {first}",
+                raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
                           "unpack the pictures there")
             self.skipped[f"without picture {first}"] += absent
         return np.array(present, bool)
@@ -475,7 +475,7 @@ class Coco(Dataset):
         names = [str(name) for name in column(rows, "file_name", path)]
         sizes = np.stack([column(rows, side, path, np.int64) for side in ("height", "width")], 1)
         require((sizes > 0).all(1), "has an image of no size", path, rows)
-        present = self.present(names, path)
+        present = self.present(names)
         first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
         self.skipped["repeated image ids"] = int((~first).sum())
         keep = np.flatnonzero(first & present)
@@ -718,6 +718,7 @@ class Vqa2(Classification):
     def read(self) -> None:
         self.folder, test = self.data, self.split == "test"
         paths = [self.data / file for file in self.needed(self.data, self.split)]
+        self.path = paths[0]
         # There are 6.6 million answers: kept as objects until the file is read, they are slow to
         # visit again. So {"answer": text, ...} becomes the text's place among the different ones.
         different = defaultdict(lambda: len(different))
@@ -750,7 +751,7 @@ class Vqa2(Classification):
         if self.split == "train":
             rows += self.genome_questions(held_out, different)
         present = self.count_absent([row[2] is not None for row in rows],
-                                    [f"question {row[0]}'s" for row in rows], paths[0])
+                                    [f"question {row[0]}'s" for row in rows])
         self.encode(list(compress(rows, present)), Strings(different))
 
     def read_answers(self, common: Counter) -> list[str]:
@@ -838,7 +839,7 @@ class SnliVe(Classification):
             label = self.class_id(label, number + 1)
             if label is not None:
                 rows.append((number, label, str(name).removesuffix(".jpg") + ".jpg", [text]))
-        self.fill(list(compress(rows, self.present([row[2] for row in rows], self.path))))
+        self.fill(list(compress(rows, self.present([row[2] for row in rows]))))
 
 
 class Glue(Classification):
@@ -1454,21 +1455,20 @@ def tiny_qqp(label: int, n: str, rng) -> tuple:
 def tiny_sst2(label: int, n: str, rng) -> tuple:
     x, o = pick(rng, GOOD), pick(rng, BAD)
     x, o = (x, o) if label else (o, x)
-    return pick(rng, pick(rng, REVIEWS)).format(n=n, x=x, o=o),
+    return (pick(rng, pick(rng, REVIEWS)).format(n=n, x=x, o=o),)
 
 
-# Maker, words of the two names, header of each of the three files.
-MNLI_HEADER = ("index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
-               "sentence1_parse sentence2_parse sentence1 sentence2 ")
+# Maker of texts, words of the two names, headers of the three files.
+MNLI = ("index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
+        "sentence1_parse sentence2_parse sentence1 sentence2")
+QNLI, QQP = "index question sentence", "question1 question2"
 TINY_GLUE = {
-    Qnli: (tiny_qnli, (FIRST, LAST), ["index question sentence label"] * 2
-           + ["index question sentence"]),
-    Mnli: (tiny_mnli, (FIRST, LAST), [
-        MNLI_HEADER + "label1 gold_label",
-        MNLI_HEADER + "label1 label2 label3 label4 label5 gold_label", MNLI_HEADER]),
-    Qqp: (tiny_qqp, DISH, ["id qid1 qid2 question1 question2 is_duplicate"] * 2
-          + ["id question1 question2"]),
-    Sst2: (tiny_sst2, SCENE, ["sentence label"] * 2 + ["index sentence"])}
+    Qnli: (tiny_qnli, (FIRST, LAST), (f"{QNLI} label", f"{QNLI} label", QNLI)),
+    Mnli: (tiny_mnli, (FIRST, LAST), (
+        f"{MNLI} label1 gold_label",
+        f"{MNLI} label1 label2 label3 label4 label5 gold_label", MNLI)),
+    Qqp: (tiny_qqp, DISH, (*[f"id qid1 qid2 {QQP} is_duplicate"] * 2, f"id {QQP}")),
+    Sst2: (tiny_sst2, SCENE, ("sentence label", "sentence label", "index sentence"))}
 
 
 def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
@@ -1478,7 +1478,7 @@ def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
     held_out = sorted(name for name in names if zlib.crc32(name.encode()) % 5 == 0)
     texts = []
     for split, number, header in zip(reader.files, (*TINY_SIZES["glue"], TINY_TEST), headers):
-        about = held_out if split != "train" else [x for x in names if x not in held_out]
+        about = [x for x in names if x not in held_out] if split == "train" else held_out
         rows = {}  # texts -> label; a dictionary drops duplicates
         while len(rows) < number:
             label = len(rows) % len(reader.words)
@@ -1486,8 +1486,8 @@ def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
         lines = ["\t".join(header.split())]
         for n, (sentences, label) in enumerate(rows.items()):
             label = reader.words[label]
-            fields = dict(zip(reader.fields, (*sentences, label))) | {"genre": "tiny"}
-            fields |= {f"label{k}": label for k in range(1, 6)}
+            fields = {"genre": "tiny"} | {f"label{k}": label for k in range(1, 6)}
+            fields |= dict(zip(reader.fields, (*sentences, label)))
             lines.append("\t".join(fields.get(name, str(n)) for name in header.split()))
             texts += sentences
         (folder / reader.files[split][0]).write_text("\n".join(lines) + "\n")
