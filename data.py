@@ -57,7 +57,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from unit import Batch, InputError, Task  # first: it makes `import torchvision` safe
 
@@ -946,11 +945,12 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
         batch.images, batch.image_mask = pad_images(images)
         batch.sizes = torch.tensor(every("size"))                       # (B, 2)
     if tokens := every("tokens"):
-        batch.tokens, batch.token_types = (                             # (B, S); 0 is [PAD]
-            pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            for rows in (tokens, every("types")))
         lengths = torch.tensor([len(row) for row in tokens])[:, None]   # (B, 1)
-        mask = torch.arange(batch.tokens.shape[1]) >= lengths           # (B, S), True = padding
+        longest = int(lengths.max())
+        batch.tokens, batch.token_types = (                             # (B, S); 0 is [PAD]
+            torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+            for rows in (tokens, every("types")))
+        mask = torch.arange(longest) >= lengths                         # (B, S), True = padding
         batch.text_mask = mask if mask.any() else None
     if scores := every("scores"):
         batch.scores = torch.stack(scores)                              # (B, C)
