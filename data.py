@@ -46,12 +46,11 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import chain, compress, product
 from pathlib import Path
 
 import numpy as np
@@ -108,18 +107,6 @@ def read_json(path: Path, hook=None):
         raise bad(path, f"not valid JSON ({error})", "cut short? unpack it again") from None
 
 
-@contextlib.contextmanager
-def no_collection():
-    """No garbage collection: it would visit millions of objects just parsed, again and again."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def read_lines(path: Path) -> list[str]:
     """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
     try:
@@ -137,10 +124,11 @@ def table(content, key: str, path: Path) -> list[dict]:
     return rows
 
 
-def column(rows: list[dict], name: str, path: Path, dtype=None, width: int | None = None):
+def column(rows: list[dict], name: str, path: Path, dtype=None, width: int = 0, first: int = 0):
     """Field `name` of all rows: a list, with `dtype` str of texts, or else an array (n,) or
-    (n, width) of finite numbers. The first row that does not have it (so) is an error."""
-    def convert(rows):
+    (n, width) of finite numbers. The first row that does not have it (so) is an error; `first` is
+    the number of rows[0]."""
+    try:
         values = [row[name] for row in rows]
         if dtype in (None, str):
             if dtype and not all(isinstance(value, str) for value in values):
@@ -153,17 +141,14 @@ def column(rows: list[dict], name: str, path: Path, dtype=None, width: int | Non
         if given.shape not in (shape, (0,)) or not (np.isfinite(values) & (values == given)).all():
             raise ValueError
         return values.reshape(shape)
-
-    try:
-        return convert(rows)
     except (KeyError, TypeError, ValueError, OverflowError):
-        for number, row in enumerate(rows):  # slowly, to find the place
-            try:
-                convert([row])
-            except (KeyError, TypeError, ValueError, OverflowError):
-                what = {None: "present", str: "a text", np.int64: "one whole number"}.get(
-                    dtype, f"{width} finite numbers" if width else "one finite number")
-                raise bad(path, f"record {number}: {name!r} is not {what} ({row!r:.120})") from None
+        if len(rows) == 1:
+            what = {None: "present", str: "a text", np.int64: "one whole number"}.get(
+                dtype, f"{width} finite numbers" if width else "one finite number")
+            raise bad(path, f"record {first}: {name!r} is not {what} ({rows[0]!r:.120})") from None
+        half = len(rows) // 2  # where is it?
+        column(rows[:half], name, path, dtype, width, first)
+        column(rows[half:], name, path, dtype, width, first + half)
         raise
 
 
@@ -174,35 +159,22 @@ def require(good, problem: str, path: Path, rows: list) -> None:
         raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
 
 
-class Pictures:
-    """Which pictures are under a folder: one listing a folder, where a stat each takes minutes."""
+def list_folder(folder: Path) -> list[str]:
+    """The names in it, in order. One listing, where a stat for each picture takes minutes."""
+    try:
+        return sorted(os.listdir(folder))
+    except (OSError, ValueError):  # not there, or no name that a folder can have
+        return []
 
-    def __init__(self, root: Path):
-        self.root = root
-        self.listing = functools.cache(self.list)
 
-    def list(self, folder: str) -> set[str]:
-        try:
-            return set(os.listdir(self.root / folder))
-        except (OSError, ValueError):  # not there, or no name that a folder can have
-            return set()
-
-    def has(self, name, path: Path) -> bool:
-        """Is `name` there, which the file `path` gives? One that leads out of it is refused."""
-        name = str(name)
-        if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
-            raise bad(path, f"the picture name {name!r} leads out of {self.root}")
-        folder, _, base = name.rpartition("/")
-        return base in self.listing(folder)
-
-    def by_id(self, *folders: str) -> dict[int, str]:
-        """{number at the end of the name: name}; where folders share a number the first one's."""
-        found = {}
-        for folder in folders:
-            for name in self.listing(folder):
-                if match := re.search(r"(\d+)\.jpg$", name):
-                    found.setdefault(int(match[1]), f"{folder}/{name}")
-        return found
+def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
+    """{number at the end of the name: name}; where folders share a number the first one's."""
+    found = {}
+    for folder in folders:
+        for name in list_folder(root / folder):
+            if match := re.search(r"(\d+)\.jpg$", name):
+                found.setdefault(int(match[1]), f"{folder}/{name}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -342,8 +314,8 @@ CONTRACTIONS = {
     y'all'd've you'd you'd've you'll you're you've
     """.split() for i, letter in enumerate(word) if letter == "'"}
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
-NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
 PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!:')
 
 
@@ -383,8 +355,18 @@ class Sample:
     scores: Tensor | None = None      # (C,) float
 
 
+def padded(rows: list[list[int]], width: int) -> np.ndarray:
+    """-> (n, width) int32: rows that are shorter are filled up with -1, longer ones cut."""
+    return np.array([(row + [-1] * width)[:width] for row in rows], np.int32).reshape(-1, width)
+
+
 class Dataset:
-    """What all readers share. `split` is train, val or test; `data` the folder of all data sets."""
+    """What all readers share. `split` is train, val or test; `data` the folder of all data sets.
+
+    A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
+    its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
+    Sample`, augmented by draws from `rng`; without one as for evaluation.
+    """
 
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
@@ -400,10 +382,13 @@ class Dataset:
         self.data, self.split, self.tiny, self.task = data, split, tiny, task
         if tiny:  # pictures of a few shapes; fewer queries learn faster (ours)
             self.task = replace(task, num_queries=8 if task.kind == "detection" else 4)
+        self.path = data / self.files[split][0]   # of the annotations
         self.skipped, self.notes = Counter(), []  # {reason: how many}; what else the summary tells
-        self.num_images = 0                       # different pictures
-        with no_collection():
-            self.read()                           # sets self.ids and the arrays of its own
+        gc.disable()  # it would visit millions of objects just parsed, again and again
+        try:
+            self.read()
+        finally:
+            gc.enable()
 
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
@@ -413,22 +398,33 @@ class Dataset:
     def missing(cls, data: Path, split: str) -> list[Path]:
         return [data / file for file in cls.needed(data, split) if not (data / file).exists()]
 
-    def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
-        """Sample `index`, augmented by draws from `rng`; without one as for evaluation."""
-        raise NotImplementedError
-
     def __len__(self) -> int:
         return len(self.ids)
 
-    def count_absent(self, present: list[bool], names: list, root: Path, path: Path) -> np.ndarray:
-        """Pictures that `path` names and `root` lacks are counted; none there is an error."""
+    def present(self, names: list[str]) -> np.ndarray:
+        """(n,) bool: is the picture of that name in `self.folder`?"""
+        for name in names:
+            if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+                raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
+        folders = {os.path.dirname(name) for name in names}
+        there = {os.path.join(folder, name) for folder in folders
+                 for name in list_folder(self.folder / folder)}
+        return self.count_absent([name in there for name in names], names)
+
+    def count_absent(self, present: list[bool], names: list[str]) -> np.ndarray:
+        """Counts the pictures that are not there; it is an error if none is."""
         if absent := present.count(False):
-            first = repr(str(names[present.index(False)]))[1:-1]  # what cannot be printed, escaped
+            # What cannot be printed is escaped.
+            first = f"(the first: {repr(names[present.index(False)])[1:-1]})"
             if absent == len(present):
-                raise bad(path, f"none of its pictures is under {root} (the first: {first})",
+                raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
                           "unpack the pictures there")
-            self.skipped[f"without picture (the first: {first})"] += absent
+            self.skipped[f"without picture {first}"] += absent
         return np.array(present, bool)
+
+    def picture(self, index: int) -> Tensor:
+        """(3, H, W) uint8."""
+        return (read_tiny_image if self.tiny else read_image)(self.folder / self.names[index])
 
     @property
     def summary(self) -> str:
@@ -460,31 +456,25 @@ class Coco(Dataset):
     folders = {"train": "coco/train2017", "val": "coco/val2017", "test": "coco/test2017"}
 
     def read(self) -> None:
-        path = self.data / self.files[self.split][0]
-        self.read_content(read_json(path), path)
+        self.read_content(read_json(self.path), self.path)
 
     def read_content(self, content: dict, path: Path) -> None:
-        """The parsed file (test splits end after the images) to arrays."""
+        """The parsed file to arrays."""
+        self.folder = self.data / self.folders[self.split]
         self.class_names = self.names_by_id(content, "categories", self.task.num_classes, path)
-        self.task = replace(self.task, num_classes=len(self.class_names))
-        if self.task.num_attributes:
-            size = self.task.num_attributes
+        if size := self.task.num_attributes:
             self.attribute_names = self.names_by_id(content, "attributes", size, path)
-            self.task = replace(self.task, num_attributes=len(self.attribute_names))
-        every_id = self.read_images(table(content, "images", path), path)
-        if self.split != "test":
-            rows = table(content, "annotations", path)
-            owners = column(rows, "image_id", path, np.int64)
-            self.skipped["boxes of images not listed"] = int((~np.isin(owners, every_id)).sum())
-            place = {image: number for number, image in enumerate(self.ids.tolist())}
-            places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
-            # Boxes grouped by image, in the file's order (stable); -1 has no picture, and goes.
-            order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
-            self.starts = np.searchsorted(places[order], np.arange(len(self) + 1))
-            self.read_boxes([rows[n] for n in order.tolist()], self.sizes[places[order]], path)
+        self.task = replace(self.task, num_classes=len(self.class_names),
+                            num_attributes=len(self.attribute_names))
+        images = table(content, "images", path)
+        ids = column(images, "id", path, np.int64)
+        self.read_images(images, ids, path)
+        # Test splits end after the images.
+        rows = table(content, "annotations", path) if self.split != "test" else []
+        self.read_boxes(rows, ids, path)
 
     def names_by_id(self, content: dict, key: str, size: int, path: Path) -> list[str]:
-        """List `key` of ids and names -> names by id; if tiny, just enough for the largest id."""
+        """List `key` of ids and names -> names by id; tiny: just enough for the largest id."""
         rows = table(content, key, path)
         ids = column(rows, "id", path, np.int64)
         if self.tiny:
@@ -493,58 +483,49 @@ class Coco(Dataset):
         names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
         return [names.get(number, "") for number in range(size)]
 
-    def read_images(self, rows: list[dict], path: Path) -> np.ndarray:
-        """-> all ids of the file, those included whose picture is absent."""
-        ids, names = column(rows, "id", path, np.int64), column(rows, "file_name", path, str)
+    def read_images(self, rows: list[dict], ids: np.ndarray, path: Path) -> None:
+        names = column(rows, "file_name", path, str)
         sizes = np.stack([column(rows, side, path, np.int64) for side in ("height", "width")], 1)
         require((sizes > 0).all(1), "has an image of no size", path, rows)
-        self.folder = self.data / self.folders[self.split]
-        pictures = Pictures(self.folder)
-        present = self.count_absent([pictures.has(name, path) for name in names], names,
-                                    self.folder, path)
+        present = self.present(names)
         first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
         self.skipped["repeated image ids"] = int((~first).sum())
         keep = np.flatnonzero(first & present)
         self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
-        self.names, self.num_images = Strings([names[n] for n in keep]), len(keep)
-        return ids
+        self.names, self.num_images = Strings(names[n] for n in keep), len(keep)
 
-    def read_boxes(self, rows: list[dict], sizes: np.ndarray, path: Path) -> None:
-        """Annotations, grouped by image, with the size (n, 2) of each one's image."""
-        self.boxes = column(rows, "bbox", path, np.float64, 4)  # x, y, w, h as in the file
+    def read_boxes(self, rows: list[dict], listed: np.ndarray, path: Path) -> None:
+        """Annotations, from now on grouped by image; `listed`: the ids of all images, those
+        included whose picture is absent."""
+        owners = column(rows, "image_id", path, np.int64)
+        self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
+        place = {image: number for number, image in enumerate(self.ids.tolist())}
+        places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
+        # Stable: in the file's order. -1 has no picture, and goes.
+        order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
+        self.starts = np.searchsorted(places[order], np.arange(len(self) + 1))
+        self.boxes = column(rows, "bbox", path, np.float64, 4)[order]  # x, y, w, h as in the file
+        self.areas = column(rows, "area", path, np.float64)[order]
+        self.crowd = column(rows, "iscrowd", path, np.int64)[order].astype(bool)
         labels = column(rows, "category_id", path, np.int64)
         used = np.flatnonzero([bool(name) for name in self.class_names])
         require(np.isin(labels, used), "has a category_id not in its categories", path, rows)
-        self.labels = labels.astype(np.int16)
-        for row, (_, _, w, h) in zip(rows, self.boxes.tolist()):  # not every tool writes these
-            row.setdefault("iscrowd", 0), row.setdefault("area", w * h)
-        self.crowd = column(rows, "iscrowd", path, np.int64).astype(bool)
-        self.areas = column(rows, "area", path, np.float64)
-        full = not_empty(clipped(self.boxes, sizes))
+        self.labels = labels[order].astype(np.int16)
+        full = not_empty(clipped(self.boxes, self.sizes[places[order]]))
         self.usable = full & ~self.crowd  # what is trained on
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (in training; the metric knows them)"] = int(self.crowd.sum())
-        if self.task.num_attributes:
-            lists = [row.get("attribute_ids") or [] for row in rows]
-            known = range(1, self.task.num_attributes)
-            require([isinstance(x, list) and all(type(n) is int and n in known for n in x)
-                     for x in lists], f"has attribute_ids outside 1..{len(known)}", path, rows)
-            lists = [x[:MAX_ATTRIBUTES] for x in lists]
-            flat = np.array(list(chain.from_iterable(lists)), np.int64)
-            self.attributes = np.full((len(lists), MAX_ATTRIBUTES), -1, np.int16)
-            lengths = np.array([len(x) for x in lists], np.int64)
-            self.attributes[np.arange(MAX_ATTRIBUTES) < lengths[:, None]] = flat
+        if size := self.task.num_attributes:
+            lists = column(rows, "attribute_ids", path)
+            require([isinstance(x, list) and all(type(n) is int and 0 < n < size for n in x)
+                     for x in lists], f"has attribute_ids outside 1..{size - 1}", path, rows)
+            self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
-        read = read_tiny_image if self.tiny else read_image
-        image, size = read(self.folder / self.names[index]), self.sizes[index]
-        rows = np.zeros(0, np.int64)
-        if self.split != "test":
-            rows = np.arange(self.starts[index], self.starts[index + 1])
-            rows = rows[self.usable[rows]]
-            boxes = clipped(self.boxes[rows], size)
-        else:
-            boxes = np.zeros((0, 4))
+        image, size = self.picture(index), self.sizes[index]
+        rows = np.arange(self.starts[index], self.starts[index + 1])
+        rows = rows[self.usable[rows]]
+        boxes = clipped(self.boxes[rows], size)
         if rng is not None:  # tiny pictures stay as they are: 32 x 32 has no scales (ours)
             image, boxes = (flip if self.tiny else augment)(image, boxes, rng)
         elif not self.tiny:
@@ -573,7 +554,7 @@ class Coco(Dataset):
                 for n, (owner, label, box, area, crowd) in enumerate(zip(
                     owners, self.labels.tolist(), self.boxes.tolist(), self.areas.tolist(),
                     self.crowd.astype(int).tolist()), 1)]}
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        with contextlib.redirect_stdout(None):  # it prints
             truth.createIndex()
         return truth
 
@@ -594,12 +575,11 @@ class VisualGenome(Coco):
         return cls.files[split] if (data / cls.files[split][0]).exists() else cls.raw
 
     def read(self) -> None:
-        path = self.data / self.files[self.split][0]
-        if path.exists():
+        if self.path.exists():
             return super().read()
-        self.notes.append(f"{path.name} was made in memory: `python data.py --data {self.data} "
-                          "--prepare vg` makes it once")
-        self.read_content(prepare_vg(self.data)[0][self.split], path)
+        self.notes.append(f"{self.path.name} was made in memory: `python data.py --data {self.data}"
+                          " --prepare vg` makes it once")
+        self.read_content(prepare_vg(self.data)[0][self.split], self.path)
 
 
 def coco_val_ids(data: Path) -> set[int]:
@@ -629,19 +609,18 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
     path = data / "vg/image_data.json"
     try:
         for row in read_json(path):
-            number = row["image_id"] if "image_id" in row else row["id"]  # "id": version 1.0
-            name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
-            image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
+            number = row["image_id"]
             if number in images:
                 dropped["repeated image ids"] += 1
                 continue
+            name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
+            image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
             images[number] = image, splits["val" if row["coco_id"] in held_out else "train"]
             images[number][1]["images"].append(image)
         path = data / "vg/attributes.json"
         for row in read_json(path):
-            number = row["image_id"] if "image_id" in row else row["id"]
             # pop: a second row of the same image counts as unknown.
-            image, split = images.pop(number, (None, None))
+            image, split = images.pop(row["image_id"], (None, None))
             if image is None:
                 dropped["rows of unknown or repeated images"] += 1
                 continue
@@ -656,35 +635,51 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
 def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: dict,
                    dropped: Counter) -> dict | None:
     """One object of attributes.json as a COCO-style annotation; None (counted) if it is no use."""
-    names = thing["names"] if "names" in thing else thing.get("object_names", ())  # version 1.0
-    names = [name.lower().strip() for name in names]
+    names = [name.lower().strip() for name in thing["names"]]
     label = next((object_ids[name] for name in names if name in object_ids), None)
     # Boxes overshoot their picture by a pixel or two (1 in 200).
-    x0, y0 = max(thing["x"], 0), max(thing["y"], 0)
-    w = min(thing["x"] + thing["w"], image["width"]) - x0
-    h = min(thing["y"] + thing["h"], image["height"]) - y0
-    if label is None or w <= 0 or h <= 0:
-        dropped["empty boxes" if label else "objects outside the vocabulary" if any(names)
-                else "objects without a name"] += 1
+    x, y = max(thing["x"], 0), max(thing["y"], 0)
+    w = min(thing["x"] + thing["w"], image["width"]) - x
+    h = min(thing["y"] + thing["h"], image["height"]) - y
+    if label is None:
+        dropped["objects outside the vocabulary" if any(names) else "objects without a name"] += 1
+        return None
+    if w <= 0 or h <= 0:
+        dropped["empty boxes"] += 1
         return None
     words = [word.lower().strip() for word in thing.get("attributes", ())]
     known = list(dict.fromkeys(attribute_ids[word] for word in words if word in attribute_ids))
     dropped["attributes outside the vocabulary"] += sum(word not in attribute_ids for word in words)
     dropped["attributes beyond 16 an object"] += len(known[MAX_ATTRIBUTES:])
-    return {"image_id": image["id"], "category_id": label, "bbox": [x0, y0, w, h], "area": w * h,
+    return {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h], "area": w * h,
             "iscrowd": 0, "attribute_ids": known[:MAX_ATTRIBUTES]}
 
 
 class Classification(Dataset):
-    """What the readers below share: one or two texts, perhaps a picture, and a class."""
+    """What the readers below share: one or two texts, perhaps a picture, and a class.
 
-    first: Strings                # the text; of a pair the first
-    second: Strings | None = None
-    names: Strings | None = None  # pictures, relative to `folder`
-    labels: np.ndarray            # (n,) class id, -1: not known
+    `words` are the labels in the files, by class id.
+    """
 
     def texts(self, index: int) -> list[str]:
-        return [texts[index] for texts in (self.first, self.second) if texts is not None]
+        return [texts[index] for texts in self.columns]
+
+    def class_id(self, label, line: int) -> int | None:
+        """None, counted: annotators disagree. SNLI and MultiNLI have such rows."""
+        if label == "-":
+            self.skipped["with label '-'"] += 1
+            return None
+        if label not in self.words:
+            raise bad(self.path, f"line {line}: unknown label {label!r}",
+                      f"it is one of {', '.join(self.words)}")
+        return self.words.index(label)
+
+    def fill(self, rows: list[tuple]) -> None:
+        """(id, class id or -1, picture or "", up to two texts, ...) -> flat arrays."""
+        ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
+        self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
+        self.names, self.num_images = Strings(names), len({*names} - {""})
+        self.columns = [Strings(column) for column in zip(*texts)]
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -697,14 +692,14 @@ class Classification(Dataset):
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         """Never augmented: flips make "left" a lie, crops hide what is asked for (Section 3.5)."""
         sample = Sample(int(self.ids[index]), scores=self.scores(index))
-        if self.names is not None:
-            read = read_tiny_image if self.tiny else read_image
-            image = read(self.folder / self.names[index])
+        if self.task.image:
+            image = self.picture(index)
             sample.size = tuple(image.shape[1:])
             sample.image = normalise(image if self.tiny else
                                      resize(image, SHORTEST, LONGEST, floor=True))
-        sample.tokens, sample.types = self.tokenizer.encode(*self.texts(index),
-                                                            max_length=self.task.max_tokens)
+        if self.task.text:
+            sample.tokens, sample.types = self.tokenizer.encode(*self.texts(index),
+                                                                max_length=self.task.max_tokens)
         return sample
 
 
@@ -734,41 +729,44 @@ class Vqa2(Classification):
         return questions + annotations + VisualGenome.raw[-1:] * (split != "test")
 
     def read(self) -> None:
+        self.folder, test = self.data, self.split == "test"
         paths = [self.data / file for file in self.needed(self.data, self.split)]
-        # {question id: ten places among the different answers}, {most common answer: questions}
-        answers, common = {}, Counter()
-        self.different = defaultdict(lambda: len(self.different))  # {answer: its place}
+        self.path = paths[0]
+        # There are 6.6 million answers: kept as objects until the file is read, they are slow to
+        # visit again. So {"answer": text, ...} becomes the text's place among the different ones.
+        different = defaultdict(lambda: len(different))
+
+        def shorten(row: dict):
+            return different[str(row["answer"])] if "answer" in row else row
+
+        answers, common = {}, Counter()  # {question id: places}, {most common answer: how many}
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
-            rows = table(read_json(path, self.shorten), "annotations", path)
+            rows = table(read_json(path, shorten), "annotations", path)
             numbers = column(rows, "question_id", path, np.int64).tolist()
             for number, ten in zip(numbers, column(rows, "answers", path)):
                 if not isinstance(ten, list) or not all(
-                        type(n) is int and 0 <= n < len(self.different) for n in ten):
+                        type(n) is int and 0 <= n < len(different) for n in ten):
                     raise bad(path, f"question {number}: bad answers ({ten!s:.80})")
-                answers[number] = ten[:10]
+                answers[number] = ten
             common.update(column(rows, "multiple_choice_answer", path, str))
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
-        test = self.split == "test"
         held_out = set() if test else coco_val_ids(self.data)
         folders = ("coco/test2015", "coco/test2017") if test else self.folders
-        pictures, found = Pictures(self.data).by_id(*folders), []
+        pictures, rows = pictures_by_id(self.data, *folders), []
         for path in [path for path in paths if path.name.endswith("_questions.json")]:
-            rows = table(read_json(path), "questions", path)
-            numbers, images = (column(rows, name, path, np.int64).tolist()
+            questions = table(read_json(path), "questions", path)
+            numbers, images = (column(questions, name, path, np.int64).tolist()
                                for name in ("question_id", "image_id"))
-            texts = column(rows, "question", path, str)
-            found += [(number, pictures.get(image), text, answers.get(number, ()))
-                      for number, image, text in zip(numbers, images, texts)
-                      if test or (image in held_out) == (self.split == "val")]
+            texts = column(questions, "question", path, str)
+            rows += [(number, -1, pictures.get(image), [text], answers.get(number, []))
+                     for number, image, text in zip(numbers, images, texts)
+                     if test or (image in held_out) == (self.split == "val")]
         if self.split == "train":
-            found += self.genome_questions(held_out)
-        self.fill(found, paths[0])
-
-    def shorten(self, row: dict):
-        """{"answer": text, ...} -> the text's place. There are 6.6 million of them: kept as objects
-        until the file is read, they are slow to visit again."""
-        return self.different[str(row["answer"])] if "answer" in row else row
+            rows += self.genome_questions(held_out, different)
+        present = self.count_absent([row[2] is not None for row in rows],
+                                    [f"question {row[0]}'s" for row in rows])
+        self.encode(list(compress(rows, present)), Strings(different))
 
     def read_answers(self, common: Counter) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
@@ -784,64 +782,51 @@ class Vqa2(Classification):
             normal[normalise_answer(answer)] += count
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
-    def genome_questions(self, held_out: set[int]) -> list[tuple]:
+    def genome_questions(self, held_out: set[int], different: dict) -> list[tuple]:
         """VG's questions whose picture is not in val2017. Their one answer counts as ten (ours)."""
         paths = [self.data / "vg" / name for name in ("question_answers.json", "image_data.json")]
         if missing := [str(path) for path in paths if not path.exists()]:
             self.notes.append(f"without Visual Genome's questions: {', '.join(missing)} missing")
             return []
-        pictures, found = Pictures(self.data).by_id("vg/VG_100K", "vg/VG_100K_2"), []
+        pictures, found = pictures_by_id(self.data, "vg/VG_100K", "vg/VG_100K_2"), []
         try:
-            coco_ids = {row.get("image_id", row.get("id")): row["coco_id"]
-                        for row in read_json(paths[1])}
-            for row in read_json(paths[0]):
-                image = row.get("id", row.get("image_id"))
+            coco_ids = {row["image_id"]: row["coco_id"] for row in read_json(paths[1])}
+            for qa in chain.from_iterable(row["qas"] for row in read_json(paths[0])):
+                image = qa["image_id"]
                 if image not in coco_ids:  # nothing tells whether it is in val2017
-                    self.skipped["VG questions on unknown images"] += len(row["qas"])
+                    self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
-                    found += [(np.int64(int(qa["qa_id"])), pictures.get(image), qa["question"],
-                               [self.different[str(qa["answer"])]] * 10) for qa in row["qas"]]
+                    found.append((np.int64(int(qa["qa_id"])), -1, pictures.get(image), [qa["question"]],
+                                  [different[str(qa["answer"])]] * 10))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
-    def fill(self, rows: list[tuple], path: Path) -> None:
-        """(question id, picture or None, question, answers) -> flat arrays."""
-        present = self.count_absent([row[1] is not None for row in rows],
-                                    [f"question {row[0]}'s" for row in rows], self.data, path)
-        rows = [row for row, here in zip(rows, present) if here]
-        if self.split != "test":
-            self.skipped["without answers"] = sum(not row[3] for row in rows)
-            rows = [row for row in rows if row[3]]
-        # Fewer than ten answers (test splits have none) are filled up with -1.
-        answers = [[*row[3], *[-1] * (10 - len(row[3]))] for row in rows]
-        answers = np.array(answers, np.int32).reshape(-1, 10)
+    def encode(self, rows: list[tuple], answers: Strings) -> None:
+        """rows as for `fill`, and of each its answers' places in `answers` -> flat arrays."""
+        places = padded([row[4] for row in rows], 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        self.classes = np.array([forms.get(normalise_answer(str(answer)), -1)
-                                 for answer in self.different] + [-1], np.int32)
-        if self.split == "train":  # no loss without a target
-            keep = (self.classes[answers] >= 0).any(1)
-            self.skipped["without an answer in the vocabulary"] = int((~keep).sum())
-            rows, answers = [row for row, k in zip(rows, keep) if k], answers[keep]
-        self.answer_ids, self.answer_texts = answers, Strings(self.different)
-        del self.different
-        self.ids = np.array([row[0] for row in rows], np.int64)
-        self.folder, self.names = self.data, Strings(row[1] for row in rows)
-        self.first = Strings(row[2] for row in rows)
-        self.num_images = len({row[1] for row in rows})
+        self.classes = np.array([forms.get(normalise_answer(answers[n]), -1)
+                                 for n in range(len(answers))] + [-1], np.int32)
+        answered = (places >= 0).any(1) | (self.split == "test")
+        known = (self.classes[places] >= 0).any(1) | (self.split != "train")  # else no loss
+        self.skipped["without answers"] = int((~answered).sum())
+        self.skipped["without an answer in the vocabulary"] = int((answered & ~known).sum())
+        self.fill(list(compress(rows, answered & known)))
+        self.answer_places, self.answer_texts = places[answered & known], answers
 
     def answers(self, index: int) -> list[str]:
         """The ten answers as given; none on a test split."""
-        return [self.answer_texts[n] for n in self.answer_ids[index] if n >= 0]
+        return [self.answer_texts[n] for n in self.answer_places[index] if n >= 0]
 
     def scores(self, index: int) -> Tensor | None:
         """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy."""
         if self.split == "test":
             return None
-        classes = torch.from_numpy(self.classes[self.answer_ids[index]]).long()
+        classes = torch.from_numpy(self.classes[self.answer_places[index]]).long()
         counts = torch.bincount(classes[classes >= 0], minlength=self.task.num_classes)
         return (0.3 * counts).clamp(max=1)
 
@@ -851,13 +836,11 @@ class SnliVe(Classification):
 
     files = {"train": ["snli_ve/snli_ve_train.jsonl"], "val": ["snli_ve/snli_ve_dev.jsonl"],
              "test": ["snli_ve/snli_ve_test.jsonl"]}
-    class_names = ["entailment", "neutral", "contradiction"]
+    class_names = words = ["entailment", "neutral", "contradiction"]
 
     def read(self) -> None:
-        path = self.data / self.files[self.split][0]
-        self.folder = self.data / "snli_ve/flickr30k_images"
-        pictures, rows, present = Pictures(self.folder), [], []
-        for number, line in enumerate(io.BytesIO(read_bytes(path))):
+        self.folder, rows = self.data / "snli_ve/flickr30k_images", []
+        for number, line in enumerate(io.BytesIO(read_bytes(self.path))):
             if not line.strip():
                 continue
             try:
@@ -868,55 +851,37 @@ class SnliVe(Classification):
                 if not isinstance(text, str):
                     raise TypeError("sentence2 is not a text")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise bad(path, f"line {number + 1}: {error!r} in {line[:80]}") from None
-            if label == "-":  # annotators who disagree; SNLI has such rows
-                self.skipped["with label '-'"] += 1
-                continue
-            name = str(name).removesuffix(".jpg") + ".jpg"
-            present.append(pictures.has(name, path))
-            label = class_id(label, self.class_names, path, number + 1)
-            rows.append((number, name, text, label))
-        present = self.count_absent(present, [row[1] for row in rows], self.folder, path)
-        rows = [row for row, here in zip(rows, present) if here]
-        self.ids, self.labels = (np.array([row[k] for row in rows], np.int64) for k in (0, 3))
-        self.names, self.first = (Strings(row[k] for row in rows) for k in (1, 2))
-        self.num_images = len({row[1] for row in rows})
-
-
-def class_id(label, names: list[str], path: Path, line: int) -> int:
-    if label not in names:
-        raise bad(path, f"line {line}: unknown label {label!r}", f"it is one of {', '.join(names)}")
-    return names.index(label)
+                raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]}") from None
+            label = self.class_id(label, number + 1)
+            if label is not None:
+                rows.append((number, label, str(name).removesuffix(".jpg") + ".jpg", [text]))
+        self.fill(list(compress(rows, self.present([row[2] for row in rows]))))
 
 
 class Glue(Classification):
     """A task of GLUE: lines of columns between tabs, under a header. Nothing is quoted: a quotation
-    mark is text."""
-
-    words: list[str]          # the labels in the files, by class id
-    columns: tuple[str, ...]  # of the texts and the label
+    mark is text. `fields` names the columns of the texts and, last, of the label."""
 
     def read(self) -> None:
-        path = self.data / self.files[self.split][0]
-        header, *lines = [line.split("\t") for line in read_lines(path) or [""]]
-        labelled, rows = self.split != "test", []
-        if lost := [name for name in self.columns[:None if labelled else -1] if name not in header]:
-            raise bad(path, f"line 1: no column {lost[0]!r}", "take the official file")
-        *places, at = [header.index(name) if name in header else -1 for name in self.columns]
+        header, *lines = [line.split("\t") for line in read_lines(self.path) or [""]]
+        test, rows = self.split == "test", []
+        names = self.fields[:-1] if test else self.fields  # test files have no label
+        if lost := [name for name in names if name not in header]:
+            raise bad(self.path, f"line 1: no column {lost[0]!r}", "take the official file")
+        places = [header.index(name) for name in names]
         for number, fields in enumerate(lines):
-            if len(fields) != len(header):  # QQP has questions broken over two lines
-                if not labelled:
-                    raise bad(path, f"line {number + 2}: {len(fields)} columns, not {len(header)}",
-                              "the server wants every row: take the official file")
+            if len(fields) == len(header):
+                texts, label = [fields[place].strip() for place in places], -1
+                if not test:
+                    label = self.class_id(texts.pop(), number + 2)
+                if label is not None:
+                    rows.append((number, label, "", texts))
+            elif test:
+                raise bad(self.path, f"line {number + 2}: {len(fields)} columns, not {len(header)}",
+                          "the server wants every row: take the official file")
+            else:  # QQP has questions broken over two lines
                 self.skipped["rows of too few or too many columns"] += 1
-            elif labelled and fields[at] == "-":  # annotators who disagree; MultiNLI has such rows
-                self.skipped["with label '-'"] += 1
-            else:
-                label = class_id(fields[at], self.words, path, number + 2) if labelled else -1
-                rows.append((number, label, *(fields[place].strip() for place in places)))
-        self.ids, self.labels = (np.array([row[k] for row in rows], np.int64) for k in (0, 1))
-        self.first = Strings(row[2] for row in rows)
-        self.second = Strings(row[3] for row in rows) if len(places) == 2 else None
+        self.fill(rows)
 
 
 def tsv(folder: str, ending: str = "") -> dict[str, list[str]]:
@@ -925,24 +890,24 @@ def tsv(folder: str, ending: str = "") -> dict[str, list[str]]:
 
 
 class Qnli(Glue):
-    files, columns = tsv("QNLI"), ("question", "sentence", "label")
+    files, fields = tsv("QNLI"), ("question", "sentence", "label")
     class_names = words = ["entailment", "not_entailment"]
 
 
 class Mnli(Glue):
     """Trained on all of MNLI, evaluated on the genres that training lacks."""
 
-    files, columns = tsv("MNLI", "_mismatched"), ("sentence1", "sentence2", "gold_label")
+    files, fields = tsv("MNLI", "_mismatched"), ("sentence1", "sentence2", "gold_label")
     class_names = words = ["entailment", "neutral", "contradiction"]
 
 
 class Qqp(Glue):
-    files, columns = tsv("QQP"), ("question1", "question2", "is_duplicate")
+    files, fields = tsv("QQP"), ("question1", "question2", "is_duplicate")
     words, class_names = ["0", "1"], ["not duplicate", "duplicate"]
 
 
 class Sst2(Glue):
-    files, columns = tsv("SST-2"), ("sentence", "label")
+    files, fields = tsv("SST-2"), ("sentence", "label")
     words, class_names = ["0", "1"], ["negative", "positive"]
 
 
@@ -1063,9 +1028,9 @@ class Schedule:
     def samples(self, iteration: int) -> np.ndarray:
         """(batch_size,) int64 indices into the task's data set."""
         name = self.task(iteration)
-        places = int(self.before[iteration]) * self.batch_size + np.arange(self.batch_size)
-        epochs, places = (x.tolist() for x in np.divmod(places, self.sizes[name]))
-        return np.array([self.shuffle(name, epoch)[place] for epoch, place in zip(epochs, places)])
+        size, first = self.sizes[name], int(self.before[iteration]) * self.batch_size
+        return np.array([self.shuffle(name, place // size)[place % size]
+                         for place in range(first, first + self.batch_size)])
 
     def shuffle(self, name: str, epoch: int) -> np.ndarray:
         """The order of one epoch; keyed by name, so that a run's other tasks don't matter."""
@@ -1104,19 +1069,18 @@ def start_worker(number: int) -> None:
     send to all processes: workers serve on while the parent saves, for half a minute at most."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(30, os._exit, (1,)).start())
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # then SIGALRM ends the process
 
 
 def run_loader(reader: Reader, requests, num_workers: int):
     """Yields (iteration, Batch) for each request, in order; `num_workers` processes read ahead."""
-    extra = {}
-    if num_workers:  # fork shares the annotations; where there is none they are copied
-        extra = dict(prefetch_factor=4, worker_init_fn=start_worker,
-                     multiprocessing_context="fork" if sys.platform == "linux" else None)
+    # Fork shares the annotations; where there is none they are copied.
+    context = "fork" if num_workers and sys.platform == "linux" else None
     # A generator of its own: the loader draws a seed, which must not disturb dropout's draws.
     loader = torch.utils.data.DataLoader(
         reader, batch_size=None, sampler=requests, num_workers=num_workers,
-        generator=torch.Generator(), **extra)
+        prefetch_factor=4 if num_workers else None, worker_init_fn=start_worker,
+        multiprocessing_context=context, generator=torch.Generator())
     for iteration, batch in loader:
         if isinstance(batch, InputError):
             raise batch
@@ -1256,6 +1220,16 @@ TINY_SIZES = {"coco": (2400, 240), "vg": (1600, 240), "snli_ve": (3600, 400), "g
 TINY_TEST = 20                                       # rows of each test file, which has no labels
 
 
+def pick(rng, choices):
+    """One of a list, or of the parts of "a/b/c"."""
+    choices = choices.split("/") if isinstance(choices, str) else choices
+    return choices[rng.integers(len(choices))]
+
+
+def another(rng, choices, *not_these):
+    return pick(rng, [x for x in choices if x not in not_these])
+
+
 def outline(shape: str, size: int) -> np.ndarray:
     """(size, size) bool: the pixels of its box that a shape covers. It touches all four sides."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size * 2 - 1  # centres of pixels, in -1..1
@@ -1268,23 +1242,21 @@ def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
 
     The boxes do not overlap. sides: of a shape, from and below.
     """
-    number = int(rng.choice([1, 2, 3][:most], p=[[1.0], [0.5, 0.5], [0.4, 0.4, 0.2]][most - 1]))
-    names = rng.choice(SHAPES, number).tolist()
-    colours = rng.choice(list(COLOURS), number).tolist()
+    number = int(rng.choice(most, p=[[1.0], [0.5, 0.5], [0.4, 0.4, 0.2]][most - 1])) + 1
+    names = zip(rng.choice(SHAPES, number).tolist(), rng.choice(list(COLOURS), number).tolist())
     pixels = rng.normal(rng.uniform(60, 120), 5, (SIDE, SIDE, 3))
     taken, things = np.zeros((SIDE, SIDE), bool), []
     while len(things) < number:
         size = int(rng.integers(*sides))
         x, y = rng.integers(0, SIDE - size + 1, 2).tolist()
-        if taken[y:y + size, x:x + size].any():
-            if rng.random() < 0.02:  # perhaps there is no room left
-                return tiny_picture(rng, most, sides)
-            continue
-        taken[y:y + size, x:x + size] = True
-        name, colour = names[len(things)], colours[len(things)]
-        shade = np.array(COLOURS[colour]) + rng.integers(-12, 13, 3)
-        pixels[y:y + size, x:x + size][outline(name, size)] = shade
-        things.append((name, colour, [x, y, size, size]))
+        box = slice(y, y + size), slice(x, x + size)
+        if not taken[box].any():
+            shape, colour = next(names)
+            taken[box] = True
+            pixels[box][outline(shape, size)] = np.array(COLOURS[colour]) + rng.integers(-12, 13, 3)
+            things.append((shape, colour, [x, y, size, size]))
+        elif rng.random() < 0.02:  # perhaps there is no room left
+            return tiny_picture(rng, most, sides)
     return pixels.clip(0, 255).astype(np.uint8), things
 
 
@@ -1297,15 +1269,15 @@ def write_tiny(folder: Path | str, seed: int = 0) -> None:
     """Writes the eight data sets and bert/vocab.txt into `folder`, as the archives unpack."""
     folder, rng = Path(folder), np.random.default_rng(seed)
     for name in ("coco/annotations", "coco/train2017", "coco/val2017", "vg/VG_100K", "vqa2", "bert",
-                 "snli_ve/flickr30k_images", *(f"glue/{task}" for task in GLUE_TASKS)):
+                 "snli_ve/flickr30k_images", "glue/QNLI", "glue/MNLI", "glue/QQP", "glue/SST-2"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     coco = {split: tiny_coco(folder, split, number, rng)
             for split, number in zip(("train", "val"), TINY_SIZES["coco"])}
     texts = tiny_vg(folder, coco["val"], rng) + tiny_vqa(folder, coco, rng)
-    for split, number in zip(("train", "dev", "test"), (*TINY_SIZES["snli_ve"], TINY_TEST)):
+    for split, number in zip(SnliVe.files, (*TINY_SIZES["snli_ve"], TINY_TEST)):
         texts += tiny_snli_ve(folder, split, number, rng)
-    for task in GLUE_TASKS:
-        texts += tiny_glue(folder, task, rng)
+    for reader in TINY_GLUE:
+        texts += tiny_glue(folder, reader, rng)
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (folder / "bert/vocab.txt").write_text("\n".join(special + words) + "\n")
@@ -1314,22 +1286,22 @@ def write_tiny(folder: Path | str, seed: int = 0) -> None:
 def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
     """instances_{split}2017.json and its pictures -> {image id: (pixels, things)}."""
     images, annotations, made = [], [], {}
-    for n in range(1, number + 1):
-        image = n if split == "train" else 500_000 + n  # the ids of COCO's splits are disjoint
+    first = 1 if split == "train" else 500_001  # the ids of COCO's splits are disjoint
+    for image in range(first, first + number):
         made[image] = pixels, things = tiny_picture(rng, most=3)
         images.append({"id": image, "file_name": f"{image:012}.jpg", "height": SIDE, "width": SIDE})
-        write_picture(pixels, folder / f"coco/{split}2017" / images[-1]["file_name"])
-        for name, colour, (x, y, w, h) in things:
+        write_picture(pixels, folder / f"coco/{split}2017/{image:012}.jpg")
+        for shape, colour, (x, y, w, h) in things:
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image,
-                "category_id": CATEGORIES[name, colour],
+                "category_id": CATEGORIES[shape, colour],
                 "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0,
                 "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
-    content = {"info": {"description": "tiny"}, "licenses": [], "images": images,
-               "annotations": annotations, "categories": [
-                   {"supercategory": shape, "id": n, "name": f"{colour} {shape}"}
-                   for (shape, colour), n in CATEGORIES.items()]}
-    (folder / f"coco/annotations/instances_{split}2017.json").write_text(json.dumps(content))
+    categories = [{"supercategory": shape, "id": n, "name": f"{colour} {shape}"}
+                  for (shape, colour), n in CATEGORIES.items()]
+    (folder / Coco.files[split][0]).write_text(json.dumps({
+        "info": {"description": "tiny"}, "licenses": [], "images": images,
+        "annotations": annotations, "categories": categories}))
     return made
 
 
@@ -1338,22 +1310,21 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
     4.1), as image_data.json's coco_id tells. The others are VG's own."""
     pictures = [(None, tiny_picture(rng, most=3)) for _ in range(TINY_SIZES["vg"][0])]
     pictures += list(coco_val.items())[:TINY_SIZES["vg"][1]]
-    images, attributes, questions, texts = [], [], [], []
+    images, attributes, questions = [], [], []
     for n, (coco_id, (pixels, things)) in enumerate(pictures, 1):
         write_picture(pixels, folder / f"vg/VG_100K/{n}.jpg")
         images.append({"image_id": n, "coco_id": coco_id, "flickr_id": None, "width": SIDE,
                        "height": SIDE,
                        "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{n}.jpg"})
-        rows = []
-        for k, (name, colour, (x, y, w, h)) in enumerate(things):
-            row = {"object_id": 10 * n + k, "x": x, "y": y, "w": w, "h": h, "synsets": [],
-                   "names": ["disc" if name == "circle" and n % 2 else name]}  # an alias
-            if n % 10:  # in the real file half of the objects have no attributes
-                row["attributes"] = [colour.capitalize() + " "] if n % 5 == 0 else [colour]
-            rows.append(row)
-        attributes.append({"image_id": n, "attributes": rows})
+        attributes.append({"image_id": n, "attributes": [
+            {"object_id": 10 * n + k, "x": x, "y": y, "w": w, "h": h, "synsets": [],
+             "names": ["disc" if shape == "circle" and n % 2 else shape],  # an alias
+             "attributes": [colour.capitalize() + " " if n % 5 == 0 else colour]}
+            for k, (shape, colour, (x, y, w, h)) in enumerate(things)]})
+        if n % 10 == 0:  # in the real file half of the objects have no attributes
+            for row in attributes[-1]["attributes"]:
+                del row["attributes"]
         question, answer = tiny_question(things, rng)
-        texts.append(question)
         questions.append({"id": n, "qas": [{"qa_id": n, "image_id": n, "question": question,
                                             "answer": f"{answer.capitalize()}."}]})
     for name, content in (("image_data", images), ("attributes", attributes),
@@ -1361,32 +1332,29 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
         (folder / f"vg/{name}.json").write_text(json.dumps(content))
     (folder / "vg/objects_vocab.txt").write_text("triangle\ncircle,disc\nsquare\n")
     (folder / "vg/attributes_vocab.txt").write_text("\n".join(COLOURS) + "\n")
-    return texts
+    return [row["qas"][0]["question"] for row in questions]
 
 
 def tiny_question(things: list, rng) -> tuple[str, str]:
     """A question about the picture with these things, and its answer."""
-    shapes, colours = ([thing[k] for thing in things] for k in (0, 1))
     kind = rng.choice(["colour", "shape", "yes/no", "count"], p=[0.3, 0.3, 0.3, 0.1])
-    # What is asked about must be one: the only circle, the only red thing.
-    key = 1 if kind == "shape" else 0
-    single = [t for t in things if sum(t[key] == other[key] for other in things) == 1]
     if kind == "count":
-        asked = rng.choice(["how many shapes are there?", "how many things do you see?"])
-        return str(asked), str(len(things))
+        asked = pick(rng, "how many shapes are there?/how many things do you see?")
+        return asked, str(len(things))
+    # What is asked about must be one: the only circle, the only red thing.
+    keys = [thing[1 if kind == "shape" else 0] for thing in things]
+    single = [thing for thing, key in zip(things, keys) if keys.count(key) == 1]
     if not single:
         return tiny_question(things, rng)
-    shape, colour, _ = single[rng.integers(len(single))]
+    shape, colour, _ = pick(rng, single)
     if kind == "colour":
-        asked = str(rng.choice(["what color is the {}?", "which color has the {}?"]))
-        return asked.format(shape), colour
+        return pick(rng, f"what color is the {shape}?/which color has the {shape}?"), colour
     if kind == "shape":
-        asked = str(rng.choice(["what shape is {}?", "which shape is the {} thing?"]))
-        return asked.format(colour), shape
-    answer = rng.choice(["yes", "no"])
+        return pick(rng, f"what shape is {colour}?/which shape is the {colour} thing?"), shape
+    answer = pick(rng, "yes/no")
     if answer == "no":
-        colour = rng.choice([c for c in COLOURS if c != colour])
-    return f"is the {shape} {colour}?", str(answer)
+        colour = another(rng, COLOURS, colour)
+    return f"is the {shape} {colour}?", answer
 
 
 def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
@@ -1394,30 +1362,27 @@ def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
 
     val2014 has all of val2017 and some of train2017; the latter are for training (Section 4.1).
     """
-    train = list(coco["train"].items())
+    train, texts = list(coco["train"].items()), []
     some = len(train) // 10
-    texts = []
     for split, pictures in (("train2014", train[some:]),
                             ("val2014", [*train[:some], *coco["val"].items()])):
         questions, annotations = [], []
         for image, (_, things) in pictures:
             asked = dict(tiny_question(things, rng) for _ in range(2))  # twice the same counts once
-            for k, (question, answer) in enumerate(asked.items()):
-                number = image * 1000 + k
+            for number, (question, answer) in enumerate(asked.items(), image * 1000):
                 questions.append({"question_id": number, "image_id": image, "question": question})
                 # One of the ten annotators does not know.
-                ten = [answer] * 9 + ["don't know"]
+                ten = [{"answer_id": i, "answer": a, "answer_confidence": "yes"}
+                       for i, a in enumerate([answer] * 9 + ["don't know"], 1)]
                 annotations.append({
                     "question_id": number, "image_id": image, "question_type": "none of the above",
-                    "answer_type": "other", "multiple_choice_answer": answer, "answers": [
-                        {"answer_id": i, "answer": a, "answer_confidence": "yes"}
-                        for i, a in enumerate(ten, 1)]})
-                texts.append(question)
+                    "answer_type": "other", "multiple_choice_answer": answer, "answers": ten})
         head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": split}
         (folder / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json").write_text(
             json.dumps({**head, "task_type": "Open-Ended", "questions": questions}))
         (folder / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(
             json.dumps({**head, "annotations": annotations}))
+        texts += [row["question"] for row in questions]
     return texts
 
 
@@ -1428,24 +1393,21 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     neutral where there is no circle. Each label finds all shapes and colours in texts and pictures
     alike. One shape a picture, larger than COCO's: which of several is meant is VQA's business.
     """
-    labels, first = ["entailment", "neutral", "contradiction"], {"train": 10, "dev": 20, "test": 30}
-    lines, texts = [], []
+    first = {"train": 10, "val": 20, "test": 30}[split]
+    lines = []
     for n in range(number):
-        name, label = f"{first[split]}{n:06}", labels[n % 3]
+        name, label = f"{first}{n:06}", SnliVe.class_names[n % 3]
         pixels, [(seen, shade, _)] = tiny_picture(rng, most=1, sides=(13, 17))
         write_picture(pixels, folder / f"snli_ve/flickr30k_images/{name}.jpg")
         shape = another(rng, SHAPES, seen) if label == "neutral" else seen
-        colour = another(rng, list(COLOURS), shade) if label == "contradiction" else shade
-        text = str(rng.choice(["The {} is {}.", "The color of the {} is {}."]))
-        text = text.format(shape, colour)
+        colour = another(rng, COLOURS, shade) if label == "contradiction" else shade
+        text = pick(rng, f"The {shape} is {colour}./The color of the {shape} is {colour}.")
         lines.append({"Flickr30K_ID": name, "captionID": f"{name}.jpg#0",
                       "pairID": f"{name}.jpg#0r1{label[0]}",
                       "annotator_labels": [label], "gold_label": label, "sentence2": text,
                       "sentence1": f"A {shade} {seen}."})
-        texts.append(text)
-    (folder / f"snli_ve/snli_ve_{split}.jsonl").write_text(
-        "".join(json.dumps(x) + "\n" for x in lines))
-    return texts
+    (folder / SnliVe.files[split][0]).write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return [line["sentence2"] for line in lines]
 
 
 # Texts. "/" parts what is chosen from; {n} is the name of two words that the sentence is about.
@@ -1489,16 +1451,6 @@ REVIEWS = ["the {n} is {x}./the {n} seems {x}.",
            "far from {o}, the {n} is {x}./the {n} is {x} and far from {o}."]
 
 
-def pick(rng, choices):
-    """One of a list, or of the parts of "a/b/c"."""
-    choices = choices.split("/") if isinstance(choices, str) else choices
-    return choices[rng.integers(len(choices))]
-
-
-def another(rng, choices: list, *not_these):
-    return pick(rng, [x for x in choices if x not in not_these])
-
-
 def tiny_qnli(label: int, n: str, rng) -> tuple:
     """Does the sentence tell what the question wants to know?"""
     topic = pick(rng, TOPICS)
@@ -1525,51 +1477,42 @@ def tiny_qqp(label: int, n: str, rng) -> tuple:
 def tiny_sst2(label: int, n: str, rng) -> tuple:
     x, o = pick(rng, GOOD), pick(rng, BAD)
     x, o = (x, o) if label else (o, x)
-    return pick(rng, pick(rng, REVIEWS)).format(n=n, x=x, o=o),
+    return (pick(rng, pick(rng, REVIEWS)).format(n=n, x=x, o=o),)
 
 
-# GLUE's folder: maker, words of the two names, labels, header of train.
-GLUE_TASKS = {
-    "QNLI": (tiny_qnli, (FIRST, LAST), ("entailment", "not_entailment"),
-             "index question sentence label"),
-    "MNLI": (tiny_mnli, (FIRST, LAST), ("entailment", "neutral", "contradiction"),
-             "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
-             "sentence1_parse sentence2_parse sentence1 sentence2 label1 gold_label"),
-    "QQP": (tiny_qqp, DISH, ("0", "1"), "id qid1 qid2 question1 question2 is_duplicate"),
-    "SST-2": (tiny_sst2, SCENE, ("0", "1"), "sentence label")}
+# Maker of texts, words of the two names, headers of the three files.
+MNLI = ("index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
+        "sentence1_parse sentence2_parse sentence1 sentence2")
+QNLI, QQP = "index question sentence", "question1 question2"
+TINY_GLUE = {
+    Qnli: (tiny_qnli, (FIRST, LAST), (f"{QNLI} label", f"{QNLI} label", QNLI)),
+    Mnli: (tiny_mnli, (FIRST, LAST), (
+        f"{MNLI} label1 gold_label",
+        f"{MNLI} label1 label2 label3 label4 label5 gold_label", MNLI)),
+    Qqp: (tiny_qqp, DISH, (*[f"id qid1 qid2 {QQP} is_duplicate"] * 2, f"id {QQP}")),
+    Sst2: (tiny_sst2, SCENE, ("sentence label", "sentence label", "index sentence"))}
 
 
-def tiny_glue(folder: Path, task: str, rng) -> list[str]:
+def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
     """A task's train, dev and test files -> all its sentences."""
-    make, words, labels, header = GLUE_TASKS[task]
-    header = header.split()
+    make, words, headers = TINY_GLUE[reader]
     names = [f"{a} {b}" for a, b in product(*words)]
-    held_out = {name for name in names if zlib.crc32(name.encode()) % 5 == 0}
+    held_out = sorted(name for name in names if zlib.crc32(name.encode()) % 5 == 0)
     texts = []
-    for split, number in zip(("train", "dev", "test"), (*TINY_SIZES["glue"], TINY_TEST)):
-        about = sorted(held_out) if split != "train" else [x for x in names if x not in held_out]
+    for split, number, header in zip(reader.files, (*TINY_SIZES["glue"], TINY_TEST), headers):
+        about = [x for x in names if x not in held_out] if split == "train" else held_out
         rows = {}  # texts -> label; a dictionary drops duplicates
         while len(rows) < number:
-            label = len(rows) % len(labels)
+            label = len(rows) % len(reader.words)
             rows.setdefault(make(label, pick(rng, about), rng), label)
-        absent = (header[-1], "label1", "qid1", "qid2") if split == "test" else ()
-        columns = [c for c in header if c not in absent]
-        if task == "SST-2" and split == "test":
-            columns = ["index", "sentence"]
-        if task == "MNLI" and split == "dev":
-            columns = [*columns[:-1], "label2", "label3", "label4", "label5", "gold_label"]
-        lines = ["\t".join(columns)]
+        lines = ["\t".join(header.split())]
         for n, (sentences, label) in enumerate(rows.items()):
-            places = [k for k, c in enumerate(columns)
-                      if re.fullmatch(r"(question|sentence)\d?", c)]
-            fields = [labels[label] if re.fullmatch(r"label\d?|gold_label|is_duplicate", c) else
-                      "tiny" if c == "genre" else str(n) for c in columns]
-            for k, sentence in zip(places, sentences):
-                fields[k] = sentence
-            lines.append("\t".join(fields))
-        mismatched = "_mismatched" if task == "MNLI" and split != "train" else ""
-        (folder / f"glue/{task}/{split}{mismatched}.tsv").write_text("\n".join(lines) + "\n")
-        texts += [sentence for sentences in rows for sentence in sentences]
+            label = reader.words[label]
+            fields = {"genre": "tiny"} | {f"label{k}": label for k in range(1, 6)}
+            fields |= dict(zip(reader.fields, (*sentences, label)))
+            lines.append("\t".join(fields.get(name, str(n)) for name in header.split()))
+            texts += sentences
+        (folder / reader.files[split][0]).write_text("\n".join(lines) + "\n")
     return texts
 
 

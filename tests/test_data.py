@@ -338,6 +338,8 @@ def test_coco_oddities(tmp_path):
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "record 1: 'bbox'"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None]), "record 1: 'bbox'"),
     (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 1e999]), "record 1: 'bbox'"),
+    (lambda c: c["annotations"][1].update(area="large"), "record 1: 'area'"),
+    (lambda c: c["annotations"][1].pop("iscrowd"), "record 1: 'iscrowd'"),
     (lambda c: c["annotations"][1].update(category_id=91), "record 1 has a category_id not in"),
     (lambda c: c["annotations"][1].update(category_id=2), "record 1 has a category_id not in"),
     (lambda c: c["categories"][1].update(id=91), "record 1 of categories has an id outside 1..90"),
@@ -350,6 +352,15 @@ def test_coco_bad_records(tmp_path, change, message):
     change(content)
     path = write(tmp_path / "coco/annotations/instances_val2017.json", content)
     with pytest.raises(InputError, match=f"{path.name}: .*{message}.*; ."):
+        read("coco", tmp_path)
+
+
+def test_coco_record_numbers_are_the_files(tmp_path):
+    """Also where the file's boxes are not in the order of its images."""
+    content = make_coco(tmp_path, [(2, 1, [4, 3, 8, 6], 0), (1, 3, [4, 3, 8, 6], 0)])
+    content["annotations"][0]["bbox"] = [1, 2, 3]
+    write(tmp_path / "coco/annotations/instances_val2017.json", content)
+    with pytest.raises(InputError, match="record 0: 'bbox' is not 4 finite number"):
         read("coco", tmp_path)
 
 
