@@ -832,7 +832,7 @@ class Vqa2(Classification):
 
 
 class SnliVe(Classification):
-    """SNLI-VE: does the picture entail the hypothesis? (The picture stands for SNLI's premise.)"""
+    """SNLI-VE (footnote 5): does the picture entail the hypothesis? (The picture stands for SNLI's premise.)"""
 
     files = {"train": ["snli_ve/snli_ve_train.jsonl"], "val": ["snli_ve/snli_ve_dev.jsonl"],
              "test": ["snli_ve/snli_ve_test.jsonl"]}
@@ -859,7 +859,7 @@ class SnliVe(Classification):
 
 
 class Glue(Classification):
-    """A task of GLUE: lines of columns between tabs, under a header. Nothing is quoted: a quotation
+    """A task of GLUE (footnote 4): lines of columns between tabs, under a header. Nothing is quoted: a quotation
     mark is text. `fields` names the columns of the texts and, last, of the label."""
 
     def read(self) -> None:
@@ -911,7 +911,7 @@ class Sst2(Glue):
     words, class_names = ["0", "1"], ["negative", "positive"]
 
 
-# The eight tasks, with the released configuration's numbers. Detection: the largest id + 1 (the
+# The eight tasks of Section 1 and Figure 1, with the released configuration's numbers. Detection: the largest id + 1 (the
 # model adds no-object). Text states: "cls", Task's default, as the paper keeps [CLS] alone.
 PAIR = dict(kind="classification", image=False, text=True, num_queries=25)
 BOTH = dict(kind="classification", image=True, text=True, num_queries=25, max_tokens=25)
@@ -1173,20 +1173,10 @@ def main(argv: list[str] | None = None) -> None:
                         help="the folder of the data sets (default: data)")
     parser.add_argument("--prepare", choices=["vg"],
                         help="raw Visual Genome to vg/instances_{train,val}.json, once")
-    parser.add_argument("--write_tiny", type=Path, metavar="DIR",
-                        help="write the tiny data sets into DIR, and report on them")
     args = parser.parse_args(argv)
     try:
-        if args.write_tiny:
-            try:
-                if args.write_tiny.is_dir() and any(args.write_tiny.iterdir()):
-                    raise bad(args.write_tiny, "is not empty", "give a new folder")
-                write_tiny(args.write_tiny)
-            except OSError as error:
-                raise bad(args.write_tiny, error.strerror, "give a folder to write to") from None
-        data = args.write_tiny or args.data
-        require_folder(data)
-        write_vg(data) if args.prepare else report(data)
+        require_folder(args.data)
+        write_vg(args.data) if args.prepare else report(args.data)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

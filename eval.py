@@ -69,8 +69,8 @@ def _table(text: str, after_slash: bool = False) -> dict[str, dict[str, float]]:
 
 
 # T<table>.<line> on validation: COCO and VG mAP, else accuracy. After a slash: COCO and VQAv2
-# test-dev, SNLI-VE test, GLUE's server. Others' systems: T3.7 DETR, T3.8 VisualBERT, T3.9 BERT.
-# TC.1.6 diverged.
+# test-dev, SNLI-VE test, GLUE's server. Others' systems: T3.7 DETR, T3.8 VisualBERT (footnote 6),
+# T3.9 BERT; footnotes 7 and 8 compare more of them, in no table. TC.1.6 diverged.
 TABLES = """
 line               coco   vg        vqa2     snli_ve       qnli       mnli        qqp       sst2
 T1.1-*,T2.1-*      40.6 3.87       66.38           -          -          -          -          -
@@ -175,7 +175,7 @@ def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
 # -------------------------------------------------------------------------------------------------
 
 def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
-    """Agreement with ten annotators in 0..1, as the official evaluation (visualqa.org) has it.
+    """Agreement with ten annotators in 0..1, as the official evaluation (footnote 1) has it.
 
     Leave one annotator out, count who of the other nine agrees: three make the answer right. The
     mean over the ten is 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who agree.
@@ -542,7 +542,7 @@ def is_tiny(config: Config) -> bool:
 
 
 # -------------------------------------------------------------------------------------------------
-# Pictures (Figures 3, E.1 and D.1)
+# Pictures (Figures 3, E.1 and D.1; Appendices D and E)
 # -------------------------------------------------------------------------------------------------
 
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels

@@ -115,7 +115,7 @@ EXPERIMENTS = {
     "T3.3": experiment(EIGHT, 500_000),
     "T3.4": experiment(EIGHT, 500_000, **SEPARATE, **COCO_INIT_4_2),
     "T3.5": experiment(EIGHT, 500_000, **COCO_INIT_4_2),
-    # The paper does not say how long fine-tuning takes: 150k is ours.
+    # Appendix B: eight models fine-tuned against one. How long is not said: 150k is ours.
     **{f"T3.6-{t}": experiment((t,), 150_000, init="T3.5") for t in EIGHT},
     # Table 4: ablations
     "T4.1": experiment(ABLATION, 500_000),
@@ -126,7 +126,7 @@ EXPERIMENTS = {
     "T4.6": experiment(ABLATION, 500_000, loss_on_all_layers=True),
     "T4.7": experiment(ABLATION, 500_000, task_embedding=False),
     "T4.8": experiment(ABLATION, 500_000, batch_size=32),
-    # Table C.1: more ablations
+    # Table C.1 (Appendix C): more ablations. Line 8: footnote 3's twice as many iterations.
     "TC.1.1": experiment(ABLATION, 500_000),
     "TC.1.2": experiment(ABLATION, 500_000, encoder_width=768),
     "TC.1.3": experiment(ABLATION, 500_000, imagenet_backbone=True),

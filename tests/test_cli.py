@@ -195,7 +195,7 @@ def test_the_readme_s_links_and_flags_exist():
     for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
         assert anchor in anchors
     known = {o for p in PARSERS.values() for a in p()._actions for o in a.option_strings}
-    known |= {"--prepare", "--data", "--write_tiny", "--nproc_per_node", "--nnodes", "--index-url",
+    known |= {"--prepare", "--data", "--nproc_per_node", "--nnodes", "--index-url",
               "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
               "--gpus-per-node", "--cpus-per-task", "--signal"}
     for flag in re.findall(r"(?<![\w-])(--[a-z]\w[\w-]*)", README):

@@ -46,7 +46,7 @@ CITATION = re.compile(r"\b(Eq|Section|Appendix|Table|Figure|footnote)(?:s|\.)? "
 
 def citations(text):
     """{kind: numbers}: "Tables 1-4 and C.1" cites 1, 2, 3, 4 and C.1."""
-    found = {kind: set() for kind in PAPER}
+    text, found = text.replace("Appendices", "Appendix"), {kind: set() for kind in PAPER}
     kinds = {kind.lower(): kind for kind in PAPER}
     for kind, numbers in CITATION.findall(text):
         for first, last in re.findall(rf"({NUMBER})(?:-(\d+))?", numbers):

@@ -707,7 +707,6 @@ def test_unwritable_out(out, small_tiny_data, run_folder, capsys):
     for more in ([], ["--text", "a film", "--tasks", "sst2"]):
         assert out in mistake(capsys, "eval.py", "--checkpoint", run_folder / "last.pt", "--out",
                               out, *more)
-    assert out in mistake(capsys, "data.py", "--write_tiny", out)
     assert out in mistake(capsys, "train.py", "--tiny", "--data", out, "--out", run_folder / "new")
 
 
@@ -726,7 +725,6 @@ def test_nothing_there_is_overwritten(run_folder, small_tiny_data, tmp_path, mon
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("precious")
         assert name in mistake(capsys, "train.py", *tiny, "--out", tmp_path / name)
-    assert "is not empty" in mistake(capsys, "data.py", "--write_tiny", small_tiny_data)
     real = write(tmp_path / "real/vqa2/answers_vqa.txt", "<unk>\n").parent.parent
     assert "something else" in mistake(capsys, "train.py", *tiny, "--data", real,
                                        "--out", tmp_path / "new")
