@@ -528,7 +528,7 @@ CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.P
 LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1)} | dict.fromkeys(
     ("dropout", "coco_first"), (0, 1)) | dict.fromkeys(
     ("iterations", "batch_size", "log_every", "save_every", "encoder_width", "encoder_heads",
-     "encoder_ff", "bert_width", "bert_heads", "bert_ff", "decoder_width", "decoder_heads",
+     "encoder_ff", "bert_width", "bert_heads", "bert_ff", "bert_layers", "decoder_width", "decoder_heads",
      "decoder_ff", "decoder_layers", "max_positions"), (1, math.inf))
 
 

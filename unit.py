@@ -231,10 +231,11 @@ class EncoderLayer(nn.Module):
         self.inner_dropout = nn.Dropout(dropout if inner_dropout else 0.0)
         self.activation = activation
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None):
-        """x, positions (B, S, d), bias (B, 1, 1, S) -> (B, S, d)"""
+    def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None,
+                rows: slice = slice(None)):
+        """x, positions (B, S, d), bias (B, 1, 1, S) -> (B, S, d), or only these `rows` of the S"""
         query = x if positions is None else x + positions  # not to the values (DETR)
-        x = self.norm1(x + self.dropout(self.attention(query, query, x, bias)))
+        x = self.norm1(x[:, rows] + self.dropout(self.attention(query[:, rows], query, x, bias)))
         hidden = self.inner_dropout(self.activation(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
@@ -419,16 +420,19 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
         """tokens, types, mask (B, S) -> h^t (B, S or 1, d), its positions (1, S or 1, d) and its
         padding mask (B, S) or None, d the decoder's width. One state is [CLS] alone."""
-        states = self.encode(tokens, types, mask, task)               # h^t, (B, S, d_t^e)
-        if task not in self.all_states:                               # Section 3.2: [CLS] alone
+        only_cls = task not in self.all_states                        # Section 3.2: [CLS] alone
+        states = self.encode(tokens, types, mask, task, only_cls and not self.training)
+        if only_cls:                                                  # h^t, (B, S or 1, d_t^e)
             states, mask = states[:, :1], None
         # The decoder knows text positions by BERT's own embeddings of 0..S-1, projected.
         positions = self.position_embeddings.weight[None, :states.shape[1]]
         return self.projection(states), self.position_projection(positions), mask
 
-    def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
-        """BERT, (B, S) -> (B, S, d_t^e). The task vector is put in front of the embedded tokens and
-        has no position, type or LayerNorm of its own: token positions start at 0 as usual."""
+    def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str,
+               only_cls: bool = False) -> Tensor:
+        """BERT, (B, S) -> (B, S, d_t^e), or (B, 1, d_t^e) if `only_cls` is wanted. The task vector
+        is put in front of the embedded tokens and has no position, type or LayerNorm of its own:
+        token positions start at 0 as usual."""
         if tokens.shape[1] > len(self.position_embeddings.weight):
             raise InputError(f"{task}: a text of {tokens.shape[1]} tokens; this model has "
                              f"{len(self.position_embeddings.weight)} positions (--max_positions)")
@@ -439,9 +443,12 @@ class TextEncoder(nn.Module):
         if with_task:
             x, mask = put_in_front(self.w_task[task], x, mask)
         bias = attention_bias(mask, x.dtype)
-        for layer in self.layers:                                     # Eq. 3
+        *layers, last = self.layers
+        for layer in layers:                                          # Eq. 3
             x = layer(x, bias=bias)
-        return x[:, 1:] if with_task else x
+        if only_cls:  # 7% of BERT are saved
+            return last(x, bias=bias, rows=slice(with_task, with_task + 1))
+        return last(x, bias=bias)[:, int(with_task):]
 
 
 # --------------------------------------------------------------------------------------------------
