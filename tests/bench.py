@@ -737,12 +737,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller pictures, fewer rounds")
     parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART")
+    parser.add_argument("--rounds", type=int, help="turns of each side, 5 (3 with --quick)")
     parser.add_argument("--peak_tflops", type=float, help="the GPU's peak, if it is not known here")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="data workers (gpu)")
     flags = parser.parse_args()
     if unknown := set(flags.only.split(",")) - set(PARTS):
         parser.error(f"no part {min(unknown)!r}; there are {', '.join(PARTS)}")
-    flags.image, flags.rounds = ((480, 640), 3) if flags.quick else ((800, 1066), 5)
+    flags.image = (480, 640) if flags.quick else (800, 1066)
+    flags.rounds = flags.rounds or (3 if flags.quick else 5)
     start, load = time.time(), os.getloadavg()[0]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {load:.1f}")
     for name, part in PARTS.items():
