@@ -524,12 +524,11 @@ METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B",
             "data": "DIR", "init": "FILE"}
 CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.PRECISIONS),
            "backbone": ("resnet50", "small")}
-# From and to; all other numbers are at least 0.
-LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1)} | dict.fromkeys(
-    ("dropout", "coco_first"), (0, 1)) | dict.fromkeys(
-    ("iterations", "batch_size", "log_every", "save_every", "encoder_width", "encoder_heads",
-     "encoder_ff", "bert_width", "bert_heads", "bert_ff", "bert_layers", "decoder_width", "decoder_heads",
-     "decoder_ff", "decoder_layers", "max_positions"), (1, math.inf))
+# The least and the greatest value of a flag; all other numbers are at least 0.
+LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1), "dropout": (0, 1), "coco_first": (0, 1)}
+LIMITS |= dict.fromkeys("""iterations batch_size log_every save_every encoder_width encoder_heads
+    encoder_ff bert_width bert_heads bert_ff bert_layers decoder_width decoder_heads decoder_ff
+    decoder_layers max_positions""".split(), (1, math.inf))
 
 
 def flag_type(field: dataclasses.Field):
