@@ -796,8 +796,8 @@ class Vqa2(Classification):
                 if image not in coco_ids:  # nothing tells whether it is in val2017
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
-                    found.append((np.int64(int(qa["qa_id"])), -1, pictures.get(image), [qa["question"]],
-                                  [different[str(qa["answer"])]] * 10))
+                    number, answer = np.int64(int(qa["qa_id"])), different[str(qa["answer"])]
+                    found.append((number, -1, pictures.get(image), [qa["question"]], [answer] * 10))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
@@ -832,7 +832,7 @@ class Vqa2(Classification):
 
 
 class SnliVe(Classification):
-    """SNLI-VE (footnote 5): does the picture entail the hypothesis? (The picture stands for SNLI's premise.)"""
+    """SNLI-VE (footnote 5): does the picture, in place of SNLI's premise, entail the hypothesis?"""
 
     files = {"train": ["snli_ve/snli_ve_train.jsonl"], "val": ["snli_ve/snli_ve_dev.jsonl"],
              "test": ["snli_ve/snli_ve_test.jsonl"]}
@@ -859,8 +859,8 @@ class SnliVe(Classification):
 
 
 class Glue(Classification):
-    """A task of GLUE (footnote 4): lines of columns between tabs, under a header. Nothing is quoted: a quotation
-    mark is text. `fields` names the columns of the texts and, last, of the label."""
+    """A task of GLUE (footnote 4): lines of columns between tabs, under a header. Nothing is
+    quoted: a quotation mark is text. `fields` names the columns of the texts and of the label."""
 
     def read(self) -> None:
         header, *lines = [line.split("\t") for line in read_lines(self.path) or [""]]
@@ -911,8 +911,8 @@ class Sst2(Glue):
     words, class_names = ["0", "1"], ["negative", "positive"]
 
 
-# The eight tasks of Section 1 and Figure 1, with the released configuration's numbers. Detection: the largest id + 1 (the
-# model adds no-object). Text states: "cls", Task's default, as the paper keeps [CLS] alone.
+# The eight data sets of Section 1 and Figure 1, with the released configuration's numbers.
+# Classes in detection: the largest id + 1 (the model adds no-object).
 PAIR = dict(kind="classification", image=False, text=True, num_queries=25)
 BOTH = dict(kind="classification", image=True, text=True, num_queries=25, max_tokens=25)
 BOXES = dict(kind="detection", image=True, text=False, num_queries=100)

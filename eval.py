@@ -716,7 +716,8 @@ def parser() -> argparse.ArgumentParser:
     g("--split", choices=["val", "test"], default="val",
       help="test writes what the test servers take into OUT/predictions [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=between(0, math.inf), metavar="INT", help="at most so many of each task [all]")
+    g("--eval_samples", type=between(0, math.inf), metavar="INT",
+      help="at most so many of each task [all]")
     g("--figures", action="store_true",
       help="also draw predictions.png and, where there is a log.jsonl, curves.png")
     group = p.add_argument_group("one input (no data set needed)")

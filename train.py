@@ -648,8 +648,8 @@ def resume(out: Path, args: argparse.Namespace) -> tuple[Config, TrainConfig, di
     state, given = load_newest(out), vars(args)
     saved = state["config"] | state["train"]
     if lost := {f.name for c in (Config, TrainConfig) for f in dataclasses.fields(c)} - set(saved):
-        raise InputError(f"{out}: its checkpoint does not know the setting {min(lost)!r}; go on with "
-                         "the code that it was trained with")
+        raise InputError(f"{out}: its checkpoint does not know the setting {min(lost)!r}; go on "
+                         "with the code that it was trained with")
     for name in given.keys() & saved.keys() - FREE_ON_RESUME:
         if given[name] != saved[name]:
             raise InputError(f"--{name} {written(given[name])}: the run in {out} has "

@@ -104,8 +104,8 @@ def test_full_size_on_real_rows(tmp_path):
     """Official files, full size, random weights: no code path belongs to the tiny data alone. With
     this seed, 12 iterations draw all eight."""
     output = run("train.py", "--data", REALDATA, "--batch_size", 1, "--eval_samples", 1,
-                 "--seed", 5, "--iterations", 12, "--probabilities", ",".join("1" * 8), "--log_every", 1,
-                 "--num_workers", 1, "--out", tmp_path / "run", timeout=1800)
+                 "--seed", 5, "--iterations", 12, "--probabilities", ",".join("1" * 8),
+                 "--log_every", 1, "--num_workers", 1, "--out", tmp_path / "run", timeout=1800)
     assert "RANDOM" in output
     lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {x["task"] for x in lines if "loss" in x} == set(train.EIGHT)

@@ -761,7 +761,8 @@ def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch
     ("--text= --tasks sst2", "empty"), ("--text a --question b", "not allowed with"),
     ("--image nowhere.jpg", "nowhere.jpg: cannot be read as a picture"),
     ("--image OUT/last.pt --question what?", "last.pt: cannot be read as a picture"),
-    ("--image OUT", "cannot be read as a picture"), ("--released x.pth", "not allowed with argument --checkpoint"),
+    ("--image OUT", "cannot be read as a picture"),
+    ("--released x.pth", "not allowed with argument --checkpoint"),
     ("--check x", "unrecognized")])
 def test_wrong_flags_of_eval(flags, says, run_folder, capsys):
     flags = flags.replace("OUT", str(run_folder))
@@ -793,7 +794,8 @@ def spoilt_checkpoint(path, to, changes):
     dict(config=lambda c: c | {"shared_decoder": False}), dict(config=lambda c: c | {"new": 1}),
     dict(config=lambda c: c | {"decoder_heads": 3}), dict(config=...), dict(tasks=...),
     dict(tasks=lambda t: t[:1]), dict(tasks=[{}]), dict(model={}), dict(model=...),
-    dict(labels=...), dict(model=lambda m: {k: v[..., :1] for k, v in m.items()})], ids=lambda c: [*c][0])
+    dict(labels=...), dict(model=lambda m: {k: v[..., :1] for k, v in m.items()})],
+    ids=lambda c: [*c][0])
 def test_checkpoint_of_another_configuration(changes, run_folder, tmp_path, capsys):
     path = spoilt_checkpoint(run_folder / "last.pt", tmp_path / "x.pt", changes)
     line = mistake(capsys, "eval.py", "--checkpoint", path)

