@@ -16,8 +16,8 @@
 A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
 
 A record that cannot be used is skipped and counted (`Dataset.skipped`, told by `Dataset.summary`)
-where the real files have such records and the field skips them too. Else the run stops with an
-`InputError` that names file, record and fix:
+where the real files have such records and other implementations skip them too. Else the run stops
+with an `InputError` that names file, record and fix:
 
 | skipped and counted                            | stops the run                               |
 |------------------------------------------------|---------------------------------------------|

@@ -235,7 +235,7 @@ def to_rows(image_id: int, found: Detections) -> np.ndarray:
 
 
 def to_annotations(rows: np.ndarray) -> list[dict]:
-    """What COCO.loadRes makes of rows, less a polygon for each box (and it fails on no rows).
+    """As COCO.loadRes, but without a polygon for each box, and for zero rows too.
 
     Ids start at 1: pycocotools takes id 0 for "not matched".
     """
@@ -297,7 +297,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
 
 
 def some(total: int, count: int) -> np.ndarray:
-    """`count` of `total` indices, in order. Drawn: every n-th may fall in step with the labels."""
+    """`count` of `total` indices, in order. Drawn: every n-th could follow the labels' pattern."""
     return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
@@ -674,7 +674,7 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
 # -------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """Its complaints are a line each, as those of the rest of the program."""
+    """Reports mistakes in one line, like the rest of the program."""
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
@@ -687,7 +687,8 @@ def between(least: float, most: float, kind: type = int):
             if least <= kind(text) <= most and math.isfinite(kind(text)):
                 return kind(text)
         limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
-        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} {limits}")
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
     return convert
 
 
@@ -698,9 +699,8 @@ def command_line(parser: argparse.ArgumentParser, run, argv: list[str] | None) -
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: it would wait for the other processes
+        dist.destroy_process_group()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -778,7 +778,8 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
     """The split's data sets, checked to have the classes that the model was trained for."""
     has = {t.name for t in data.TASKS if split in t.dataset.files}
     for name in [t for t in tasks if t not in has]:
-        print(f"{name}: has no {split} split")
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"{name}: has no {split} split")
     there = [t for t in tasks if t in has]
     _, datasets = data.load(folder, there, split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():

@@ -52,9 +52,9 @@ class TrainConfig:
     weight_decay: float = option(1e-4, "AdamW's weight decay (released config)")
     clip: float = option(0.1, "largest norm of the gradient (released config)")
     update_unused: bool = option(
-        False, "also update parameters the task did not reach (Appendix A: it often diverges)")
+        False, "also update parameters the task did not reach (footnote 2: it often diverges)")
     coco_first: float = option(
-        0.0, "share of the iterations that come first, on COCO alone: COCO init. in one run (ours)")
+        0.0, "share of the run, at its start, on COCO alone: COCO init. in one run (ours)")
     init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
     init_parts: tuple[str, ...] = option(
         (), "of it: image_encoder, text_encoder, decoder, queries, heads; none given: all")
@@ -66,13 +66,15 @@ class TrainConfig:
     num_workers: int = option(4, "data workers a process")
     log_every: int = option(50, "iterations a line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(10_000, "iterations between evaluations, 0: at the end (as released)")
+    eval_every: int = option(
+        10_000, "iterations between evaluations (released config); 0: only at the end")
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
 
 
 # The parts of a model, as the names of its parameters begin.
 PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")
-# What may differ when a run goes on: none of it changes the weights that come out.
+# What may differ when a run goes on. Of these only micro_batch touches the weights that come out:
+# by padding, and by the order of dropout's draws.
 FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every", "eval_samples",
                   "micro_batch"}
 
@@ -88,7 +90,7 @@ TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablati
                 qnli=0.10, mnli=0.10, qqp=0.10, sst2=0.05),
     ABLATION: dict(coco=0.30, snli_ve=0.50, mnli=0.20),
 }
-# "COCO init." takes different parts in Section 4.1 (and C.1 line 9) and in Section 4.2 (RELEASED).
+# "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
 SEPARATE = dict(shared_decoder=False)
@@ -151,7 +153,7 @@ TINY = dict(
     encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2, backbone="small",
     bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, vocab_size=0, max_positions=64,
     decoder_width=64, decoder_heads=4, decoder_ff=128, decoder_layers=2, dropout=0.0,
-    # One [CLS] among 16 picture positions is heard late, the words at once (as Table 4 line 5).
+    # One [CLS] among 16 picture positions is noticed late, the words at once (as Table 4 line 5).
     all_text_states=("vqa2", "snli_ve"),
     # From scratch, two detection sets starve each other: COCO comes first (the paper's COCO init.).
     coco_first=0.22, probabilities=(.17, .13, .21, .19, .07, .08, .07, .08),
@@ -202,8 +204,8 @@ class Stop:
 def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
 
-    PyTorch's AdamW adds eps after the bias correction, the released one before: with gradients
-    clipped to 0.1, the first updates differ (by a tenth where gradients deviate by 7e-6).
+    PyTorch's AdamW adds eps after the bias correction, the released code's before. Gradients
+    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
@@ -215,7 +217,7 @@ def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def lr_factor(iteration: int, train: TrainConfig) -> float:
-    """Warm-up cosine (Section 3.5): up in `warmup` iterations, down to zero at the last."""
+    """Warm-up cosine (Section 3.5): up in `warmup` iterations, then down towards zero."""
     if iteration < train.warmup:
         return (iteration + 1) / train.warmup
     done = (iteration - train.warmup) / max(1, train.iterations - train.warmup)
@@ -239,11 +241,10 @@ class Step(nn.Module):
 
 def save(out: Path, state: dict) -> None:
     """Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
-    with evaluation.whole_file(out / "last.pt.new", "wb") as file:
+    with evaluation.whole_file(out / "last.pt", "wb") as file:
         torch.save(state, file)
-    if (out / "last.pt").exists():
-        os.replace(out / "last.pt", out / "previous.pt")
-    os.replace(out / "last.pt.new", out / "last.pt")
+        if (out / "last.pt").exists():
+            os.replace(out / "last.pt", out / "previous.pt")
 
 
 def load_newest(out: Path) -> dict:
@@ -340,7 +341,8 @@ class Log:
         self.pending.append((iteration, task, lr, terms, norm))
 
     def flush(self) -> None:
-        """Writes what is pending. Raises NotFinite for a loss that is not finite, but in fp16."""
+        """Writes what is pending. Raises NotFinite if a loss is not finite; in fp16, whose scaler
+        skips such steps, only if all were skipped."""
         if not self.pending:
             return
         shares = torch.stack([x.double() for row in self.pending for x in row[3].values()]).cpu()
@@ -362,17 +364,17 @@ class Log:
                 k: v if math.isfinite(v) else None for k, v in numbers.items()})  # JSON has no NaN
         self.pending, self.last = [], (done, now)
         self.write(records)
-        if faults and self.train.precision != "fp16":
+        skipped = sum(r["grad_norm"] is None for r in records)  # by fp16's loss scaling
+        if faults and (self.train.precision != "fp16" or skipped == len(records)):
             raise NotFinite(*faults[0])
         if self.file:
             by_task = "  ".join(f"{task} {fmean(x):.3f}" for task, x in losses.items())
-            skipped = sum(r["grad_norm"] is None for r in records)  # by fp16's loss scaling
             print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {records[-1]['lr']:.2e}  "
                   f"{speed:.1f} samples/s  ETA {timedelta(seconds=eta)}"
                   + f"  skipped {skipped}" * bool(skipped), flush=True)
 
 
-class NotFinite(FloatingPointError):
+class NotFinite(Exception):
     """A loss term that is not finite: iteration, task, term."""
 
 
@@ -447,8 +449,9 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
 
     def score(iteration):
         log.flush()
-        results = evaluation.evaluate(model, held_out, device, limit=train.eval_samples or None,
-                                      precision=train.precision, out=out)
+        workers = 0 if evaluation.is_tiny(model.config) else train.num_workers
+        results = evaluation.evaluate(model, held_out, device, num_workers=workers, out=out,
+                                      limit=train.eval_samples or None, precision=train.precision)
         log.write([{"iteration": iteration, "results": results}])
         log.last = iteration, time.time()  # samples a second: of training alone
         return results
@@ -461,6 +464,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
             own = sum(len(x) for b in batches for x in b.labels or [])
             boxes, stopping = sum_over_processes(own, stop.signal)
             if stopping:  # all processes stop before the same iteration
+                loader.close()  # SIGTERM reached its workers too, which live half a minute longer
                 keep(i)
                 if main:
                     print(f"stopped by a signal after iteration {i}; saved: go on with --resume")
@@ -478,30 +482,15 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
                 keep(i + 1)
             if last or (train.eval_every and (i + 1) % train.eval_every == 0):
                 results = score(i + 1)
-    except FloatingPointError as error:
-        raise not_finite(error, log, schedule, datasets, i) from error
+    except NotFinite as error:
+        number, task, term = error.args
+        ids = [int(datasets[task].ids[k]) for k in schedule.samples(number - 1)]
+        raise InputError(f"the loss is not finite: iteration {number}, task {task}, term {term}, "
+                         f"samples {ids}; a lower --lr, or --precision fp32, may help; nothing of "
+                         "it was saved: the last checkpoint is from before") from error
     finally:
         loader.close()  # its workers would wait half a minute for more
     return results if start < train.iterations else score(start)  # complete already: as it stands
-
-
-def not_finite(error, log, schedule, datasets, iteration: int) -> InputError:
-    """The message of a run that went astray: where the first loss that is not finite came from.
-
-    Matching may stumble over weights that an earlier iteration spoilt: what is pending in the log
-    is looked at first.
-    """
-    if not isinstance(error, NotFinite):
-        try:
-            log.flush()
-            error = NotFinite(iteration + 1, schedule.task(iteration), str(error))
-        except NotFinite as earlier:
-            error = earlier
-    number, task, term = error.args
-    ids = [int(datasets[task].ids[k]) for k in schedule.samples(number - 1)]
-    return InputError(f"the loss is not finite: iteration {number}, task {task}, term {term}, "
-                      f"samples {ids}; a lower --lr, or --precision fp32, may help; nothing of it "
-                      f"was saved: the last checkpoint is from before")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -540,16 +529,17 @@ def flag_type(field: dataclasses.Field):
         known = [t.name for t in data.TASKS]
 
     def choice(text):
-        if known and text.lower() not in known:
+        text = text.lower() if known else text
+        if known and text not in known:
             raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(known)}")
-        return text.lower() == "true" if kind is bool else text
+        return text == "true" if kind is bool else text
     number = evaluation.between(*LIMITS.get(field.name, (0, math.inf)), kind)
     one = number if kind in (int, float) else choice
     return (lambda text: tuple(one(x) for x in text.split(",") if x)) if many else one
 
 
 def written(value) -> str:
-    """A setting as one types it."""
+    """A setting as typed on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(
         value).lower() if isinstance(value, bool) else str(value)
 
@@ -583,7 +573,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def configs(values: dict) -> tuple[Config, TrainConfig]:
-    """The two of these settings; what belongs to neither is left out."""
+    """Config and TrainConfig from these settings; other keys are ignored."""
     return tuple(c(**{f.name: values[f.name] for f in dataclasses.fields(c) if f.name in values})
                  for c in (Config, TrainConfig))
 
@@ -609,20 +599,23 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     if args.tiny:
         values = TINY | scaled_to_tiny(values)
     out = Path(args.out or "runs/" + "-".join(["tiny"] * args.tiny + [name] * bool(name)))
-    if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
-        values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
     if args.as_released:
-        values |= unit.AS_RELEASED | {"init_parts": ()}
+        states = (*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ()))
+        values |= unit.AS_RELEASED | {"init_parts": (),
+                                      "all_text_states": tuple(dict.fromkeys(states))}
     chosen = {"tasks": EIGHT} | values | vars(args)
     if chosen["tasks"] != EIGHT:  # tiny's own chances are for all eight
         values["probabilities"] = ()
     if chosen.get("init") or "coco" not in chosen["tasks"]:
         values["coco_first"] = 0.0
-    return *configs(values | vars(args)), out
+    values |= vars(args)
+    if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
+        values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
+    return *configs(values), out
 
 
 def check(train: TrainConfig, world_size: int) -> None:
-    """What only several settings together get wrong, before anything is written."""
+    """Mistakes that show only in a combination of settings, before anything is written."""
     if not train.tasks or len(set(train.tasks)) < len(train.tasks):
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and (len(train.probabilities) != len(train.tasks)
@@ -659,23 +652,18 @@ def resume(out: Path, args: argparse.Namespace) -> tuple[Config, TrainConfig, di
     return *configs(saved | free), state
 
 
-RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.new",
-                "last.pt.new.part", "results.json", "predictions.png", "curves.png", "predictions")
+RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.part",
+                "results.json", "predictions.png", "curves.png", "predictions")
 
 
-def prepare(out: Path, args: argparse.Namespace) -> None:
-    """Makes `out`, and never overwrites a run unasked: only --tiny's default is scratch."""
+def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
+    """A run's files that this one replaces. Never unasked: only --tiny's default is scratch."""
     scratch = args.tiny and not args.out and not args.experiment
     found = [out / name for name in RESULT_FILES if (out / name).exists()]
     if found and not (scratch or args.overwrite):
         raise InputError(f"{out}: there is a run already ({found[0].name}); go on with --resume, "
                          f"replace it with --overwrite, or choose another --out")
-    try:
-        for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
-            from error
+    return found
 
 
 def write_tiny_data(folder: Path) -> None:
@@ -749,14 +737,15 @@ def start(args: argparse.Namespace) -> None:
         config, train, state = resume(out, args)
     check(train, world_size)
     if rank == 0:
-        if not args.resume:
-            prepare(out, args)
+        replaced = [] if args.resume else earlier_run(out, args)
         evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
     sum_over_processes()  # the others wait for the files
     model, datasets, held_out, vocab = build(config, train, args, state, say)
     if rank == 0 and not state:
+        for path in replaced:  # now that data and weights are there
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         evaluation.write_json(out / "config.json",
                               {"config": asdict(model.config), "train": asdict(train)})
     model.to(device)

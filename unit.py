@@ -200,7 +200,8 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class Attention(nn.Module):
-    """Multi-head attention. We never make its L x L matrix: PyTorch's fused kernels go by tiles."""
+    """Multi-head attention. PyTorch's fused kernels work tile by tile and never hold the L x L
+    matrix (but for attention dropout on CPUs)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -291,7 +292,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, d_v^b, H / 16, W / 16)"""
         body = self.body
-        if not torch.is_grad_enabled():  # faster so (on CPUs), but backward passes are slower
+        # Measured on CPUs: forward passes are faster so, backward passes slower.
+        if images.device.type == "cpu" and not torch.is_grad_enabled():
             images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(F.relu_(folded(body.conv1, body.bn1, images)))
         return body.layer4(body.layer3(body.layer2(body.layer1(x))))
@@ -370,7 +372,7 @@ class ImageEncoder(nn.Module):
         x = self.input_proj(x)                                 # P_{b->e}(x^v), (B, d_v^e, H_v, W_v)
         if image_mask is None:
             padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)
-        else:                              # of each position, the nearest pixel; (B, H_v, W_v)
+        else:                 # nearest-neighbour resize to the feature map, (B, H_v, W_v)
             valid = F.interpolate((~image_mask)[:, None].float(), size=x.shape[-2:])[:, 0] > 0.5
             padding = ~valid.flatten(1)                               # (B, L)
         positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
@@ -424,7 +426,7 @@ class TextEncoder(nn.Module):
         states = self.encode(tokens, types, mask, task, only_cls and not self.training)
         if only_cls:                                                  # h^t, (B, S or 1, d_t^e)
             states, mask = states[:, :1], None
-        # The decoder knows text positions by BERT's own embeddings of 0..S-1, projected.
+        # The decoder's text positions are BERT's own position embeddings 0..S-1, projected.
         positions = self.position_embeddings.weight[None, :states.shape[1]]
         return self.projection(states), self.position_projection(positions), mask
 
@@ -492,7 +494,7 @@ class Decoder(nn.Module):
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
         So the first self-attention sees no content and all its values are its value bias: its
-        query, key and value matrices get no gradient (the first two some from attention dropout).
+        query, key and value matrices get a gradient of zero (the first two some from dropout).
         """
         query = query.expand(len(memory), -1, -1)                     # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
@@ -603,9 +605,9 @@ class UniT(nn.Module):
         memory, positions, mask = self.encode(batch, task)
         query = self.queries[task.name]
         if not self.training and memory.shape[1] == 1:
-            # One memory position ([CLS] of a language task): attention over it is constant, so with
-            # contents that start equal all queries go on computing the same thing. One will do; not
-            # in training, where dropout tells them apart.
+            # One memory position ([CLS] alone): attention returns the same vector whatever the
+            # query, so all queries compute the same state, and one is enough. Not in training,
+            # where dropout tells them apart.
             query = query[:1]
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
         hidden = decoder(memory, positions, mask, query)              # Eq. 4, (N_d, B, q, d)
@@ -720,13 +722,11 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     """Hungarian matching (DETR) of all layers and images at once.
 
     logits (N_d, B, q, C + 1), boxes (N_d, B, q, 4), labels B x (n,), targets B x (n, 4)
-    -> layer, image, query, target, each (K,) on the CPU: `target` counts through the boxes of all
-    images, one after another. More boxes than queries: the q that fit best are matched.
+    -> layer, image, query, target, each (K,) on the CPU: `target` indexes the boxes of all
+    images, concatenated. More boxes than queries: the q that fit best are matched.
 
     The cost takes -p(class), not -log p as the loss does: like the box terms it is then bounded,
     which DETR found to work better.
-
-    Raises FloatingPointError where a cost is not finite: the model has diverged.
     """
     counts = [len(x) for x in labels]
     if not sum(counts):
@@ -741,9 +741,9 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     cost = LOSS_WEIGHTS["class"] * class_cost                         # (N_d, T, q)
     cost += LOSS_WEIGHTS["l1"] * (candidates - wanted).abs().sum(-1)
     cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, wanted)
-    cost = cost.cpu().numpy()                                         # the step's one copy to host
-    if not np.isfinite(cost).all():
-        raise FloatingPointError("the matching cost is not finite")
+    # The one copy to the host. In a model that diverged (NaN) any pairing does: after an error here
+    # other processes would wait for this one. The loss is NaN too, and train.py stops them all.
+    cost = np.nan_to_num(cost.cpu().numpy(), nan=1e4, posinf=1e4, neginf=-1e4)
     found, ends = [], np.cumsum(counts)
     for layer in range(len(cost)):
         for i, (start, end) in enumerate(zip(ends - counts, ends)):
@@ -775,8 +775,6 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     class: sum over images of each image's weighted mean over its queries; l1, giou: sums over
     matched boxes; attribute: sum over images of each image's mean over its boxes with attributes.
     With one image a process, as the paper trained, these are the released system's terms.
-
-    Raises FloatingPointError as `match` does.
     """
     logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
     num_layers, batch_size, _, num_outputs = logits.shape
@@ -1079,7 +1077,7 @@ def load_bert(model: UniT, path: Path | str) -> Path:
     return path
 
 
-# The rest of DETR; of torchvision's, ImageNet's classifier and the counters of its batch norms.
+# Keys not used: the rest of DETR; in torchvision's file the classifier and batch norm counters.
 BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj|fc)\."
                    r"|\.num_batches_tracked$")
 
@@ -1173,8 +1171,8 @@ def released_source(name: str):
 def load_released(path: Path | str, **overrides) -> UniT:
     """The authors' model in eval mode, from their archive or the file in it.
 
-    Tasks, sizes, decoders and task embeddings are those of its tensors. Heads of attention do not
-    show there: they are Config's, unless `overrides` says otherwise.
+    Tasks, sizes, decoders and task embeddings are those of its tensors. The number of
+    attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it.
     """
     found = {re.sub(r"^detr_model\.", _BASE, key): value
              for key, value in read_weights(fetch(path)).items()}

@@ -1,4 +1,4 @@
-"""bench.py's yardstick does the same work: the authors' way gives our outputs, losses, gradients."""
+"""bench.py's yardstick does the same work: the authors' way gives our outputs and gradients."""
 from dataclasses import replace
 
 import pytest

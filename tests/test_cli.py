@@ -147,6 +147,21 @@ def test_a_mistake_as_the_user_sees_it(tmp_path):
     assert output.startswith("error: nowhere.pt") and output.count("\n") == 1
 
 
+def parsed(line):
+    return train.settings(train.make_parser().parse_args(line.split()))
+
+
+def test_flags_mean_what_they_say_however_they_are_written():
+    assert parsed("--precision FP16 --tasks COCO")[1].precision == "fp16"
+    for line in ("--init T1.1-coco --out runs/mine", "--experiment T1.4 --out runs/mine"):
+        assert parsed(line)[1].init == "runs/T1.1-coco/last.pt"
+    assert parsed("--as_released")[0].all_text_states == ("vqa2",)
+    assert set(parsed("--as_released --experiment T4.5")[0].all_text_states) == {
+        "vqa2", "snli_ve", "mnli"}
+    assert parsed("--as_released --all_text_states mnli")[0].all_text_states == ("mnli",)
+    assert parsed("--tiny --init x.pt")[1].coco_first == 0 < parsed("--tiny")[1].coco_first
+
+
 def test_help_names_every_flag_with_its_default():
     output = run("train.py", "--help")
     for config in (train.TrainConfig, unit.Config):
@@ -197,7 +212,7 @@ def test_the_readme_s_links_and_flags_exist():
     known = {o for p in PARSERS.values() for a in p()._actions for o in a.option_strings}
     known |= {"--prepare", "--data", "--nproc_per_node", "--nnodes", "--index-url",
               "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
-              "--gpus-per-node", "--cpus-per-task", "--signal"}
+              "--gpus-per-node", "--cpus-per-task", "--signal", "--shutdown-timeout", "--shm-size"}
     for flag in re.findall(r"(?<![\w-])(--[a-z]\w[\w-]*)", README):
         assert flag in known, flag
 

@@ -431,7 +431,7 @@ def test_released_model_has_names_from_the_data_folder(checkpoint, folder, tmp_p
     (["--checkpoint", "GOOD", "--text", "a cat"], "take a text are: qnli, mnli, qqp, sst2"),
     (["--checkpoint", "GOOD", "--image", "no.jpg"], "no.jpg"),
     (["--checkpoint", "GOOD", "--data", "nowhere"], "nowhere"),
-    (["--checkpoint", "GOOD", "--eval_samples", "-1"], "-1 is no int of at least 0"),
+    (["--checkpoint", "GOOD", "--eval_samples", "-1"], "-1: must be an integer of at least 0"),
 ])
 def test_mistakes_are_one_line_and_status_2(flags, message, checkpoint, capsys):
     with pytest.raises(SystemExit) as stop:

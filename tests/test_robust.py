@@ -721,6 +721,9 @@ def test_nothing_there_is_overwritten(run_folder, small_tiny_data, tmp_path, mon
     assert "--resume" in mistake(capsys, "train.py", *tiny, "--out", run_folder)
     assert "--overwrite" in mistake(capsys, "train.py", *tiny, "--out", run_folder,
                                     "--experiment", "T4.7")
+    mistake(capsys, "train.py", "--tasks", "sst2", "--data", tmp_path / "nowhere", "--out",
+            run_folder, "--overwrite")  # a slip in --data does not cost the weights
+    assert files_of(run_folder) == before
     for name in train.RESULT_FILES:  # any one of a run's files tells that there is a run
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("precious")
@@ -755,7 +758,7 @@ def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch
     ("--tasks mnli", "this model's tasks are coco, sst2, vqa2"), ("--tasks ,", "--tasks"),
     ("--tasks coco --split test", "image_info_test-dev2017.json: missing"),
     ("--data nowhere", "nowhere: no such folder"), ("--data OUT", "missing"),
-    ("--eval_samples -1", "at least 0"), ("--batch_size x", "no int"),
+    ("--eval_samples -1", "at least 0"), ("--batch_size x", "an integer"),
     ("--num_workers -1", "at least 0"), ("--precision fp8", "invalid choice"),
     ("--split dev", "invalid choice"), ("--text_pair x", "--text_pair"), ("--image=", "empty"),
     ("--text= --tasks sst2", "empty"), ("--text a --question b", "not allowed with"),
