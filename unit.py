@@ -233,10 +233,13 @@ class EncoderLayer(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None,
-                rows: slice = slice(None)):
+                rows: slice | None = None):
         """x, positions (B, S, d), bias (B, 1, 1, S) -> (B, S, d), or only these `rows` of the S"""
-        query = x if positions is None else x + positions  # not to the values (DETR)
-        x = self.norm1(x[:, rows] + self.dropout(self.attention(query[:, rows], query, x, bias)))
+        query = key = x if positions is None else x + positions  # not to the values (DETR)
+        value = x
+        if rows is not None:
+            x, query = x[:, rows], query[:, rows]
+        x = self.norm1(x + self.dropout(self.attention(query, key, value, bias)))
         hidden = self.inner_dropout(self.activation(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
