@@ -212,7 +212,8 @@ def test_the_readme_s_links_and_flags_exist():
     known = {o for p in PARSERS.values() for a in p()._actions for o in a.option_strings}
     known |= {"--prepare", "--data", "--nproc_per_node", "--nnodes", "--index-url",
               "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
-              "--gpus-per-node", "--cpus-per-task", "--signal", "--shutdown-timeout", "--shm-size"}
+              "--gpus-per-node", "--cpus-per-task", "--signal", "--shutdown-timeout", "--shm-size",
+              "--quick", "--only", "--rounds"}
     for flag in re.findall(r"(?<![\w-])(--[a-z]\w[\w-]*)", README):
         assert flag in known, flag
 
