@@ -5,10 +5,10 @@
 
 | section                 | what it holds                                                         |
 |-------------------------|-----------------------------------------------------------------------|
-| Files and flat arrays   | reading with errors that name the fix; `Strings`                      |
+| Files and flat arrays   | reading with errors that name the fix; `strings`                      |
 | Pictures                | any picture to RGB; DETR's augmentation; the sizes of Section 3.5     |
 | Texts                   | WordPiece; an answer's normal form, as VQA's official scorer has it   |
-| Readers                 | one class a format; `TASKS`, the table of the eight                   |
+| Readers                 | one class per format; `TASKS`, the table of the eight                 |
 | Batches and their order | `collate`, `Schedule`, `train_loader`, `eval_loader`                  |
 | Command line            | `python data.py --data DIR` tells what is there and what is missing   |
 | The tiny data sets      | `write_tiny`: the same formats, small enough for a laptop             |
@@ -66,26 +66,17 @@ from torchvision.transforms.v2 import functional as F
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-# ------------------------------------------------------------------------------------------------
-# Files and flat arrays
+# ---- Files and flat arrays -----------------------------------------------------------------------
 #
 # A forked worker shares memory with its parent until one of them writes to a page, and merely
 # reading a Python object writes to it (its reference count). Millions of small objects are thus
 # copied, worker by worker, page by page. Arrays are not: what stays after loading is NumPy.
 
-class Strings:
-    """Many strings as one buffer of UTF-8 bytes and the places where each begins."""
-
-    def __init__(self, texts):
-        pieces = [str(text).encode("utf-8", "replace") for text in texts]  # lone surrogates: "?"
-        self.starts = np.cumsum([0] + [len(piece) for piece in pieces], dtype=np.int64)
-        self.buffer = np.frombuffer(b"".join(pieces), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return self.buffer[self.starts[index]:self.starts[index + 1]].tobytes().decode()
+def strings(texts) -> np.ndarray:
+    """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
+    # A lone surrogate, as JSON may have, becomes "?".
+    clean = [str(text).encode("utf-8", "replace").decode() for text in texts]
+    return np.array(clean, np.dtypes.StringDType())
 
 
 def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
@@ -153,7 +144,7 @@ def column(rows: list[dict], name: str, path: Path, dtype=None, width: int = 0, 
 
 
 def require(good, problem: str, path: Path, rows: list) -> None:
-    """`good` (n,) bool, one a row: the first False is an error."""
+    """`good` (n,) bool, one per row: the first False is an error."""
     if not np.all(good):
         number = int(np.argmin(good))
         raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
@@ -177,8 +168,7 @@ def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
+# ---- Pictures ------------------------------------------------------------------------------------
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone knows it
 SHORTEST, LONGEST = 800, 1333                # Section 3.5; the limit: released config
@@ -201,7 +191,7 @@ def read_image(path: Path) -> Tensor:
             elif "transparency" in picture.info:     # of a palette: becomes alpha, and is dropped
                 picture = picture.convert("RGBA")
             pixels = np.array(picture.convert("RGB"))
-    except Exception as error:                       # PIL raises many kinds, one a way to be broken
+    except Exception as error:                       # PIL raises many kinds
         raise bad(path, f"cannot be read as a picture ({error})",
                   "fetch it again, or delete it: pictures that are not there are skipped") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -209,7 +199,7 @@ def read_image(path: Path) -> Tensor:
 
 @functools.cache
 def read_tiny_image(path: Path) -> Tensor:
-    """`read_image`, once a worker: 3 KB each, and decoding was most of a tiny sample's time."""
+    """`read_image`, once per worker: 3 KB each, and decoding was most of a tiny sample's time."""
     return read_image(path)
 
 
@@ -268,11 +258,10 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
     return resize(image, rng.choice(SCALES), LONGEST), boxes
 
 
-# ------------------------------------------------------------------------------------------------
-# Texts
+# ---- Texts ---------------------------------------------------------------------------------------
 
 def read_vocabulary(path: Path) -> list[str]:
-    """BERT's vocabulary, a word piece a line."""
+    """BERT's vocabulary, a word piece per line."""
     source = "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased as bert/vocab.txt"
     if not path.exists():
         raise bad(path, "missing; every task with text needs it", source)
@@ -337,8 +326,10 @@ def normalise_answer(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
-# ------------------------------------------------------------------------------------------------
-# Readers
+# ---- Readers -------------------------------------------------------------------------------------
+
+MAX_ATTRIBUTES = 16  # per object (released config)
+
 
 @dataclass
 class Sample:
@@ -492,7 +483,7 @@ class Coco(Dataset):
         self.skipped["repeated image ids"] = int((~first).sum())
         keep = np.flatnonzero(first & present)
         self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
-        self.names, self.num_images = Strings(names[n] for n in keep), len(keep)
+        self.names, self.num_images = strings(names[n] for n in keep), len(keep)
 
     def read_boxes(self, rows: list[dict], listed: np.ndarray, path: Path) -> None:
         """Annotations, from now on grouped by image; `listed`: the ids of all images, those
@@ -559,9 +550,6 @@ class Coco(Dataset):
         return truth
 
 
-MAX_ATTRIBUTES = 16  # an object (released config)
-
-
 class VisualGenome(Coco):
     """Visual Genome's objects with attributes, from COCO-style files that `prepare_vg` makes."""
 
@@ -589,7 +577,7 @@ def coco_val_ids(data: Path) -> set[int]:
 
 
 def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
-    """A class a line, ids from 1, aliases between commas -> its rows for the JSON, {alias: id}."""
+    """A class per line, ids from 1, commas between aliases -> rows for the JSON, {alias: id}."""
     lines = [[name.strip() for name in line.split(",")] for line in read_lines(path)]
     return ([{"id": number, "name": names[0]} for number, names in enumerate(lines, 1)],
             {name: number for number, names in enumerate(lines, 1) for name in names})
@@ -656,10 +644,9 @@ def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: di
 
 
 class Classification(Dataset):
-    """What the readers below share: one or two texts, perhaps a picture, and a class.
+    """What the readers below share: one or two texts, perhaps a picture, and a class."""
 
-    `words` are the labels in the files, by class id.
-    """
+    words: list[str] = []  # the labels in the files, by class id
 
     def texts(self, index: int) -> list[str]:
         return [texts[index] for texts in self.columns]
@@ -678,8 +665,8 @@ class Classification(Dataset):
         """(id, class id or -1, picture or "", up to two texts, ...) -> flat arrays."""
         ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
-        self.names, self.num_images = Strings(names), len({*names} - {""})
-        self.columns = [Strings(column) for column in zip(*texts)]
+        self.names, self.num_images = strings(names), len({*names} - {""})
+        self.columns = [strings(column) for column in zip(*texts)]
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -766,7 +753,7 @@ class Vqa2(Classification):
             rows += self.genome_questions(held_out, different)
         present = self.count_absent([row[2] is not None for row in rows],
                                     [f"question {row[0]}'s" for row in rows])
-        self.encode(list(compress(rows, present)), Strings(different))
+        self.encode(list(compress(rows, present)), strings(different))
 
     def read_answers(self, common: Counter) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
@@ -802,7 +789,7 @@ class Vqa2(Classification):
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
-    def encode(self, rows: list[tuple], answers: Strings) -> None:
+    def encode(self, rows: list[tuple], answers: np.ndarray) -> None:
         """rows as for `fill`, and of each its answers' places in `answers` -> flat arrays."""
         places = padded([row[4] for row in rows], 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
@@ -947,8 +934,7 @@ def require_folder(data: Path) -> None:
         raise bad(data, "no such folder", "give the data sets' by --data (layout: README)")
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches and their order
+# ---- Batches and their order ---------------------------------------------------------------------
 
 def collate(task: Task, samples: list[Sample]) -> Batch:
     """Samples of one task as a `Batch`."""
@@ -1007,8 +993,6 @@ class Schedule:
         if empty := [name for name in self.names if not sizes[name]]:
             raise InputError(f"{empty[0]} has no training samples; leave it out of --tasks")
         weights = np.array([probabilities[name] for name in self.names], np.float64)
-        if not (weights.sum() > 0 and (weights >= 0).all()):
-            raise InputError(f"sampling probabilities {weights.tolist()}: none below 0, not all 0")
         # One draw an iteration: a longer run begins as a shorter one does.
         draws = np.random.default_rng([seed, 0]).random(iterations)
         edges = np.cumsum(weights / weights.sum())[:-1]
@@ -1065,7 +1049,7 @@ def convert_lists(batch: Batch, convert) -> Batch:
 
 
 def start_worker(number: int) -> None:
-    """One thread a worker. Ctrl-C is the parent's affair, who saves. So is SIGTERM, which clusters
+    """One thread per worker. Ctrl-C is for the parent, who saves. So is SIGTERM, which clusters
     send to all processes: workers serve on while the parent saves, for half a minute at most."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -1104,10 +1088,8 @@ def default_size(dataset: Dataset, size: int) -> int:
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
                  world_size: int = 1, micro_batch: int = 0, num_workers: int = 0, seed: int = 0):
-    """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on."""
-    if schedule.batch_size % world_size:
-        raise InputError(f"--batch_size {schedule.batch_size} is no multiple of the {world_size} "
-                         "processes; choose one that is")
+    """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on. The
+    batch size is a multiple of `world_size`."""
     each = schedule.batch_size // world_size
     share = range(rank * each, (rank + 1) * each)
     requests = micro_batches(datasets, schedule, start, share, micro_batch)
@@ -1123,8 +1105,7 @@ def eval_loader(dataset: Dataset, indices, batch_size: int = 0, num_workers: int
         yield batch
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line --------------------------------------------------------------------------------
 
 PRETRAINED = {"bert/vocab.txt": "all tasks with text",
               "bert/pytorch_model.bin or bert/model.safetensors": "weights of the text encoder",
@@ -1132,7 +1113,7 @@ PRETRAINED = {"bert/vocab.txt": "all tasks with text",
 
 
 def report(data: Path) -> None:
-    """A line a split: how much is there, what was skipped and why, which files are missing."""
+    """A line per split: how much is there, what was skipped and why, which files are missing."""
     print(f"{data}: what is there, split by split\n")
     for task in TASKS:
         for split in task.dataset.files:
@@ -1182,8 +1163,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------------------
-# The tiny data sets
+# ---- The tiny data sets --------------------------------------------------------------------------
 #
 # What eight real data sets ask of a model, in a size that a laptop learns in minutes: pictures of
 # 32 x 32 pixels with one to three coloured shapes, and sentences made of templates. They are

@@ -52,9 +52,7 @@ from torchvision.ops import box_convert, box_iou
 from torchvision.transforms.functional import to_pil_image
 
 
-# -------------------------------------------------------------------------------------------------
-# The paper's numbers
-# -------------------------------------------------------------------------------------------------
+# ---- The paper's numbers -------------------------------------------------------------------------
 
 def _table(text: str, after_slash: bool = False) -> dict[str, dict[str, float]]:
     """{row: {task: number}}; "-": none; A,B: lines of the same runs; A-*: a run for each task."""
@@ -134,9 +132,7 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
     return "\n".join("{:<9} {:<18} {:>8} {:>14}".format(*row).rstrip() for row in rows)
 
 
-# -------------------------------------------------------------------------------------------------
-# A trained model from its file
-# -------------------------------------------------------------------------------------------------
+# ---- A trained model from its file ---------------------------------------------------------------
 
 def read_checkpoint(path) -> dict:
     """What train.py saved: plain values and tensors only, anything else is refused, not run."""
@@ -170,9 +166,7 @@ def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
     return model.to(device).eval(), checkpoint
 
 
-# -------------------------------------------------------------------------------------------------
-# Metrics
-# -------------------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
     """Agreement with ten annotators in 0..1, as the official evaluation (footnote 1) has it.
@@ -262,9 +256,7 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
     return int((right & counted).sum()), int(counted.sum())
 
 
-# -------------------------------------------------------------------------------------------------
-# Evaluation
-# -------------------------------------------------------------------------------------------------
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_workers: int = 0,
              limit: int | None = None, precision: str = "fp32", out=None) -> dict:
@@ -384,15 +376,11 @@ def score(dataset, indices, items: list) -> dict:
     return metrics | ({"F1": 100 * f1_score(answers, truth)} if task.name == "qqp" else {})
 
 
-# -------------------------------------------------------------------------------------------------
-# Files: results, and what the test servers take
-# -------------------------------------------------------------------------------------------------
+# ---- Files: results, and what the test servers take ----------------------------------------------
 
-# GLUE's server: file, and the labels by class id. Its zip has eleven files, four of which are ours
-# (whether it takes fewer is not known); VQA's wants all of test2015, also to score test-dev.
-NLI = ["entailment", "neutral", "contradiction"]
-GLUE_FILES = {"qnli": ("QNLI", ["entailment", "not_entailment"]), "mnli": ("MNLI-mm", NLI),
-              "qqp": ("QQP", ["0", "1"]), "sst2": ("SST-2", ["0", "1"])}
+# GLUE's server: names of files. Its zip has eleven, four of which are ours (whether it takes fewer
+# is not known); VQA's wants all of test2015, also to score test-dev.
+GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
 
 
 @contextlib.contextmanager
@@ -454,7 +442,7 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
         write_json(folder / name, [{"question_id": i, "answer": dataset.class_names[a]}
                                    for i, a in items])
     else:
-        name, labels = GLUE_FILES.get(task.name, (task.name, dataset.class_names))
+        name, labels = GLUE_FILES.get(task.name, task.name), dataset.words or dataset.class_names
         with whole_file(folder / f"{name}{'' if split == 'test' else '_' + split}.tsv") as file:
             file.write("index\tprediction\n")
             file.writelines(f"{i}\t{labels[a]}\n" for i, a in items)
@@ -480,9 +468,7 @@ def write_detections(path: Path, names: list[str], items: list) -> None:
             archive.write(path, path.name)
 
 
-# -------------------------------------------------------------------------------------------------
-# One input
-# -------------------------------------------------------------------------------------------------
+# ---- One input -----------------------------------------------------------------------------------
 
 def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
             text_pair: str | None = None, task: str | None = None) -> list[dict]:
@@ -541,9 +527,7 @@ def is_tiny(config: Config) -> bool:
     return config.backbone == "small"
 
 
-# -------------------------------------------------------------------------------------------------
-# Pictures (Figures 3, E.1 and D.1; Appendices D and E)
-# -------------------------------------------------------------------------------------------------
+# ---- Pictures (Figures 3, E.1 and D.1; Appendices D and E) ---------------------------------------
 
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
@@ -635,7 +619,7 @@ def predictions_picture(model: UniT, datasets: dict, device, path, samples: int 
 
 
 def curves_picture(log, path) -> None:
-    """Figure D.1: each metric against iterations, a panel a task, from a run's log.jsonl."""
+    """Figure D.1: each metric against iterations, a panel per task, from a run's log.jsonl."""
     series = {}  # {task: {metric: [(iteration, value)]}}
     for entry in read_log(log):
         for task, metrics in entry.get("results", {}).items():
@@ -648,7 +632,7 @@ def curves_picture(log, path) -> None:
 
 
 def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
-    """One plot of {metric: [(iteration, percent)]}, a line a metric."""
+    """One plot of {metric: [(iteration, percent)]}, a line per metric."""
     plot = Image.new("RGB", (WIDTH, 190), "white")
     draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
     iterations, values = zip(*(point for points in metrics.values() for point in points))
@@ -669,9 +653,7 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
     return tile([(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)], plot)
 
 
-# -------------------------------------------------------------------------------------------------
-# The command line
-# -------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """Reports mistakes in one line, like the rest of the program."""

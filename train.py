@@ -44,7 +44,7 @@ class TrainConfig:
         ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2"), "data sets (Section 4.2)")
     probabilities: tuple[float, ...] = option((), "chance of each of --tasks; none: Table A.2's")
     iterations: int = option(500_000, "iterations (Section 4.2)")
-    batch_size: int = option(64, "samples an iteration, over all processes (Table A.1)")
+    batch_size: int = option(64, "samples per iteration, over all processes (Table A.1)")
     micro_batch: int = option(0, "samples a process holds at a time; 0: one image, or all texts")
     lr: float = option(5e-5, "learning rate (Table A.1)")
     lr_backbone: float = option(1e-5, "learning rate of the backbone (DETR; released config)")
@@ -63,8 +63,8 @@ class TrainConfig:
     precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16")
     seed: int = option(0, "seed of weights, sampling, augmentation and dropout")
     data: str = option("data", "folder of the data sets, as README lays it out")
-    num_workers: int = option(4, "data workers a process")
-    log_every: int = option(50, "iterations a line on the screen")
+    num_workers: int = option(4, "data workers per process")
+    log_every: int = option(50, "iterations per line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
     eval_every: int = option(
         10_000, "iterations between evaluations (released config); 0: only at the end")
@@ -78,9 +78,7 @@ PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")
 FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every", "eval_samples",
                   "micro_batch"}
 
-# --------------------------------------------------------------------------------------------------
-# Experiments: every line of Tables 1-4 and C.1 (data, not code)
-# --------------------------------------------------------------------------------------------------
+# ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
 
 DETECTION_VQA = ("coco", "vg", "vqa2")          # Section 4.1, Table A.2 line 1: equal chances
 EIGHT = TrainConfig.tasks                       # Section 4.2
@@ -172,9 +170,7 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(line.get(t, 0.1) for t in tasks)  # 0.1: a ninth task
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes
-# --------------------------------------------------------------------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
 
 def sum_over_processes(*numbers: float) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
@@ -197,9 +193,7 @@ class Stop:
         self.signal = number
 
 
-# --------------------------------------------------------------------------------------------------
-# Optimiser and schedule (Section 3.5)
-# --------------------------------------------------------------------------------------------------
+# ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
 
 def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
@@ -235,9 +229,7 @@ class Step(nn.Module):
         return self.model.losses(self.model(batch), batch, batch_size, num_boxes)
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 def save(out: Path, state: dict) -> None:
     """Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
@@ -310,9 +302,7 @@ def freeze(model: UniT, parts: tuple[str, ...]) -> None:
             p.requires_grad_(False)
 
 
-# --------------------------------------------------------------------------------------------------
-# The log: one line an iteration in log.jsonl, one every `log_every` on the screen
-# --------------------------------------------------------------------------------------------------
+# ---- The log: one line per iteration in log.jsonl, one every `log_every` on the screen ----------
 
 class Log:
     """Keeps an iteration's numbers on the device until `flush`: most iterations need not wait."""
@@ -327,7 +317,7 @@ class Log:
             self.file = open(path, "ab", buffering=2**20)
 
     def write(self, records: list[dict]) -> None:
-        """One JSON object a line, handed to the system in one call (the usual buffer cuts it at
+        """One JSON object per line, handed to the system in one call (the usual buffer cuts it at
         8 KB): a kill leaves no half of one."""
         if self.file:
             try:
@@ -378,9 +368,7 @@ class NotFinite(Exception):
     """A loss term that is not finite: iteration, task, term."""
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop (Section 3.5)
-# --------------------------------------------------------------------------------------------------
+# ---- The loop (Section 3.5) ----------------------------------------------------------------------
 
 def iteration_seed(seed: int, iteration: int, rank: int) -> int:
     """Dropout follows from this alone, so that resuming needs no generator's state."""
@@ -394,7 +382,7 @@ def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
     totals: dict[str, Tensor] = {}
     for k, batch in enumerate(batches):
         wait = k < len(batches) - 1 and dist.is_initialized()
-        with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once an iteration
+        with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once per iteration
             with evaluation.autocast(device, train.precision):
                 terms = step(batch.to(device, parameters[0].dtype), train.batch_size, boxes)
             # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
@@ -440,6 +428,8 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
     optimizer, scaler, step, schedule = set_up(model, datasets, train, state, device)
     loader = data.train_loader(datasets, schedule, start, rank, world_size, train.micro_batch,
                                train.num_workers, train.seed)
+    if state:
+        state.clear()  # all of it lives on in model and optimiser: 2.4 GB for each process
     log, stop, results = Log(out, train, start, main), Stop(), {}
 
     def keep(iteration):
@@ -453,7 +443,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         results = evaluation.evaluate(model, held_out, device, num_workers=workers, out=out,
                                       limit=train.eval_samples or None, precision=train.precision)
         log.write([{"iteration": iteration, "results": results}])
-        log.last = iteration, time.time()  # samples a second: of training alone
+        log.last = iteration, time.time()  # samples per second: of training alone
         return results
 
     gc.freeze()  # or the first full collection copies 75 MB that the data workers share
@@ -493,9 +483,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
     return results if start < train.iterations else score(start)  # complete already: as it stands
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 # The groups of --help; a class's name stands for the rest of its fields.
 GROUPS = {

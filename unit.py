@@ -183,9 +183,7 @@ NO_OBJECT_WEIGHT = 0.1                            # DETR; released config
 LOSS_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0, "attribute": 1.0}
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention, and the one encoder layer of both encoders
-# --------------------------------------------------------------------------------------------------
+# ---- Attention, and the one encoder layer of both encoders ---------------------------------------
 
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Padding mask (B, S), True = padding -> (B, 1, 1, S), what attention adds to its scores.
@@ -253,9 +251,7 @@ def put_in_front(vector: Tensor, x: Tensor, mask: Tensor | None):
     return x, None if mask is None else F.pad(mask, (1, 0), value=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 3.1. Image encoder
-# --------------------------------------------------------------------------------------------------
+# ---- Section 3.1. Image encoder ------------------------------------------------------------------
 
 def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)). A frozen batch norm is linear: scaling the weights costs less than the map."""
@@ -396,9 +392,7 @@ class ImageEncoder(nn.Module):
         return x[:, 1:] if with_task else x
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 3.2. Text encoder
-# --------------------------------------------------------------------------------------------------
+# ---- Section 3.2. Text encoder -------------------------------------------------------------------
 
 class TextEncoder(nn.Module):
     """Section 3.2: BERT without its pooler; then to the decoder's width. w_t^task is (1, d_t^e)."""
@@ -456,9 +450,10 @@ class TextEncoder(nn.Module):
         return last(x, bias=bias)[:, int(with_task):]
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 3.3. Domain-agnostic decoder
-# --------------------------------------------------------------------------------------------------
+OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder, what is not BERT's
+
+
+# ---- Section 3.3. Domain-agnostic decoder --------------------------------------------------------
 
 class DecoderLayer(nn.Module):
     """DETR's: self-attention among the queries, cross-attention to the memory, feed-forward."""
@@ -508,9 +503,7 @@ class Decoder(nn.Module):
         return torch.stack(states)                                    # Eq. 4
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 3.4. Task-specific output heads
-# --------------------------------------------------------------------------------------------------
+# ---- Section 3.4. Task-specific output heads -----------------------------------------------------
 
 class AttributeHead(nn.Module):
     """BUTD's: a^l from the state and the object's class. As in the released system it ends in a
@@ -565,9 +558,7 @@ class Classifier(nn.Module):
         return self.linear1(self.dropout(F.gelu(self.linear2(h_1))))  # Eq. 8
 
 
-# --------------------------------------------------------------------------------------------------
-# The model
-# --------------------------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 @dataclass
 class Outputs:
@@ -594,7 +585,7 @@ class UniT(nn.Module):
         # D^shared, or D_t^sep for each task t (Section 3.3).
         self.decoders = nn.ModuleDict({name: Decoder(config) for name in
                                        (["shared"] if config.shared_decoder else self.tasks)})
-        # q^task: a learned table of one row a query, drawn from N(0, 1), one table a task.
+        # q^task: for each task a learned table, a row per query, drawn from N(0, 1).
         self.queries = nn.ParameterDict({t.name: torch.randn(t.num_queries, width) for t in tasks})
         self.heads = nn.ModuleDict({
             t.name: DetectionHead(width, t) if t.kind == "detection" else
@@ -656,7 +647,7 @@ class UniT(nn.Module):
             num_boxes = sum(len(labels) for labels in batch.labels)
         terms = detection_losses(outputs, batch, self.heads[task.name])
         # DETR's normaliser is the number of boxes averaged over processes, at least 1. With one
-        # image a process (Section 3.5) and averaged gradients: max(boxes of the batch, samples).
+        # image per process (Section 3.5) and averaged gradients: max(boxes of the batch, samples).
         boxes = max(num_boxes, n)
         divisor = {"class": n, "l1": boxes, "giou": boxes, "attribute": n}
         return {k: LOSS_WEIGHTS[k] / divisor[k] * v.sum() for k, v in terms.items()}
@@ -691,9 +682,7 @@ def initialise(model: UniT) -> None:
                 nn.init.normal_(p, std=0.01) if p.dim() > 1 else nn.init.zeros_(p)
 
 
-# --------------------------------------------------------------------------------------------------
-# Section 3.4. Losses
-# --------------------------------------------------------------------------------------------------
+# ---- Section 3.4. Losses -------------------------------------------------------------------------
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Losses and boxes are in full precision under autocast, too."""
@@ -703,7 +692,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) -> Tensor:
     """logits p (N_d or 1, B, C), scores t (B, C) -> (), summed over layers and samples.
 
-    One class a sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
+    One class per sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
     released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, summed over the answers.
     """
     logits, target = at_least_float32(logits), at_least_float32(scores).expand_as(logits)
@@ -777,7 +766,7 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
 
     class: sum over images of each image's weighted mean over its queries; l1, giou: sums over
     matched boxes; attribute: sum over images of each image's mean over its boxes with attributes.
-    With one image a process, as the paper trained, these are the released system's terms.
+    With one image per process, as the paper trained, these are the released system's terms.
     """
     logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
     num_layers, batch_size, _, num_outputs = logits.shape
@@ -816,9 +805,7 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     return terms
 
 
-# --------------------------------------------------------------------------------------------------
-# From outputs to detections (Section 3.4: "post-processed into object bounding boxes")
-# --------------------------------------------------------------------------------------------------
+# ---- From outputs to detections (Section 3.4: "post-processed into object bounding boxes") -------
 
 @dataclass
 class Detections:
@@ -833,7 +820,7 @@ class Detections:
 
 @torch.no_grad()
 def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]:
-    """The top layer's outputs as detections, one entry an image."""
+    """The top layer's outputs as detections, one entry per image."""
     scores, labels = at_least_float32(outputs.logits[-1]).softmax(-1)[..., :-1].max(-1)  # (B, q)
     height, width = batch.sizes.to(scores.device).unbind(-1)
     scale = torch.stack([width, height, width, height], -1)[:, None]  # (B, 1, 4)
@@ -846,10 +833,9 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
     return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
 
 
-# --------------------------------------------------------------------------------------------------
-# Loading pretrained and released weights. What is not there raises MissingFile, what cannot be read
-# or does not fit InputError; a file that does not fit leaves the model as it was.
-# --------------------------------------------------------------------------------------------------
+# ---- Loading pretrained and released weights -----------------------------------------------------
+# What is not there raises MissingFile, what cannot be read or does not fit InputError; a file that
+# does not fit leaves the model as it was.
 
 class MissingFile(InputError):
     """A file that is not there and could not be fetched; the message says where to put it."""
@@ -1035,7 +1021,6 @@ BERT_NAMES = [
     (r"linear1", "intermediate.dense"), (r"linear2", "output.dense"),
     (r"norm2", "output.LayerNorm")]
 BERT_UNUSED = r"^(cls|pooler)\.|\bposition_ids$"
-OUR_OWN = ("projection.", "position_projection.", "w_task.")  # in our text encoder, but not of BERT
 
 
 def bert_config(folder: Path | str) -> dict[str, int]:

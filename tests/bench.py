@@ -646,13 +646,12 @@ def step_cost(image=None, tokens=None, queries=100, num_tasks=1) -> tuple[float,
 
 def growth(flags) -> None:
     heading("How a training step grows (dropout 0), cpu", ("time", "peak"))
-    quick, side = flags.quick, 320 if flags.quick else 640
-    for what, key, values, fixed in (
-            ("a picture of side", "image", (320, 480, 640, 800, 1066, 1333), {}),
-            ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), dict(queries=25)),
-            (f"queries (picture of {side})", "queries", (25, 100, 200, 300), dict(image=side)),
-            (f"tasks (picture of {side})", "num_tasks", (1, 4, 8, 16), dict(image=side))):
-        for value in values[:3:2] if quick else values:
+    parts = (("a picture of side", "image", (320, 480, 640, 800, 1066, 1333), {}),
+             ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), dict(queries=25)),
+             ("queries (picture of 640)", "queries", (25, 100, 200, 300), dict(image=640)),
+             ("tasks (picture of 640)", "num_tasks", (1, 4, 8, 16), dict(image=640)))
+    for what, key, values, fixed in parts[:2] if flags.quick else parts:
+        for value in values[:3:2] if flags.quick else values:
             seconds, peak = in_child(functools.partial(step_cost, **fixed, **{key: value}))
             row(f"{what} {value}", f"{seconds:.3g} s", f"{peak:.0f} MiB")
 
@@ -663,12 +662,18 @@ def gpu(flags) -> None:
     name = torch.cuda.get_device_name()
     peak = flags.peak_tflops or next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
     heading(f"Training on {name}, COCO, 800 x 1333", ("images/s", "peak"))
-    for precision in ("fp32", "fp16", "bf16"):
+    theirs, their_peak, _ = gpu_speed("fp32", 1, authors=True)
+    row("the authors' way, fp32, micro-batch 1", f"{theirs:.1f}", f"{their_peak:.0f} MiB")
+    for precision, least in (("fp32", 2), ("fp16", 4), ("bf16", 4)):
         for size in (1, 2, 4, 8):
             speed, most, flops = gpu_speed(precision, size)
             # fp32's convolutions may take TensorFloat-32, half as fast as half precision.
             share = f"{speed * flops / (peak * 1e12):.1%} of {peak}" if peak else "peak not known"
             row(f"{precision}, micro-batch {size}", f"{speed:.1f}", f"{most:.0f} MiB", share)
+            if size == 1:
+                faster, smaller = speed / theirs, most / their_peak
+                row("  beside the authors' way", f"{faster:.2f}", f"{smaller:.2f}",
+                    target=f">= {least}, <= 0.4", good=faster >= least and smaller <= 0.4)
     step = trainer(make_model(device=CUDA).train(), make_batch("coco", 1, (800, 1333), device=CUDA),
                    False)
     step()
@@ -678,19 +683,21 @@ def gpu(flags) -> None:
         step()
     torch.cuda.set_sync_debug_mode("default")
     count = sum("synchroniz" in str(w.message) for w in caught)
-    row("synchronisations a step", str(count))
+    row("synchronisations a step", str(count), target="<= 1", good=count <= 1)
     busy, alone = gpu_busy(flags.workers)
-    row(f"GPU busy with {flags.workers} data workers", f"{busy:.1%}", f"{alone:.1f}/s alone")
+    row(f"GPU busy with {flags.workers} data workers", f"{busy:.1%}", f"{alone:.1f}/s alone",
+        target="> 90%", good=busy > 0.9)
 
 
-def gpu_speed(precision: str, size: int) -> tuple[float, float, float]:
+def gpu_speed(precision: str, size: int, authors: bool = False) -> tuple[float, float, float]:
     """Images a second, peak MiB, operations an image; zeros where memory does not suffice."""
     from torch.utils.flop_counter import FlopCounterMode
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        step = trainer(make_model(device=CUDA).train(),
-                       make_batch("coco", size, (800, 1333), device=CUDA), False, precision)
+        model = make_model(device=CUDA).train()
+        step = trainer(authors_way(model) if authors else model,
+                       make_batch("coco", size, (800, 1333), device=CUDA), authors, precision)
         with FlopCounterMode(display=False) as counter:
             step()
         seconds = median(timed(step, CUDA) for _ in range(5))

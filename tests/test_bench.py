@@ -1,5 +1,6 @@
 """bench.py's yardstick does the same work: the authors' way gives our outputs and gradients."""
-from dataclasses import replace
+import argparse
+import functools
 
 import pytest
 import torch
@@ -81,3 +82,32 @@ def test_pictures_are_the_same_as_with_pil(tmp_path):
         ours = bench.data.augment(bench.data.read_image(path), boxes, rngs[0])[0]
         difference = bench.data.normalise(ours) - bench.with_pil(path, boxes, rngs[1])
         assert difference.abs().max() < 0.05  # a few steps of 1/255
+
+
+def test_the_gpu_part_runs(monkeypatch, capsys):
+    """Each line of it, with the CPU in the GPU's place and everything small: its figures mean
+    nothing here, but the day on which a GPU is there shall not be lost to a misprint."""
+    def nothing(*_, **__):
+        return 0
+
+    sizes = dict(backbone="small", encoder_width=16, encoder_heads=2, encoder_ff=16,
+                 encoder_layers=1, decoder_width=16, decoder_heads=2, decoder_ff=16,
+                 decoder_layers=1)
+    model, batch = functools.partial(bench.make_model, **sizes), bench.make_batch
+    monkeypatch.setattr(bench, "make_model", model)
+    monkeypatch.setattr(bench, "make_batch", lambda task, size, image, **more: batch(
+        task, size, (32, 40), **more))
+    monkeypatch.setattr(bench, "CUDA", torch.device("cpu"))
+    monkeypatch.setattr(bench, "gpu_busy", functools.partial(bench.gpu_busy, number=4))
+    for name, value in dict(SCALES=(32,), CROP_SCALES=(40,), LONGEST=64).items():
+        monkeypatch.setattr(bench.data, name, value)
+    for name in ("empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 ** 30)
+    bench.gpu(argparse.Namespace(peak_tflops=None, workers=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert "V100" in lines[1] and lines[3].startswith("the authors' way, fp32")
+    rows = [line.split()[0] for line in lines if "micro-batch" in line and "% of 125" in line]
+    assert rows == ["fp32,"] * 4 + ["fp16,"] * 4 + ["bf16,"] * 4
+    assert lines[-2].startswith("synchronisations a step") and "GPU busy with 1" in lines[-1]

@@ -100,10 +100,11 @@ def test_the_eight_tasks():
 
 def test_strings():
     texts = ["", "cat", "Ärger 猫 \U0001f600", "a\nb", ""]
-    strings = data.Strings(texts)
+    strings = data.strings(texts)
     assert len(strings) == 5 and [strings[n] for n in range(5)] == texts
-    assert data.Strings(["\ud800x"])[0] == "?x"  # half a character, as JSON may have
-    assert len(data.Strings([])) == 0
+    assert type(strings[1]) is str and data.strings(["nul\0\0"])[0] == "nul\0\0"
+    assert data.strings(["\ud800x"])[0] == "?x"  # half a character, as JSON may have
+    assert len(data.strings([])) == 0
 
 
 def test_lines_of_any_ending(tmp_path):
@@ -779,8 +780,6 @@ def test_schedule_edges():
     assert "coco" not in {never.task(i) for i in range(2000)}
     with pytest.raises(InputError, match="vg has no training samples"):
         data.Schedule(SIZES | {"vg": 0}, CHANCES, 4, 10, seed=0)
-    with pytest.raises(InputError, match="not all 0"):
-        data.Schedule(SIZES, dict.fromkeys(SIZES, 0), 4, 10, seed=0)
 
 
 # ----------------------------------------------------------------------------------------- loaders
@@ -821,8 +820,6 @@ def test_loader_does_not_depend_on_ranks_or_micro_batches(small):
     joined = [x for k in range(0, 16, 2) for half in halves for x in half[k:k + 2]]
     assert same_batches(whole, joined)
     assert [len(b) for _, b in load_all(small, rank=1, world_size=2)] == [2] * 8
-    with pytest.raises(InputError, match="--batch_size 4 is no multiple of the 3 processes"):
-        load_all(small, world_size=3)
 
 
 def test_default_micro_batch_is_one_picture(small):

@@ -39,7 +39,7 @@ def command(out, *more, data_dir, processes=1, first="", **kwargs):
         head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = ROOT / "train.py"
     if first:
-        script = Path(out).parent / "first.py"
+        script = Path(out).with_suffix(".py")  # one for each: they start side by side
         script.write_text(f"import torch\n{first}\nimport train\ntrain.main()\n")
     return run_python([*head, script, "--tiny", "--data", data_dir, "--out", out, *SMALL, *more],
                       **kwargs)
