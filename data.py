@@ -177,7 +177,7 @@ CROP_SCALES = (400, 500, 600)                # DETR: the size before the crop
 CROP_SIDES = (384, 600)                      # Section 3.5
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path | str) -> Tensor:
     """(3, H, W) uint8 RGB, laid out as (H, W, 3): the layout that torchvision resizes fastest.
 
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode.
@@ -198,7 +198,7 @@ def read_image(path: Path) -> Tensor:
 
 
 @functools.cache
-def read_tiny_image(path: Path) -> Tensor:
+def read_tiny_image(path: str) -> Tensor:
     """`read_image`, once per worker: 3 KB each, and decoding was most of a tiny sample's time."""
     return read_image(path)
 
@@ -415,7 +415,9 @@ class Dataset:
 
     def picture(self, index: int) -> Tensor:
         """(3, H, W) uint8."""
-        return (read_tiny_image if self.tiny else read_image)(self.folder / self.names[index])
+        # No Path: it interns its names, and each worker would get that whole table for its own.
+        path = f"{self.folder}/{self.names[index]}"
+        return (read_tiny_image if self.tiny else read_image)(path)
 
     @property
     def summary(self) -> str:

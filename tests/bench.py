@@ -527,7 +527,7 @@ def annotations(flags) -> None:
             row(f"{name}: kept in memory once loaded", f"{kept:.0f} MiB",
                 target=f"< {limit / share:.0f} MiB", good=kept < limit / share)
             row(f"{name}: growth of a worker that reads all", f"{grown:.1f} MiB",
-                target="< 8 MiB", good=grown < 8)
+                target="< 1 MiB", good=grown < 1)
             times = in_child(loading_times, name, folder, min(flags.rounds, 3))
             ratios = [a / b for a, b in times]
             a, b = (median(column) for column in zip(*times))
