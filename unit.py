@@ -14,21 +14,23 @@
 | Section 3.4       | DETR's and BUTD's losses            | `match`, `detection_losses`            |
 
 Where this differs from the paper's text:
+* Section 3.1: positions are added to the queries and keys of every layer (DETR), not to the map.
 * Eq. 2: the encoder's input is added to its output. The paper does not say so; the released weights
   need it.
 * Eq. 7: in training the attribute head is fed the class of the matched target (as in BUTD, which
   the paper cites), at test the highest-scoring class of c^l.
 * Table A.1 names one learning rate; the backbone has its own, DETR's (see train.py).
 
-Where the paper is silent, the authors' released system decides: sizes and places of the two task
-vectors, what is added to queries and keys, initialisation, loss weights, normalisers. In three
-places that system contradicts the paper, which is the default here (`AS_RELEASED` switches them):
-VQAv2's loss (Eq. 9) and text states (Section 3.2), and the classifier's LayerNorm and the place of
-its dropout (Eq. 8).
+Where the paper is silent, the authors' released system decides: how d_v^e and d_t^e become d_t^d (a
+linear map of the states, and one of their positions), task vectors without position or LayerNorm,
+initialisation, loss weights, normalisers. In three places that system contradicts the paper, which
+is the default here (`AS_RELEASED` switches them): VQAv2's loss (Eq. 9) and text states (Section
+3.2), and the classifier's LayerNorm and the place of its dropout (Eq. 8).
 
 Shapes: B batch, H x W image, L = H_v W_v image positions, S text tokens, M = L, S or L + S memory
-positions, q queries, d width, C classes, A attributes, N_d decoder layers, T boxes of a batch,
-K matched pairs. Batch comes first. Masks are True at padding.
+positions, n positions of any sequence, q queries, d width, C classes (the paper's c_t), A
+attributes, N_d decoder layers, T boxes of a batch, K matched pairs. Batch comes first. Masks are
+True at padding. "No-object" is the paper's background.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What every file needs to know of a data set. The eight are `data.TASKS`; a ninth is a row."""
+    """What every file needs to know of a data set. The eight are `data.TASKS`; a ninth is a row.
+
+    It is the paper's task t: COCO and VG, both detection, have a w^task, q^task and head each.
+    """
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -208,10 +213,10 @@ class Attention(nn.Module):
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
-        """query (B, Q, d), key and value (B, K, d), bias (B, 1, 1, K) -> (B, Q, d)"""
+        """query (B, n, d), key and value (B, M, d), bias (B, 1, 1, M) -> (B, n, d)"""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        out = F.scaled_dot_product_attention(                         # (B, heads, Q, d / heads)
+        out = F.scaled_dot_product_attention(                         # (B, heads, n, d / heads)
             q, k, v, attn_mask=None if bias is None else bias.to(q.dtype),
             dropout_p=self.dropout if self.training else 0.0)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -232,7 +237,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None,
                 rows: slice | None = None):
-        """x, positions (B, S, d), bias (B, 1, 1, S) -> (B, S, d), or only these `rows` of the S"""
+        """x, positions (B, n, d), bias (B, 1, 1, n) -> (B, n, d), or only these `rows` of the n"""
         query = key = x if positions is None else x + positions  # not to the values (DETR)
         value = x
         if rows is not None:
@@ -243,7 +248,7 @@ class EncoderLayer(nn.Module):
 
 
 def put_in_front(vector: Tensor, x: Tensor, mask: Tensor | None):
-    """vector (1, d), x (B, S, d), mask (B, S) or None -> (B, 1 + S, d), (B, 1 + S) or None
+    """vector (1, d), x (B, n, d), mask (B, n) or None -> (B, 1 + n, d), (B, 1 + n) or None
 
     The task vector (Sections 3.1 and 3.2) comes first and is never masked.
     """
@@ -264,7 +269,7 @@ class FoldedBottleneck(Bottleneck):
     """torchvision's, batch norms folded."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 4 C', H', W')"""
+        """(B, channels, H, W) -> (B, 4 x planes, H', W')"""
         out = F.relu_(folded(self.conv1, self.bn1, x))
         out = F.relu_(folded(self.conv2, self.bn2, out))
         out = folded(self.conv3, self.bn3, out)
@@ -361,8 +366,8 @@ class ImageEncoder(nn.Module):
                                        if config.task_embedding else {})
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
-        """images (B, 3, H, W), image_mask (B, H, W) -> h^v (B, L, d), its positions (B, L, d) and
-        its padding mask (B, L) or None, d the decoder's width.
+        """images (B, 3, H, W), image_mask (B, H, W) -> h^v, projected to the decoder's width d
+        (B, L, d), its positions (B, L, d) and its padding mask (B, L) or None.
 
         Padding several images to one size changes the features near the padding (convolutions reach
         across), as in DETR: images taken one at a time are the paper's run, and exact.
@@ -417,8 +422,8 @@ class TextEncoder(nn.Module):
                            if t.text_states == "all" or t.name in config.all_text_states}
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
-        """tokens, types, mask (B, S) -> h^t (B, S or 1, d), its positions (1, S or 1, d) and its
-        padding mask (B, S) or None, d the decoder's width. One state is [CLS] alone."""
+        """tokens, types, mask (B, S) -> h^t, projected to the decoder's width d (B, S or 1, d), its
+        positions (1, S or 1, d) and its padding mask (B, S) or None. One state is [CLS] alone."""
         only_cls = task not in self.all_states                        # Section 3.2: [CLS] alone
         states = self.encode(tokens, types, mask, task, only_cls and not self.training)
         if only_cls:                                                  # h^t, (B, S or 1, d_t^e)
@@ -445,7 +450,7 @@ class TextEncoder(nn.Module):
         *layers, last = self.layers
         for layer in layers:                                          # Eq. 3
             x = layer(x, bias=bias)
-        if only_cls:  # 7% of BERT are saved
+        if only_cls:  # 7% of BERT are saved; not in training, whose dropout draws for all states
             return last(x, bias=bias, rows=slice(with_task, with_task + 1))
         return last(x, bias=bias)[:, int(with_task):]
 
@@ -466,11 +471,12 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, query: Tensor, memory: Tensor, keys: Tensor, bias: Tensor | None):
-        """x, query (B, q, d), memory, keys (B, M, d), bias (B, 1, 1, M) -> (B, q, d)"""
-        placed = x + query
+    def forward(self, x: Tensor, q_task: Tensor, memory: Tensor, keys: Tensor, bias: Tensor | None):
+        """content x and q_task (B, q, d), memory and keys (memory plus its positions) (B, M, d),
+        bias (B, 1, 1, M) -> (B, q, d)"""
+        placed = x + q_task
         x = self.norm1(x + self.dropout(self.self_attention(placed, placed, x)))
-        x = self.norm2(x + self.dropout(self.cross_attention(x + query, keys, memory, bias)))
+        x = self.norm2(x + self.dropout(self.cross_attention(x + q_task, keys, memory, bias)))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
 
@@ -486,19 +492,19 @@ class Decoder(nn.Module):
             for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(width)  # one, applied to every layer's output
 
-    def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, query: Tensor):
-        """memory h^enc (B, M, d), positions (B or 1, M, d), mask (B, M), query q^task (q, d)
+    def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, q_task: Tensor):
+        """memory h^enc (B, M, d), positions (B or 1, M, d), mask (B, M), q_task (q, d)
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
         So the first self-attention sees no content and all its values are its value bias: its
         query, key and value matrices get a gradient of zero (the first two some from dropout).
         """
-        query = query.expand(len(memory), -1, -1)                     # (B, q, d)
+        q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
-        x, states = torch.zeros_like(query), []
+        x, states = torch.zeros_like(q_task), []
         for layer in self.layers:
-            x = layer(x, query, memory, keys, bias)
+            x = layer(x, q_task, memory, keys, bias)
             states.append(self.norm(x))
         return torch.stack(states)                                    # Eq. 4
 
@@ -543,7 +549,8 @@ class DetectionHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two layers on the first query's state; as released with a LayerNorm, and dropout first."""
+    """Two layers on the first query's state, numbered as in Eq. 8: linear2 (W_2, b_2) comes first.
+    As released it has a LayerNorm, and dropout first."""
 
     def __init__(self, width: int, num_classes: int, dropout: float, as_released: bool):
         super().__init__()
@@ -562,7 +569,8 @@ class Classifier(nn.Module):
 
 @dataclass
 class Outputs:
-    """What the model says about a batch. The last layer is the answer; eval mode has no other."""
+    """What the model says about a batch. The last layer is the answer; eval mode has no other.
+    Attributes a^l come later, when the class is known: in `detection_losses` and `postprocess`."""
 
     hidden: Tensor               # (N_d, B, q, d)
     logits: Tensor               # detection c^l (N_d, B, q, C + 1); else p (N_d or 1, B, C)
@@ -597,21 +605,21 @@ class UniT(nn.Module):
         """Encoders, decoder and head, those of the batch's task."""
         task = self.tasks[batch.task]
         memory, positions, mask = self.encode(batch, task)
-        query = self.queries[task.name]
+        q_task = self.queries[task.name]
         if not self.training and memory.shape[1] == 1:
             # One memory position ([CLS] alone): attention returns the same vector whatever the
             # query, so all queries compute the same state, and one is enough. Not in training,
             # where dropout tells them apart.
-            query = query[:1]
+            q_task = q_task[:1]
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
-        hidden = decoder(memory, positions, mask, query)              # Eq. 4, (N_d, B, q, d)
+        hidden = decoder(memory, positions, mask, q_task)             # Eq. 4, (N_d, B, q, d)
         if not self.training:
             hidden = hidden[-1:]  # at test time only the top layer (Section 3.4)
         head = self.heads[task.name]
         if task.kind == "detection":
             return Outputs(hidden, *head(hidden))
         layers = hidden if self.config.loss_on_all_layers else hidden[-1:]
-        return Outputs(hidden, head(layers[:, :, 0]))
+        return Outputs(hidden, head(layers[:, :, 0]))                 # h_1, the first query's state
 
     def encode(self, batch: Batch, task: Task):
         """h^enc of Section 3.3: image, text, or first image then text -> (B, M, d), its positions
@@ -794,8 +802,8 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
         attributes = torch.cat(batch.attributes)[target]              # (K, 16)
         with torch.autocast(logits.device.type, enabled=False):
             hidden = outputs.hidden[layer, image, query].to(head.class_head.weight.dtype)
-            scores = at_least_float32(head.attribute_head(hidden, labels))  # (K, A)
-        count = (attributes >= 0).sum(-1)                             # k, (K,)
+            scores = at_least_float32(head.attribute_head(hidden, labels))  # Eq. 7, (K, A)
+        count = (attributes >= 0).sum(-1)                             # (K,) attributes of each box
         log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))  # (K, 16)
         each = -0.5 * (log_p * (attributes >= 0)).sum(-1) / count.clamp(min=1)  # BUTD's factor 0.5
         group = layer * batch_size + image                            # (K,) one image in one layer

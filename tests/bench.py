@@ -11,8 +11,9 @@ machine does hits both. `ratio` is the yardstick's time over ours, its median an
 least and the greatest of the rounds. Peaks of memory are those of a fresh process each.
 
 * "the authors' way" is our model, with the same weights, that calls torch's MultiheadAttention as
-  DETR and the released system do (it returns the attention weights), matches layer by layer, each
-  with a copy to the host, and looks at every gradient on the host in the optimiser's step.
+  DETR and the released system do (it returns the attention weights), has frozen batch norms as
+  layers of their own (torchvision's ResNet), matches layer by layer, each with a copy to the host,
+  and looks at every gradient on the host in the optimiser's step.
 * "transformers" is DetrForObjectDetection and BertModel of the same shapes, random weights.
 * "PIL" decodes, crops and resizes with PIL through torchvision's first transforms.
 """
@@ -52,6 +53,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 import unit  # noqa: E402
 
+from torchvision.models.resnet import Bottleneck  # noqa: E402
 from torchvision.ops import box_convert, generalized_box_iou  # noqa: E402
 from torchvision.transforms import functional as v1  # noqa: E402
 
@@ -146,8 +148,17 @@ class AuthorsAttention(nn.Module):
 
 
 def authors_way(model: unit.UniT) -> unit.UniT:
-    """A copy of our model, in its mode, whose every attention is torch's."""
+    """A copy of our model, in its mode, whose every attention is torch's, and every residual block
+    torchvision's."""
     theirs = copy.deepcopy(model)
+    if model.config.backbone == "resnet50" and theirs.image_encoder:
+        body = theirs.image_encoder.backbone.body
+        for block in body.modules():
+            if isinstance(block, Bottleneck):
+                block.__class__ = Bottleneck
+        theirs.image_encoder.backbone = nn.Sequential(
+            body.conv1, body.bn1, body.relu, body.maxpool, body.layer1, body.layer2, body.layer3,
+            body.layer4)
     for parent in list(theirs.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, unit.Attention):

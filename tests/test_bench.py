@@ -62,6 +62,17 @@ def test_the_authors_way_is_the_same_work(float64, monkeypatch):  # noqa: F811
             close(found[name], expected[name], 1e-8)
 
 
+def test_their_backbone_is_our_backbone(float64):  # noqa: F811
+    ours = bench.make_model(encoder_layers=1, decoder_layers=1)
+    for norm in (m for m in ours.modules() if isinstance(m, unit.FrozenBatchNorm2d)):
+        for values in norm.buffers():
+            values.uniform_(0.5, 1.5)
+    theirs = bench.authors_way(ours).image_encoder.backbone
+    assert not any(isinstance(m, unit.FoldedBottleneck) for m in theirs.modules())
+    images = torch.randn(1, 3, 48, 64)
+    close(theirs(images), ours.image_encoder.backbone(images))
+
+
 def test_their_step_is_our_step(float64):  # noqa: F811
     """train.update with either optimiser: the same weights, but where all of a gradient is zero."""
     ours, batch = make_model(), batches()[0]
