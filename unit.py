@@ -717,6 +717,22 @@ def to_corners(boxes: Tensor) -> Tensor:
                        "cxcywh", "xyxy")
 
 
+def matching_cost(logits: Tensor, boxes: Tensor, image: Tensor, labels: Tensor, targets: Tensor):
+    """What it costs to match box t with each query of its image: logits (N_d, B, q, C + 1), boxes
+    (N_d, B, q, 4); of each box its image (T,), label (T,) and place (T, 4) -> (N_d, T, q).
+
+    It takes -p(class), not -log p as the loss does: like the box terms it is then bounded, which
+    DETR found to work better.
+    """
+    probability = at_least_float32(logits).softmax(-1)                # (N_d, B, q, C + 1)
+    class_cost = -probability[:, image, :, labels].transpose(0, 1)    # indexing puts T first
+    candidates, wanted = boxes[:, image], targets[None, :, None]      # (N_d, T, q, 4), (1, T, 1, 4)
+    cost = LOSS_WEIGHTS["class"] * class_cost                         # (N_d, T, q)
+    cost += LOSS_WEIGHTS["l1"] * (candidates - wanted).abs().sum(-1)
+    cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, wanted)
+    return cost
+
+
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]):
     """Hungarian matching (DETR) of all layers and images at once.
@@ -724,23 +740,14 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     logits (N_d, B, q, C + 1), boxes (N_d, B, q, 4), labels B x (n,), targets B x (n, 4)
     -> layer, image, query, target, each (K,) on the CPU: `target` indexes the boxes of all
     images, concatenated. More boxes than queries: the q that fit best are matched.
-
-    The cost takes -p(class), not -log p as the loss does: like the box terms it is then bounded,
-    which DETR found to work better.
     """
     counts = [len(x) for x in labels]
     if not sum(counts):
         return (torch.zeros(0, dtype=torch.long),) * 4
-    all_labels, all_targets = torch.cat(labels), torch.cat(targets)
     # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     image = image.to(logits.device, non_blocking=True)
-    probability = at_least_float32(logits).softmax(-1)                # (N_d, B, q, C + 1)
-    class_cost = -probability[:, image, :, all_labels].transpose(0, 1)  # indexing puts T first
-    candidates, wanted = boxes[:, image], all_targets[None, :, None]  # (N_d, T, q, 4), (1, T, 1, 4)
-    cost = LOSS_WEIGHTS["class"] * class_cost                         # (N_d, T, q)
-    cost += LOSS_WEIGHTS["l1"] * (candidates - wanted).abs().sum(-1)
-    cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, wanted)
+    cost = matching_cost(logits, boxes, image, torch.cat(labels), torch.cat(targets))
     # The one copy to the host. In a model that diverged (NaN) any pairing does: after an error here
     # other processes would wait for this one. The loss is NaN too, and train.py stops them all.
     cost = np.nan_to_num(cost.cpu().numpy(), nan=1e4, posinf=1e4, neginf=-1e4)

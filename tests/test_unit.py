@@ -87,49 +87,88 @@ def with_gradients(outputs):
 
 
 # ------------------------------------------------------------------------------------------------
-# Matching: which query answers for which box
+# Matching: which query answers for which box, and what it pays
 # ------------------------------------------------------------------------------------------------
+
+# The example of the next two tests. Three queries, two boxes in a picture of side 1:
+#
+#     box 0   class 0, the upper left quarter        cx, cy, w, h = .25 .25 .5 .5
+#     box 1   class 1, the lower right quarter                      .75 .75 .5 .5
+#     query 0 p = .1 .8 (no-object .1), the lower right quarter     .75 .75 .5 .5
+#     query 1 p = .6 .2 (no-object .2), the left half               .25 .5  .5 1.
+#     query 2 p = .2 .2 (no-object .6), the whole picture           .5  .5  1. 1.
+PROBABILITIES = torch.tensor([[0.1, 0.8, 0.1], [0.6, 0.2, 0.2], [0.2, 0.2, 0.6]])
+LOGITS = PROBABILITIES.log()  # softmax(log p) = p, as p adds up to 1
+QUERIES = torch.tensor([[0.75, 0.75, 0.5, 0.5], [0.25, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]])
+BOXES = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]])
+LABELS = torch.tensor([0, 1])
+
 
 def test_matching_by_hand():
     """Matching adds up, for each pair of query and box, -p(class) + 5 L1 - 2 GIoU, and takes the
-    pairs whose sum is smallest. Two queries, two boxes in a picture of side 1:
-
-        box 0   class 0, the upper left quarter        cx, cy, w, h = .25 .25 .5 .5
-        box 1   class 1, the lower right quarter                      .75 .75 .5 .5
-        query 0 p = .1 .8 (no-object .1), the lower right quarter     .75 .75 .5 .5
-        query 1 p = .6 .2 (no-object .2), the left half               .25 .5  .5 1.
-    """
-    probabilities = torch.tensor([[0.1, 0.8, 0.1], [0.6, 0.2, 0.2]])
-    queries = torch.tensor([[0.75, 0.75, 0.5, 0.5], [0.25, 0.5, 0.5, 1.0]])
-    boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]])
-    labels = torch.tensor([0, 1])
-
+    pairs whose sum is smallest."""
     # GIoU = intersection / union - (hull - union) / hull, hull = the smallest box around both.
     #                    intersection  union  hull   GIoU
     # box 0, query 0          0         .5     1     0 - .5 / 1         = -.5
     # box 0, query 1         .25        .5    .5     .25 / .5 - 0       =  .5
+    # box 0, query 2         .25       1     1       .25 / 1 - 0        =  .25
     # box 1, query 0         .25       .25   .25     1 - 0              =  1
     # box 1, query 1          0        .75     1     0 - .25 / 1        = -.25
-    giou = unit.elementwise_giou(queries[None], boxes[:, None])
-    close(giou, torch.tensor([[-0.5, 0.5], [1.0, -0.25]]), 1e-5)
+    # box 1, query 2         .25       1     1       .25 / 1 - 0        =  .25
+    giou = unit.elementwise_giou(QUERIES[None], BOXES[:, None])
+    close(giou, torch.tensor([[-0.5, 0.5, 0.25], [1.0, -0.25, 0.25]]), 1e-5)
 
     #                      -p    + 5 L1                     - 2 GIoU
     # box 0, query 0      -.1    + 5 (.5 + .5 + 0 + 0)      + 1       =  5.9
     # box 0, query 1      -.6    + 5 (0 + .25 + 0 + .5)     - 1       =  2.15
+    # box 0, query 2      -.2    + 5 (.25 + .25 + .5 + .5)  - .5      =  6.8
     # box 1, query 0      -.8    + 0                        - 2       = -2.8
     # box 1, query 1      -.2    + 5 (.5 + .25 + 0 + .5)    + .5      =  6.55
-    # Box 0 to query 0 and box 1 to query 1 would cost 12.45; crossed over it is -.65.
-    layer, image, query, target = unit.match(probabilities.log()[None, None], queries[None, None],
-                                             [labels], [boxes])
+    # box 1, query 2      -.2    + 5 (.25 + .25 + .5 + .5)  - .5      =  6.8
+    outputs = LOGITS[None, None], QUERIES[None, None]  # of one layer, one image: (1, 1, 3, ...)
+    cost = unit.matching_cost(*outputs, torch.tensor([0, 0]), LABELS, BOXES)
+    close(cost, torch.tensor([[[5.9, 2.15, 6.8], [-2.8, 6.55, 6.8]]]), 1e-5)
+
+    # Of the six ways to give two boxes two of three queries, box 0 to query 1 and box 1 to query 0
+    # is the cheapest: 2.15 - 2.8 = -.65. Query 2 goes without: its target is no-object.
+    layer, image, query, target = unit.match(*outputs, [LABELS], [BOXES])
     assert layer.tolist() == [0, 0] and image.tolist() == [0, 0]
     assert dict(zip(target.tolist(), query.tolist())) == {0: 1, 1: 0}
+
+
+def test_detection_losses_by_hand():
+    """The same picture goes on: what its two pairs and the query left over cost as losses."""
+    task = replace(SHAPES, num_queries=3, num_classes=2, num_attributes=0)
+    outputs = unit.Outputs(torch.zeros(1, 1, 3, 20), LOGITS[None, None], QUERIES[None, None])
+    losses = make_model([task]).losses(
+        outputs, unit.Batch("shapes", [0], boxes=[BOXES], labels=[LABELS]))
+
+    # Class: the mean of -log p(target) over the queries, where no-object weighs only a tenth, as it
+    # is the target of most. Targets of queries 0, 1, 2: class 1 (p = .8), class 0 (.6), no-object.
+    numerator = -math.log(0.8) - math.log(0.6) - 0.1 * math.log(0.6)
+    assert losses["class"].item() == pytest.approx(numerator / (1 + 1 + 0.1), rel=1e-5)
+    # L1: query 0 lies on its box; query 1 is .25 + .5 off. Weight 5, mean over two boxes.
+    assert losses["l1"].item() == pytest.approx(5 * (0 + 0.75) / 2, rel=1e-5)
+    # GIoU: 1 - GIoU of each pair, from the table above. Weight 2, mean over two boxes.
+    assert losses["giou"].item() == pytest.approx(2 * ((1 - 1) + (1 - 0.5)) / 2, rel=1e-5)
+
+
+def test_answer_loss_by_hand():
+    """Eq. 9 with VQAv2's soft scores. Ten people were asked: 7 say answer 0, 2 say answer 1, one
+    answer 2. Four and more make a score of 1, two of .6, one of .3 (leave-one-out accuracy)."""
+    scores = torch.tensor([[1.0, 0.6, 0.3, 0.0]])
+    logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
+    # Normalised, the targets are 1, .6, .3 of 1.9; and -log p = log 2 times 1, 2, 3, 3.
+    expected = math.log(2) * (1 * 1 + 0.6 * 2 + 0.3 * 3) / 1.9
+    assert unit.classification_loss(logits, scores).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_matching_is_not_greedy():
     """The closest pair is not always a match: what counts is the sum over all boxes of an image.
 
-    On a line, boxes at .3 and .5, queries at .45 and .7. The closest pair is box .5 with query .45,
-    but that leaves box .3 with query .7: distances .05 + .4. The other way round it is .15 + .2.
+    Classes are all alike here (logits of zero). On a line, boxes at .3 and .5, queries at .45 and
+    .7. The closest pair is box .5 with query .45, but that leaves box .3 with query .7: distances
+    .05 + .4. The other way round it is .15 + .2. (The GIoUs say the same.)
     """
     boxes = torch.tensor([[0.3, 0.5, 0.4, 0.5], [0.5, 0.5, 0.4, 0.5]])
     queries = torch.tensor([[0.45, 0.5, 0.4, 0.5], [0.7, 0.5, 0.4, 0.5]])
@@ -356,91 +395,304 @@ def test_question_without_a_known_answer():
     assert loss == 0 and not logits.grad.any()
 
 
-def test_gradients_in_float32():
-    """Single precision is enough for the losses: gradients agree with those in double precision."""
-    model = make_model([SHAPES])
-    drawn, batch = random_detections([3, 0, 5])
-    single = with_gradients(drawn)
-    double = with_gradients(unit.Outputs(drawn.hidden.double(), drawn.logits.double(),
-                                         drawn.boxes.double()))
-    sum(model.losses(single, batch).values()).backward()
-    sum(model.double().losses(double, batch.to("cpu", torch.float64)).values()).backward()
-    for a, b in zip((single.hidden, single.logits, single.boxes),
-                    (double.hidden, double.logits, double.boxes)):
-        close(a.grad.double(), b.grad, 1e-5)
+# ------------------------------------------------------------------------------------------------
+# Padding, and where the task vector goes
+# ------------------------------------------------------------------------------------------------
+
+def test_mask_polarity(float64):
+    """Trap: masks are True at padding here, torch's scaled_dot_product_attention wants True where
+    to look. The bias says it without doubt: 0 where to look, -inf where not."""
+    bias = unit.attention_bias(torch.tensor([[False, True]]), torch.float32)
+    assert bias.tolist() == [[[[0.0, -math.inf]]]]
+    assert unit.attention_bias(None, torch.float32) is None
+
+    attention = unit.Attention(4, 1, 0.0)
+    x = torch.randn(1, 2, 4)
+    close(attention(x, x, x, bias), attention(x, x[:, :1], x[:, :1]))
 
 
-def spoil(case, outputs, batch):
-    """Turns a good batch into one of those that make careless losses divide by zero."""
-    if case == "no boxes":
-        for i in range(2):
-            batch.boxes[i], batch.labels[i] = batch.boxes[i][:0], batch.labels[i][:0]
-            batch.attributes[i] = batch.attributes[i][:0]
-    elif case == "all boxes equal":
-        for boxes in (outputs.boxes, *batch.boxes):
-            boxes[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])
-    elif case == "boxes of width 0":
-        outputs.boxes[..., 2] = 0.0
-        batch.boxes[0][:, 2] = batch.boxes[1][:, 3] = 0.0
-    elif case == "one and the same point":
-        for boxes in (outputs.boxes, *batch.boxes):
-            boxes[:] = torch.tensor([0.5, 0.5, 0.0, 0.0])
-    elif case == "logits of 1e4":
-        outputs.logits.clamp_(-1, 1).mul_(1e4)
-        outputs.hidden.clamp_(-1, 1).mul_(1e4)
-    elif case == "boxes at the edge":
-        outputs.boxes[:] = torch.tensor([1.0, 0.0, 1.0, 1.0])
-    return outputs, batch
+def test_text_padding_changes_nothing(float64):
+    """A sentence gives the same states alone and padded in a batch, to the last places."""
+    encoder = make_model().text_encoder.eval()
+    batch = text_batch(size=1)
+    alone = encoder.encode(batch.tokens, batch.token_types, None, "sentences")
+    tokens = torch.cat([batch.tokens, torch.randint(40, (1, 3))], 1)  # whatever the padding holds
+    mask = torch.tensor([[False] * 6 + [True] * 3])
+    padded = encoder.encode(tokens, nn.functional.pad(batch.token_types, (0, 3)), mask, "sentences")
+    close(padded[:, :6], alone, 1e-12)
 
 
-@pytest.mark.parametrize("queries", [5, 1], ids=["5 queries", "1 query"])
-@pytest.mark.parametrize("case", ["good", "no boxes", "all boxes equal", "boxes of width 0",
-                                  "one and the same point", "logits of 1e4", "boxes at the edge"])
-def test_losses_stay_finite(case, queries):
-    """Cropped, doubled and degenerate boxes and extreme logits give finite losses and gradients."""
-    model = make_model([SHAPES])
-    outputs, batch = spoil(case, *random_detections([3, 2], queries))
-    outputs = with_gradients(outputs)
-    terms = model.losses(outputs, batch)
-    sum(terms.values()).backward()
-    assert all(torch.isfinite(term) for term in terms.values())
-    for x in (outputs.hidden, outputs.logits, outputs.boxes):
-        assert torch.isfinite(x.grad).all()
+def test_image_padding_is_never_looked_at(float64):
+    """Features at padded places have no effect on the others. (Before that, the convolutions of the
+    backbone reach across the edge: as with DETR, scores depend a little on how images are batched.)
+    """
+    encoder = make_model().image_encoder.eval()
+    x, positions = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
+    padding = torch.tensor([[False] * 4 + [True] * 2])
+    alone = encoder.encode(x[:, :4], positions[:, :4], None, "shapes")
+    x[:, 4:] = 1e3
+    close(encoder.encode(x, positions, padding, "shapes")[:, :4], alone, 1e-12)
+
+    images, mask = padded_images()  # and the decoder gets the mask, at the features' resolution
+    _, _, padding = encoder(images, mask, "shapes")
+    assert padding.view(2, 4, 5).tolist() == [[[False] * 5] * 4, [[False] * 3 + [True] * 2] * 4]
+    assert encoder(images, None, "shapes")[2] is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["good", "all boxes equal", "boxes of width 0", "logits of 1e4"])
-def test_losses_of_half_precision_inputs(case, dtype):
-    """Losses compute in float32 whatever they are given, as half precision has no room for them
-    (float16 ends at 65504, and 1e-6, the least side of a box, is hardly there)."""
-    model = make_model([SHAPES])
-    outputs, batch = spoil(case, *random_detections([3, 2]))
-    half = unit.Outputs(outputs.hidden.to(dtype), outputs.logits.to(dtype), outputs.boxes.to(dtype))
-    same = unit.Outputs(half.hidden.float(), half.logits.float(), half.boxes.float())
-    terms, expected = model.losses(half, batch), model.losses(same, batch)
-    for name in terms:
-        assert terms[name].dtype == torch.float32
-        close(terms[name], expected[name], 1e-6)
-    for binary in (False, True):
-        logits, scores = (1e4 * torch.randn(1, 2, 7)).to(dtype), torch.rand(2, 7)
-        for x in (logits, logits.float()):
-            loss = unit.classification_loss(x, scores.to(dtype), binary)
-            assert torch.isfinite(loss) and loss.dtype == torch.float32
+def test_task_vector_is_put_in_front_and_stripped(float64):
+    """w^task is one more position in front of both encoders' inputs. It is not in their outputs,
+    but it tells: another task gives other states. Without task embeddings there is none."""
+    model = make_model().eval()
+    x, mask = unit.put_in_front(torch.ones(1, 3), torch.zeros(2, 2, 3), torch.ones(2, 2) > 0)
+    assert x[:, :, 0].tolist() == [[1, 0, 0]] * 2
+    assert mask.tolist() == [[False, True, True]] * 2  # never masked
+
+    batch = text_batch()
+    one, other = (model.text_encoder.encode(batch.tokens, batch.token_types, None, task)
+                  for task in ("sentences", "questions"))
+    assert one.shape == (2, 6, 12) and not torch.allclose(one, other)
+    image = torch.randn(1, 3, 16, 24)
+    one, other = (model.image_encoder(image, None, task)[0] for task in ("shapes", "questions"))
+    assert one.shape == (1, 2 * 3, 20) and not torch.allclose(one, other)
+    assert "sentences" not in model.image_encoder.w_task
+    assert not make_model(task_embedding=False).image_encoder.w_task
 
 
-def test_mixed_precision_spares_heads_and_losses():
-    """Under autocast the transformers compute in bfloat16, whose step near 0.5 is 5 pixels of 1333.
-    So detection heads and losses stay in float32: from the same states, the same numbers."""
-    model = make_model([SHAPES])
-    outputs, batch = random_detections([3, 2])
-    head, hidden = model.heads["shapes"], outputs.hidden.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits, boxes = head(hidden)
-        terms = model.losses(outputs, batch)
-    close(logits, head(hidden.float())[0], 1e-6)
-    close(boxes, head(hidden.float())[1], 1e-6)
-    for name, term in model.losses(outputs, batch).items():
-        close(terms[name], term, 1e-6)
+def test_image_encoder_adds_its_input(float64):
+    """The residual that Eq. 2 leaves out and the released weights need: h^v = E_v(x) + x,
+    projected; positions have a projection of their own."""
+    encoder = make_model().image_encoder.eval()
+    images = torch.randn(1, 3, 16, 24)
+    x = encoder.input_proj(encoder.backbone(images))
+    positions = unit.sine_positions(torch.ones(1, *x.shape[2:], dtype=torch.bool), 16)
+    x = x.flatten(2).transpose(1, 2)
+    h, p, _ = encoder(images, None, "shapes")
+    close(h, encoder.projection(encoder.encode(x, positions, None, "shapes") + x))
+    close(p, encoder.position_projection(positions))
+
+
+def test_memory_is_image_then_text(float64):
+    """Section 3.3: h^enc is the image, the text, or image and text in this order; of the text [CLS]
+    alone, or all states of the tasks that are named."""
+    images, image_mask = padded_images()
+    text_mask = torch.tensor([[False] * 6, [False] * 5 + [True]])
+    batch = text_batch("questions", images=images, image_mask=image_mask, text_mask=text_mask)
+    model = make_model(all_text_states=("questions",)).eval()
+    memory, positions, mask = model.encode(batch, QUESTIONS)
+    assert memory.shape == positions.shape == (2, 4 * 5 + 6, 20)
+    assert mask.sum(1).tolist() == [0, 4 * 2 + 1] and mask[1, -1]
+    close(memory[:, :20], model.image_encoder(images, image_mask, "questions")[0])
+    close(memory[:, 20:], model.text_encoder(batch.tokens, batch.token_types, text_mask,
+                                             "questions")[0])
+    # The decoder knows a token's place by BERT's own position embeddings, projected.
+    text = model.text_encoder
+    close(positions[:, 20:], text.position_projection(text.position_embeddings.weight[:6]).expand(
+        2, -1, -1))
+    model = make_model().eval()
+    text, memory = model.text_encoder, model.encode(batch, QUESTIONS)[0]
+    assert memory.shape == (2, 4 * 5 + 1, 20)
+    states = text.encode(batch.tokens, batch.token_types, text_mask, "questions")
+    close(memory[:, -1], text.projection(states[:, 0]))  # [CLS] is the first token
+    assert model.encode(batch, SENTENCES)[0].shape == (2, 1, 20)
+
+
+# ------------------------------------------------------------------------------------------------
+# Decoder and queries
+# ------------------------------------------------------------------------------------------------
+
+def test_queries_are_told_apart_by_their_embeddings(float64):
+    """All start with the same content, zero. What a query finds depends on its row of q^task alone
+    and not on its number: rows exchanged, outputs exchanged."""
+    model = make_model().eval()
+    batch = unit.Batch("shapes", [0], images=torch.randn(1, 3, 16, 24))
+    before = model(batch).boxes[-1, 0]                                # (q, 4)
+    assert (before[0] - before[1]).abs().max() > 1e-6
+    with torch.no_grad():
+        rows = model.queries["shapes"]
+        rows[:2] = rows[:2].flip(0).clone()
+    close(model(batch).boxes[-1, 0], before[[1, 0, 2, 3, 4]])
+
+
+def test_what_goes_into_the_decoders_attentions(float64):
+    """q^task is added to queries and keys of self-attention and to the queries of cross-attention;
+    positions to the keys of cross-attention; nothing ever to values (DETR)."""
+    layer, seen = make_model().decoders["shared"].layers[0], {}
+    for name in ("self_attention", "cross_attention"):
+        getattr(layer, name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.update({name: inputs[:3]}))
+    content, q_task = torch.randn(1, 3, 20), torch.randn(1, 3, 20)
+    memory, positions = torch.randn(1, 5, 20), torch.randn(1, 5, 20)
+    layer(content, q_task, memory, memory + positions, None)
+    for x, expected in zip(seen["self_attention"], (content + q_task, content + q_task, content)):
+        close(x, expected)
+    found = layer.norm1(content + layer.self_attention(*seen["self_attention"]))
+    for x, expected in zip(seen["cross_attention"], (found + q_task, memory + positions, memory)):
+        close(x, expected)
+
+
+def test_one_memory_position_makes_all_queries_equal(float64):
+    """With [CLS] alone attention over the memory is constant, and contents that start equal stay
+    equal, whatever the queries. So computing one query in eval mode is exact, not a shortcut."""
+    model = make_model().eval()
+    batch = text_batch()
+    outputs = model(batch)
+    assert outputs.hidden.shape == (1, 2, 1, 20)
+    hidden = model.decoders["shared"](*model.encode(batch, SENTENCES), model.queries["sentences"])
+    close(hidden[-1], outputs.hidden[-1].expand(-1, 3, -1), 1e-12)
+    assert model.train()(batch).hidden.shape == (3, 2, 3, 20)  # here dropout tells them apart
+
+
+def test_first_self_attention_sees_no_content(float64):
+    """Content starts at zero, so all values of the first self-attention are its value bias: only
+    that learns, its matrices for queries, keys and values do not (but for the noise of attention
+    dropout, which is off here). In the second layer all learn."""
+    model = make_model()
+    batch = text_batch("questions", images=torch.randn(2, 3, 16, 16))
+    model.losses(model(batch), batch)["answer"].backward()
+    first, second = (layer.self_attention for layer in model.decoders["shared"].layers[:2])
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert getattr(first, name).weight.grad.abs().max() < 1e-12
+        assert getattr(second, name).weight.grad.abs().max() > 1e-6
+    assert first.v_proj.bias.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared decoder", "separate decoders"])
+def test_parts_not_used_have_no_gradient(shared):
+    """The optimiser skips what has no gradient (footnote 2, Appendix A), which is not the same as a
+    gradient of zeros. A step on sentences leaves images, other heads, queries and vectors alone."""
+    model = make_model(shared_decoder=shared)
+    batch = text_batch()
+    model.losses(model(batch), batch)["answer"].backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    decoder = "shared" if shared else "sentences"
+    expected = {name for name, _ in model.named_parameters()
+                if name.startswith(("text_encoder.", f"decoders.{decoder}.", "heads.sentences."))
+                or name == "queries.sentences"} - {"text_encoder.w_task.questions"}
+    assert with_grad == expected
+
+
+def test_eval_mode_gives_the_top_layer():
+    """In training there are outputs of every decoder layer for the losses; in eval mode those of
+    the top layer alone, the same numbers."""
+    model = make_model()
+    images, mask = padded_images()
+    batch = unit.Batch("shapes", [0, 1], images=images, image_mask=mask)
+    trained, tested = model.train()(batch), model.eval()(batch)
+    assert trained.logits.shape == (3, 2, 5, 5) and trained.boxes.shape == (3, 2, 5, 4)
+    assert tested.logits.shape == (1, 2, 5, 5) and tested.boxes.shape == (1, 2, 5, 4)
+    close(tested.logits[-1], trained.logits[-1], 1e-5)
+    close(tested.boxes[-1], trained.boxes[-1], 1e-5)
+    assert model.train()(text_batch()).logits.shape == (1, 2, 2)
+    assert make_model(loss_on_all_layers=True)(text_batch()).logits.shape == (3, 2, 2)
+
+
+def test_the_answer_is_read_from_the_first_query():
+    """Section 3.4: of all queries' states in the top layer, the classifier sees the first."""
+    model = make_model()
+    outputs = model(text_batch("questions", images=torch.randn(2, 3, 16, 16)))
+    assert outputs.hidden.shape == (3, 2, 3, 20)
+    close(outputs.logits[-1], model.heads["questions"](outputs.hidden[-1, :, 0]), 1e-5)
+
+
+def test_number_of_queries():
+    """`num_queries` (Table C.1) changes all tasks but detection."""
+    queries = make_model(num_queries=9).queries
+    assert {name: tuple(q.shape) for name, q in queries.items()} == {
+        "shapes": (5, 20), "questions": (9, 20), "sentences": (9, 20)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Heads, positions and detections by hand
+# ------------------------------------------------------------------------------------------------
+
+def test_classifier_by_hand():
+    """Eq. 8: p = W_1 GeLU(W_2 h_1 + b_2) + b_1; GeLU(x) = x times the share of a normal
+    distribution below x, here GeLU(2) = 2 x 0.97725 = 1.9545 and GeLU(-1) = -1 x 0.15866."""
+    head = unit.Classifier(2, 1, dropout=0.1, as_released=False).eval()
+    head.linear2.weight.data = torch.tensor([[1.0, 1.0], [0.0, -1.0]])
+    head.linear2.bias.data = torch.tensor([0.0, 0.5])
+    head.linear1.weight.data = torch.tensor([[10.0, 100.0]])
+    head.linear1.bias.data = torch.tensor([7.0])
+    # h_1 = (0.5, 1.5): W_2 h_1 + b_2 = (2, -1); 10 x 1.9545 - 100 x 0.15866 + 7 = 10.679
+    close(head(torch.tensor([[0.5, 1.5]])), torch.tensor([[10.679]]), 1e-3)
+
+
+def test_classifier_as_released():
+    """The released classifier has a LayerNorm before its last layer: of two features it leaves +-1
+    whatever they are."""
+    head = unit.Classifier(2, 1, dropout=0.1, as_released=True).eval()
+    head.linear2.weight.data, head.linear2.bias.data = torch.eye(2), torch.zeros(2)
+    head.linear1.weight.data = torch.tensor([[10.0, 1.0]])
+    head.linear1.bias.data = torch.tensor([7.0])
+    close(head(torch.tensor([[5.0, 0.3]])), torch.tensor([[10.0 - 1.0 + 7.0]]), 1e-4)
+
+
+def test_dropout_of_the_classifier():
+    """Table A.1's dropout comes after GELU in Eq. 8, but first as released. If it drops everything,
+    all that is left is b_1 here, and there also what becomes of b_2."""
+    for as_released, left in ((False, 7.0), (True, 10.0 - 1.0 + 7.0)):
+        head = unit.Classifier(2, 1, dropout=1.0, as_released=as_released).train()
+        head.linear2.bias.data = torch.tensor([5.0, 0.3])
+        head.linear1.weight.data = torch.tensor([[10.0, 1.0]])
+        head.linear1.bias.data = torch.tensor([7.0])
+        close(head(torch.rand(1, 2)), torch.tensor([[left]]), 1e-4)
+
+
+def test_attribute_head_number_by_number(float64):
+    """Eq. 7: the class that is fed in is embedded and put behind the state; two linear layers,
+    nothing between them, and (as released) a ReLU at the end."""
+    head = unit.AttributeHead(20, SHAPES)
+    hidden, label = torch.randn(20), torch.tensor(3)
+    x = [*hidden.tolist(), *head.class_embedding.weight[3].tolist()]
+
+    def linear(layer, x):
+        return [sum(w * v for w, v in zip(row, x)) + b
+                for row, b in zip(layer.weight.tolist(), layer.bias.tolist())]
+    expected = [max(y, 0.0) for y in linear(head.linear2, linear(head.linear1, x))]
+    close(head(hidden, label), torch.tensor(expected))
+    assert len(expected) == 6
+    assert len(head.class_embedding.weight) == 4 + 1  # no-object has a row too
+
+
+def test_positions_by_hand(float64):
+    """Rows and columns are counted from 1 over what is image, scaled so that the last is 2 pi. Of 8
+    features the first 4 tell the row: sin and cos of the angle, then of a hundredth of it."""
+    positions = unit.sine_positions(torch.ones(1, 2, 4, dtype=torch.bool), 8).view(2, 4, 8)
+    first_row, third_column = 2 * math.pi * 1 / 2, 2 * math.pi * 3 / 4
+    expected = [f(angle / slow) for angle in (first_row, third_column) for slow in (1, 100)
+                for f in (math.sin, math.cos)]
+    close(positions[0, 2], torch.tensor(expected), 1e-5)
+    close(positions[1, 3, :2], torch.tensor([0.0, 1.0]), 1e-5)  # the last: sin 2 pi, cos 2 pi
+
+
+def test_positions_do_not_depend_on_padding(float64):
+    """A picture has the same positions alone and in the corner of a larger canvas."""
+    valid = torch.zeros(1, 5, 6, dtype=torch.bool)
+    valid[:, :3, :4] = True
+    alone = unit.sine_positions(torch.ones(1, 3, 4, dtype=torch.bool), 16).view(3, 4, 16)
+    close(unit.sine_positions(valid, 16).view(5, 6, 16)[:3, :4], alone)
+
+
+def test_detections_by_hand():
+    """A detection is a query's best class that is not no-object, its probability, and its box in
+    pixels of the original image (here 100 high, 200 wide)."""
+    model = make_model([SHAPES]).eval()
+    # Query 0: class 2 for sure. Query 1: no-object is likelier (.5), but class 0 (.3) is reported.
+    p = torch.tensor([[0.01, 0.01, 0.96, 0.01, 0.01], [0.3, 0.1, 0.05, 0.05, 0.5]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.2, 0.2, 0.2]])
+    outputs = unit.Outputs(torch.randn(1, 1, 2, 20), p.log()[None, None], boxes[None, None])
+    batch = unit.Batch("shapes", [7], sizes=torch.tensor([[100, 200]]))
+    (found,) = unit.postprocess(model, outputs, batch)
+    assert found.labels.tolist() == [2, 0]
+    close(found.scores, torch.tensor([0.96, 0.3]), 1e-6)
+    # cx 0.5 and w 0.2 of 200 pixels: from 80 to 120; cy 0.5 and h 0.4 of 100: from 30 to 70.
+    close(found.boxes, torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 10.0, 40.0, 30.0]]), 1e-5)
+    # The attribute is the best one given the class reported.
+    head = model.heads["shapes"].attribute_head
+    for query, label in enumerate((2, 0)):
+        scores = head(outputs.hidden[0, 0, query], torch.tensor(label))
+        assert found.attributes[query] == scores.argmax()
+        close(found.attribute_scores[query], scores.softmax(0).max(), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -589,276 +841,6 @@ def test_positions_are_detrs(float64):
 
 
 # ------------------------------------------------------------------------------------------------
-# Padding, and where the task vector goes
-# ------------------------------------------------------------------------------------------------
-
-def test_mask_polarity(float64):
-    """Trap: masks are True at padding here, torch's scaled_dot_product_attention wants True where
-    to look. The bias says it without doubt: 0 where to look, -inf where not."""
-    bias = unit.attention_bias(torch.tensor([[False, True]]), torch.float32)
-    assert bias.tolist() == [[[[0.0, -math.inf]]]]
-    assert unit.attention_bias(None, torch.float32) is None
-
-    attention = unit.Attention(4, 1, 0.0)
-    x = torch.randn(1, 2, 4)
-    close(attention(x, x, x, bias), attention(x, x[:, :1], x[:, :1]))
-
-
-def test_text_padding_changes_nothing(float64):
-    """A sentence gives the same states alone and padded in a batch, to the last places."""
-    encoder = make_model().text_encoder.eval()
-    batch = text_batch(size=1)
-    alone = encoder.encode(batch.tokens, batch.token_types, None, "sentences")
-    tokens = torch.cat([batch.tokens, torch.randint(40, (1, 3))], 1)  # whatever the padding holds
-    mask = torch.tensor([[False] * 6 + [True] * 3])
-    padded = encoder.encode(tokens, nn.functional.pad(batch.token_types, (0, 3)), mask, "sentences")
-    close(padded[:, :6], alone, 1e-12)
-
-
-def test_image_padding_is_never_looked_at(float64):
-    """Features at padded places have no effect on the others. (Before that, the convolutions of the
-    backbone reach across the edge: as with DETR, scores depend a little on how images are batched.)
-    """
-    encoder = make_model().image_encoder.eval()
-    x, positions = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
-    padding = torch.tensor([[False] * 4 + [True] * 2])
-    alone = encoder.encode(x[:, :4], positions[:, :4], None, "shapes")
-    x[:, 4:] = 1e3
-    close(encoder.encode(x, positions, padding, "shapes")[:, :4], alone, 1e-12)
-
-    images, mask = padded_images()  # and the decoder gets the mask, at the features' resolution
-    _, _, padding = encoder(images, mask, "shapes")
-    assert padding.view(2, 4, 5).tolist() == [[[False] * 5] * 4, [[False] * 3 + [True] * 2] * 4]
-    assert encoder(images, None, "shapes")[2] is None
-
-
-def test_task_vector_is_put_in_front_and_stripped(float64):
-    """w^task is one more position in front of both encoders' inputs. It is not in their outputs,
-    but it tells: another task gives other states. Without task embeddings there is none."""
-    model = make_model().eval()
-    x, mask = unit.put_in_front(torch.ones(1, 3), torch.zeros(2, 2, 3), torch.ones(2, 2) > 0)
-    assert x[:, :, 0].tolist() == [[1, 0, 0]] * 2
-    assert mask.tolist() == [[False, True, True]] * 2  # never masked
-
-    batch = text_batch()
-    one, other = (model.text_encoder.encode(batch.tokens, batch.token_types, None, task)
-                  for task in ("sentences", "questions"))
-    assert one.shape == (2, 6, 12) and not torch.allclose(one, other)
-    image = torch.randn(1, 3, 16, 24)
-    one, other = (model.image_encoder(image, None, task)[0] for task in ("shapes", "questions"))
-    assert one.shape == (1, 2 * 3, 20) and not torch.allclose(one, other)
-    assert "sentences" not in model.image_encoder.w_task
-    assert not make_model(task_embedding=False).image_encoder.w_task
-
-
-def test_image_encoder_adds_its_input(float64):
-    """The residual that Eq. 2 leaves out and the released weights need: h^v = E_v(x) + x,
-    projected; positions have a projection of their own."""
-    encoder = make_model().image_encoder.eval()
-    images = torch.randn(1, 3, 16, 24)
-    x = encoder.input_proj(encoder.backbone(images))
-    positions = unit.sine_positions(torch.ones(1, *x.shape[2:], dtype=torch.bool), 16)
-    x = x.flatten(2).transpose(1, 2)
-    h, p, _ = encoder(images, None, "shapes")
-    close(h, encoder.projection(encoder.encode(x, positions, None, "shapes") + x))
-    close(p, encoder.position_projection(positions))
-
-
-def test_memory_is_image_then_text(float64):
-    """Section 3.3: h^enc is the image, the text, or image and text in this order; of the text [CLS]
-    alone, or all states of the tasks that are named."""
-    images, image_mask = padded_images()
-    text_mask = torch.tensor([[False] * 6, [False] * 5 + [True]])
-    batch = text_batch("questions", images=images, image_mask=image_mask, text_mask=text_mask)
-    model = make_model(all_text_states=("questions",)).eval()
-    memory, positions, mask = model.encode(batch, QUESTIONS)
-    assert memory.shape == positions.shape == (2, 4 * 5 + 6, 20)
-    assert mask.sum(1).tolist() == [0, 4 * 2 + 1] and mask[1, -1]
-    close(memory[:, :20], model.image_encoder(images, image_mask, "questions")[0])
-    close(memory[:, 20:], model.text_encoder(batch.tokens, batch.token_types, text_mask,
-                                             "questions")[0])
-    # The decoder knows a token's place by BERT's own position embeddings, projected.
-    text = model.text_encoder
-    close(positions[:, 20:], text.position_projection(text.position_embeddings.weight[:6]).expand(
-        2, -1, -1))
-    model = make_model().eval()
-    text, memory = model.text_encoder, model.encode(batch, QUESTIONS)[0]
-    assert memory.shape == (2, 4 * 5 + 1, 20)
-    states = text.encode(batch.tokens, batch.token_types, text_mask, "questions")
-    close(memory[:, -1], text.projection(states[:, 0]))  # [CLS] is the first token
-    assert model.encode(batch, SENTENCES)[0].shape == (2, 1, 20)
-
-
-# ------------------------------------------------------------------------------------------------
-# Decoder and queries
-# ------------------------------------------------------------------------------------------------
-
-def test_one_memory_position_makes_all_queries_equal(float64):
-    """With [CLS] alone attention over the memory is constant, and contents that start equal stay
-    equal, whatever the queries. So computing one query in eval mode is exact, not a shortcut."""
-    model = make_model().eval()
-    batch = text_batch()
-    outputs = model(batch)
-    assert outputs.hidden.shape == (1, 2, 1, 20)
-    hidden = model.decoders["shared"](*model.encode(batch, SENTENCES), model.queries["sentences"])
-    close(hidden[-1], outputs.hidden[-1].expand(-1, 3, -1), 1e-12)
-    assert model.train()(batch).hidden.shape == (3, 2, 3, 20)  # here dropout tells them apart
-
-
-def test_first_self_attention_sees_no_content(float64):
-    """Content starts at zero, so all values of the first self-attention are its value bias: only
-    that learns, its matrices for queries, keys and values do not (but for the noise of attention
-    dropout, which is off here). In the second layer all learn."""
-    model = make_model()
-    batch = text_batch("questions", images=torch.randn(2, 3, 16, 16))
-    model.losses(model(batch), batch)["answer"].backward()
-    first, second = (layer.self_attention for layer in model.decoders["shared"].layers[:2])
-    for name in ("q_proj", "k_proj", "v_proj"):
-        assert getattr(first, name).weight.grad.abs().max() < 1e-12
-        assert getattr(second, name).weight.grad.abs().max() > 1e-6
-    assert first.v_proj.bias.grad.abs().max() > 1e-6
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared decoder", "separate decoders"])
-def test_parts_not_used_have_no_gradient(shared):
-    """The optimiser skips what has no gradient (footnote 2, Appendix A), which is not the same as a
-    gradient of zeros. A step on sentences leaves images, other heads, queries and vectors alone."""
-    model = make_model(shared_decoder=shared)
-    batch = text_batch()
-    model.losses(model(batch), batch)["answer"].backward()
-    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
-    decoder = "shared" if shared else "sentences"
-    expected = {name for name, _ in model.named_parameters()
-                if name.startswith(("text_encoder.", f"decoders.{decoder}.", "heads.sentences."))
-                or name == "queries.sentences"} - {"text_encoder.w_task.questions"}
-    assert with_grad == expected
-
-
-def test_eval_mode_gives_the_top_layer():
-    """In training there are outputs of every decoder layer for the losses; in eval mode those of
-    the top layer alone, the same numbers."""
-    model = make_model()
-    images, mask = padded_images()
-    batch = unit.Batch("shapes", [0, 1], images=images, image_mask=mask)
-    trained, tested = model.train()(batch), model.eval()(batch)
-    assert trained.logits.shape == (3, 2, 5, 5) and trained.boxes.shape == (3, 2, 5, 4)
-    assert tested.logits.shape == (1, 2, 5, 5) and tested.boxes.shape == (1, 2, 5, 4)
-    close(tested.logits[-1], trained.logits[-1], 1e-5)
-    close(tested.boxes[-1], trained.boxes[-1], 1e-5)
-    assert model.train()(text_batch()).logits.shape == (1, 2, 2)
-    assert make_model(loss_on_all_layers=True)(text_batch()).logits.shape == (3, 2, 2)
-
-
-def test_the_answer_is_read_from_the_first_query():
-    """Section 3.4: of all queries' states in the top layer, the classifier sees the first."""
-    model = make_model()
-    outputs = model(text_batch("questions", images=torch.randn(2, 3, 16, 16)))
-    assert outputs.hidden.shape == (3, 2, 3, 20)
-    close(outputs.logits[-1], model.heads["questions"](outputs.hidden[-1, :, 0]), 1e-5)
-
-
-def test_number_of_queries():
-    """`num_queries` (Table C.1) changes all tasks but detection."""
-    queries = make_model(num_queries=9).queries
-    assert {name: tuple(q.shape) for name, q in queries.items()} == {
-        "shapes": (5, 20), "questions": (9, 20), "sentences": (9, 20)}
-
-
-# ------------------------------------------------------------------------------------------------
-# Heads, positions and detections by hand
-# ------------------------------------------------------------------------------------------------
-
-def test_classifier_by_hand():
-    """Eq. 8: p = W_1 GeLU(W_2 h_1 + b_2) + b_1; GeLU(x) = x times the share of a normal
-    distribution below x, here GeLU(2) = 2 x 0.97725 = 1.9545 and GeLU(-1) = -1 x 0.15866."""
-    head = unit.Classifier(2, 1, dropout=0.1, as_released=False).eval()
-    head.linear2.weight.data = torch.tensor([[1.0, 1.0], [0.0, -1.0]])
-    head.linear2.bias.data = torch.tensor([0.0, 0.5])
-    head.linear1.weight.data = torch.tensor([[10.0, 100.0]])
-    head.linear1.bias.data = torch.tensor([7.0])
-    # h_1 = (0.5, 1.5): W_2 h_1 + b_2 = (2, -1); 10 x 1.9545 - 100 x 0.15866 + 7 = 10.679
-    close(head(torch.tensor([[0.5, 1.5]])), torch.tensor([[10.679]]), 1e-3)
-
-
-def test_classifier_as_released():
-    """The released classifier has a LayerNorm before its last layer: of two features it leaves +-1
-    whatever they are."""
-    head = unit.Classifier(2, 1, dropout=0.1, as_released=True).eval()
-    head.linear2.weight.data, head.linear2.bias.data = torch.eye(2), torch.zeros(2)
-    head.linear1.weight.data = torch.tensor([[10.0, 1.0]])
-    head.linear1.bias.data = torch.tensor([7.0])
-    close(head(torch.tensor([[5.0, 0.3]])), torch.tensor([[10.0 - 1.0 + 7.0]]), 1e-4)
-
-
-def test_dropout_of_the_classifier():
-    """Table A.1's dropout comes after GELU in Eq. 8, but first as released. If it drops everything,
-    all that is left is b_1 here, and there also what becomes of b_2."""
-    for as_released, left in ((False, 7.0), (True, 10.0 - 1.0 + 7.0)):
-        head = unit.Classifier(2, 1, dropout=1.0, as_released=as_released).train()
-        head.linear2.bias.data = torch.tensor([5.0, 0.3])
-        head.linear1.weight.data = torch.tensor([[10.0, 1.0]])
-        head.linear1.bias.data = torch.tensor([7.0])
-        close(head(torch.rand(1, 2)), torch.tensor([[left]]), 1e-4)
-
-
-def test_attribute_head_by_hand(float64):
-    """Eq. 7: the class that is fed in is embedded and put behind the state; two linear layers,
-    nothing between them, and (as released) a ReLU at the end."""
-    head = unit.AttributeHead(20, SHAPES)
-    hidden, label = torch.randn(20), torch.tensor(3)
-    x = [*hidden.tolist(), *head.class_embedding.weight[3].tolist()]
-
-    def linear(layer, x):
-        return [sum(w * v for w, v in zip(row, x)) + b
-                for row, b in zip(layer.weight.tolist(), layer.bias.tolist())]
-    expected = [max(y, 0.0) for y in linear(head.linear2, linear(head.linear1, x))]
-    close(head(hidden, label), torch.tensor(expected))
-    assert len(expected) == 6
-    assert len(head.class_embedding.weight) == 4 + 1  # no-object has a row too
-
-
-def test_positions_by_hand(float64):
-    """Rows and columns are counted from 1 over what is image, scaled so that the last is 2 pi. Of 8
-    features the first 4 tell the row: sin and cos of the angle, then of a hundredth of it."""
-    positions = unit.sine_positions(torch.ones(1, 2, 4, dtype=torch.bool), 8).view(2, 4, 8)
-    first_row, third_column = 2 * math.pi * 1 / 2, 2 * math.pi * 3 / 4
-    expected = [f(angle / slow) for angle in (first_row, third_column) for slow in (1, 100)
-                for f in (math.sin, math.cos)]
-    close(positions[0, 2], torch.tensor(expected), 1e-5)
-    close(positions[1, 3, :2], torch.tensor([0.0, 1.0]), 1e-5)  # the last: sin 2 pi, cos 2 pi
-
-
-def test_positions_do_not_depend_on_padding(float64):
-    """A picture has the same positions alone and in the corner of a larger canvas."""
-    valid = torch.zeros(1, 5, 6, dtype=torch.bool)
-    valid[:, :3, :4] = True
-    alone = unit.sine_positions(torch.ones(1, 3, 4, dtype=torch.bool), 16).view(3, 4, 16)
-    close(unit.sine_positions(valid, 16).view(5, 6, 16)[:3, :4], alone)
-
-
-def test_detections_by_hand():
-    """A detection is a query's best class that is not no-object, its probability, and its box in
-    pixels of the original image (here 100 high, 200 wide)."""
-    model = make_model([SHAPES]).eval()
-    # Query 0: class 2 for sure. Query 1: no-object is likelier (.5), but class 0 (.3) is reported.
-    p = torch.tensor([[0.01, 0.01, 0.96, 0.01, 0.01], [0.3, 0.1, 0.05, 0.05, 0.5]])
-    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.2, 0.2, 0.2]])
-    outputs = unit.Outputs(torch.randn(1, 1, 2, 20), p.log()[None, None], boxes[None, None])
-    batch = unit.Batch("shapes", [7], sizes=torch.tensor([[100, 200]]))
-    (found,) = unit.postprocess(model, outputs, batch)
-    assert found.labels.tolist() == [2, 0]
-    close(found.scores, torch.tensor([0.96, 0.3]), 1e-6)
-    # cx 0.5 and w 0.2 of 200 pixels: from 80 to 120; cy 0.5 and h 0.4 of 100: from 30 to 70.
-    close(found.boxes, torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 10.0, 40.0, 30.0]]), 1e-5)
-    # The attribute is the best one given the class reported.
-    head = model.heads["shapes"].attribute_head
-    for query, label in enumerate((2, 0)):
-        scores = head(outputs.hidden[0, 0, query], torch.tensor(label))
-        assert found.attributes[query] == scores.argmax()
-        close(found.attribute_scores[query], scores.softmax(0).max(), 1e-5)
-
-
-# ------------------------------------------------------------------------------------------------
 # Sizes and initial weights
 # ------------------------------------------------------------------------------------------------
 
@@ -886,19 +868,21 @@ def test_sizes_of_the_parts():
     images, 6 have text)."""
     model = full_size(**unit.AS_RELEASED)
     image, text, heads = model.image_encoder, model.text_encoder, model.heads
-    assert size(image.backbone) == 23_454_912
+    assert size(image.backbone) == 23_454_912                 # ResNet-50's convolutions
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == 222_400
-    assert size(image.input_proj) == 524_544
-    assert size(image.layers) == 7_890_432
+    assert size(image.input_proj) == 2048 * 256 + 256 == 524_544
+    attention, norms = 4 * (256 * 256 + 256), 2 * (256 + 256)
+    feed_forward = 256 * 2048 + 2048 + 2048 * 256 + 256
+    assert size(image.layers) == 6 * (attention + feed_forward + norms) == 7_890_432
     assert size(image.w_task) == 65_536 - 252 * 256
-    assert size(image.projection) == size(image.position_projection) == 197_376
+    assert size(image.projection) == size(image.position_projection) == 256 * 768 + 768 == 197_376
     assert size(text.word_embeddings) + size(text.position_embeddings) + size(
-        text.token_type_embeddings) + size(text.norm) == 23_837_184
+        text.token_type_embeddings) + size(text.norm) == (30_522 + 512 + 2 + 2) * 768 == 23_837_184
     assert size(text.layers) == 85_054_464
     assert size(text.w_task) == 196_608 - 250 * 768
     assert size(text.projection) == size(text.position_projection) == 590_592
     assert size(model.decoders) == 47_268_864
-    assert size(model.queries) == 268_800
+    assert size(model.queries) == (2 * 100 + 6 * 25) * 768 == 268_800
     assert size(heads) == 10_780_028
     assert size(heads["vqa2"]) == 2_998_329 and size(heads["vg"].attribute_head) == 1_140_625
     unused = 590_592 + 252 * 256 + 250 * 768
@@ -967,3 +951,94 @@ def test_width_must_be_divisible_by_heads():
     """A mistake in the settings is told in a line that names the fix."""
     with pytest.raises(unit.InputError, match="--decoder_width 20 cannot be split among 3"):
         make_model(decoder_heads=3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Precision, and inputs that no sane model gives
+# ------------------------------------------------------------------------------------------------
+
+def test_gradients_in_float32():
+    """Single precision is enough for the losses: gradients agree with those in double precision."""
+    model = make_model([SHAPES])
+    drawn, batch = random_detections([3, 0, 5])
+    single = with_gradients(drawn)
+    double = with_gradients(unit.Outputs(drawn.hidden.double(), drawn.logits.double(),
+                                         drawn.boxes.double()))
+    sum(model.losses(single, batch).values()).backward()
+    sum(model.double().losses(double, batch.to("cpu", torch.float64)).values()).backward()
+    for a, b in zip((single.hidden, single.logits, single.boxes),
+                    (double.hidden, double.logits, double.boxes)):
+        close(a.grad.double(), b.grad, 1e-5)
+
+
+def spoil(case, outputs, batch):
+    """Turns a good batch into one of those that make careless losses divide by zero."""
+    if case == "no boxes":
+        for i in range(2):
+            batch.boxes[i], batch.labels[i] = batch.boxes[i][:0], batch.labels[i][:0]
+            batch.attributes[i] = batch.attributes[i][:0]
+    elif case == "all boxes equal":
+        for boxes in (outputs.boxes, *batch.boxes):
+            boxes[:] = torch.tensor([0.5, 0.5, 0.2, 0.2])
+    elif case == "boxes of width 0":
+        outputs.boxes[..., 2] = 0.0
+        batch.boxes[0][:, 2] = batch.boxes[1][:, 3] = 0.0
+    elif case == "one and the same point":
+        for boxes in (outputs.boxes, *batch.boxes):
+            boxes[:] = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    elif case == "logits of 1e4":
+        outputs.logits.clamp_(-1, 1).mul_(1e4)
+        outputs.hidden.clamp_(-1, 1).mul_(1e4)
+    elif case == "boxes at the edge":
+        outputs.boxes[:] = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    return outputs, batch
+
+
+@pytest.mark.parametrize("queries", [5, 1], ids=["5 queries", "1 query"])
+@pytest.mark.parametrize("case", ["good", "no boxes", "all boxes equal", "boxes of width 0",
+                                  "one and the same point", "logits of 1e4", "boxes at the edge"])
+def test_losses_stay_finite(case, queries):
+    """Cropped, doubled and degenerate boxes and extreme logits give finite losses and gradients."""
+    model = make_model([SHAPES])
+    outputs, batch = spoil(case, *random_detections([3, 2], queries))
+    outputs = with_gradients(outputs)
+    terms = model.losses(outputs, batch)
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    for x in (outputs.hidden, outputs.logits, outputs.boxes):
+        assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["good", "all boxes equal", "boxes of width 0", "logits of 1e4"])
+def test_losses_of_half_precision_inputs(case, dtype):
+    """Losses compute in float32 whatever they are given, as half precision has no room for them
+    (float16 ends at 65504, and 1e-6, the least side of a box, is hardly there)."""
+    model = make_model([SHAPES])
+    outputs, batch = spoil(case, *random_detections([3, 2]))
+    half = unit.Outputs(outputs.hidden.to(dtype), outputs.logits.to(dtype), outputs.boxes.to(dtype))
+    same = unit.Outputs(half.hidden.float(), half.logits.float(), half.boxes.float())
+    terms, expected = model.losses(half, batch), model.losses(same, batch)
+    for name in terms:
+        assert terms[name].dtype == torch.float32
+        close(terms[name], expected[name], 1e-6)
+    for binary in (False, True):
+        logits, scores = (1e4 * torch.randn(1, 2, 7)).to(dtype), torch.rand(2, 7)
+        for x in (logits, logits.float()):
+            loss = unit.classification_loss(x, scores.to(dtype), binary)
+            assert torch.isfinite(loss) and loss.dtype == torch.float32
+
+
+def test_mixed_precision_spares_heads_and_losses():
+    """Under autocast the transformers compute in bfloat16, whose step near 0.5 is 5 pixels of 1333.
+    So detection heads and losses stay in float32: from the same states, the same numbers."""
+    model = make_model([SHAPES])
+    outputs, batch = random_detections([3, 2])
+    head, hidden = model.heads["shapes"], outputs.hidden.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, boxes = head(hidden)
+        terms = model.losses(outputs, batch)
+    close(logits, head(hidden.float())[0], 1e-6)
+    close(boxes, head(hidden.float())[1], 1e-6)
+    for name, term in model.losses(outputs, batch).items():
+        close(terms[name], term, 1e-6)
