@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import tempfile
@@ -138,26 +137,19 @@ def read_checkpoint(path) -> dict:
     """What train.py saved: plain values and tensors only, anything else is refused, not run."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; train.py writes last.pt into its --out")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"model", "config", "tasks", "labels"} <= set(checkpoint):
-            return checkpoint
-        why = "it lacks model, config, tasks or labels"
-    except pickle.UnpicklingError:  # torch's text advises to be less careful
-        why = "it holds more than tensors and plain values"
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
-        why = textwrap.shorten(str(error), 200)
-    raise InputError(f"{path}: torn, or no checkpoint of train.py ({why}); previous.pt beside it "
-                     "may be whole; the authors' files go to --released")
+    fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole; the "
+           "authors' files go to --released")
+    checkpoint, parts = unit.read_file(path, fix), {"model", "config", "tasks", "labels"}
+    if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
+        raise InputError(f"{path}: lacks model, config, tasks or labels; {fix}")
+    return checkpoint
 
 
 def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
     """(model in eval mode, the file's dict): the file carries all settings that the model needs."""
     checkpoint = read_checkpoint(path)
-    readers = {t.name: t.dataset for t in data.TASKS}
     try:
-        tasks = [Task(**t, dataset=readers.get(t["name"])) for t in checkpoint["tasks"]]
-        model = UniT(Config(**checkpoint["config"]), tasks)
+        model = UniT(Config(**checkpoint["config"]), [Task(**t) for t in checkpoint["tasks"]])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError) as e:  # TypeError: settings unknown to this version
         why = textwrap.shorten(str(e), 200)
@@ -274,11 +266,14 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
             if rank == 0:
                 print(f"{name}: no samples")
             continue
-        mine = indices[rank::world]
+        mine = np.array_split(indices, world)[rank]
         batches = data.eval_loader(dataset, mine, batch_size, num_workers)
         batches = progress(name, batches, len(mine)) if rank == 0 else batches
         items = [item for batch in batches for item in predictions(model, batch, device, precision)]
-        items = gather(items, rank, world)
+        if world > 1:
+            parts = [None] * world if rank == 0 else None
+            dist.gather_object(items, parts)
+            items = list(itertools.chain(*parts or []))
         if rank == 0:
             if out is not None:
                 write_predictions(Path(out) / "predictions", dataset, items)
@@ -343,16 +338,6 @@ def progress(name: str, batches, total: int):
             print(f"  {name}: {done} of {total}, {done / (now - start):.1f} a second, ETA {left}",
                   flush=True)
             shown = now
-
-
-def gather(mine: list, rank: int, world: int) -> list:
-    """All processes' items on rank 0, in the order of the samples, which they took in turn."""
-    if world == 1:
-        return mine
-    parts = [None] * world if rank == 0 else None
-    dist.gather_object(mine, parts)
-    turns = itertools.zip_longest(*parts or [])
-    return [item for turn in turns for item in turn if item is not None]
 
 
 def score(dataset, indices, items: list) -> dict:
@@ -530,11 +515,8 @@ def is_tiny(config: Config) -> bool:
 # ---- Pictures (Figures 3, E.1 and D.1; Appendices D and E) ---------------------------------------
 
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
+FONT = ImageFont.load_default(SIZE)
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
-
-
-def font():
-    return ImageFont.load_default(SIZE)
 
 
 def title(found: dict) -> str:
@@ -556,8 +538,8 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
         draw.rectangle(box, outline=colour, width=3)
     for thing, (x, y, _, _), colour in drawn:  # names last: no line crosses them
         name = f"{title(thing)} {thing['score']:.2f}"
-        x = max(0, min(x, size[0] - draw.textlength(name, font()) - 8))
-        draw.text((x + 5, y + 3), name, "white", font(), stroke_width=3, stroke_fill=colour)
+        x = max(0, min(x, size[0] - draw.textlength(name, FONT) - 8))
+        draw.text((x + 5, y + 3), name, "white", FONT, stroke_width=3, stroke_fill=colour)
     return picture
 
 
@@ -570,7 +552,7 @@ def tile(lines: list[tuple[str, str]], picture: Image.Image | None = None) -> Im
     if picture:
         result.paste(picture)
     for i, (part, colour) in enumerate(lines):
-        ImageDraw.Draw(result).text((0, top + step * i), part, colour, font())
+        ImageDraw.Draw(result).text((0, top + step * i), part, colour, FONT)
     return result
 
 
@@ -594,8 +576,7 @@ def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
     answers = answers_to(model, task, sample, labels, device)
     picture = None
     if task.image:
-        mean, std = (torch.tensor(x)[:, None, None] for x in (data.MEAN, data.STD))
-        picture = to_pil_image((sample.image * std + mean).clamp(0, 1)).resize(sample.size[::-1])
+        picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
         sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
         picture = draw_boxes(picture, sure, WIDTH / picture.width)
     if task.kind == "detection":
@@ -644,8 +625,8 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
                 bottom - (value - low) / (high - low) * (bottom - top))
     for value in (low, (low + high) / 2, high):
         draw.line((at(0, value), at(last, value)), "#cccccc")
-        draw.text((left - 5, at(0, value)[1]), f"{value:g}", "black", font(), "rm")
-    draw.text((right, bottom + 5), f"{last:,} iterations", "black", font(), "ra")
+        draw.text((left - 5, at(0, value)[1]), f"{value:g}", "black", FONT, "rm")
+    draw.text((right, bottom + 5), f"{last:,} iterations", "black", FONT, "ra")
     for points, colour in zip(metrics.values(), COLOURS):
         draw.line([at(*point) for point in points], colour, 2, joint="curve")
         for x, y in (at(*point) for point in points):

@@ -273,20 +273,17 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
     """Takes `parts` of another run's weights, whatever fits by name -> what was taken, is new, was
     dropped, in words. What the paper's COCO init. takes: see EXPERIMENTS."""
     theirs, ours = evaluation.read_checkpoint(path)["model"], model.state_dict()
-    sources = {}  # {name here: name there}
-    for name, value in ours.items():
-        source = name
-        if name not in theirs and name.startswith("decoders.") and not as_released:
+    sources = {name: name for name in ours}  # {name here: name there}
+    for name in ours.keys() - theirs.keys():
+        if name.startswith("decoders.") and not as_released:
             # Section 4.2 with separate decoders: each starts from the single-task run's one.
-            source = "decoders.shared." + name.split(".", 2)[2]
-        if source in theirs and (not parts or part_of(name) in parts):
-            if theirs[source].shape != value.shape:
-                raise InputError(f"{path}: {source} is {tuple(theirs[source].shape)}, this run "
-                                 f"needs {tuple(value.shape)}; give the sizes of its training")
-            sources[name] = source
+            sources[name] = "decoders.shared." + name.split(".", 2)[2]
+    sources = {name: source for name, source in sources.items()
+               if source in theirs and (not parts or part_of(name) in parts)}
     if not sources:
         raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
-    model.load_state_dict({name: theirs[source] for name, source in sources.items()}, strict=False)
+    unit.fill({name: ours[name] for name in sources}, theirs, path,
+              "give the sizes of its training", lambda name: (sources[name], None), unused="")
 
     def count(names):
         found = Counter(map(part_of, sorted(names)))
@@ -690,18 +687,11 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
-        try:
-            model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"the checkpoint does not fit the data sets in {folder} "
-                             f"({reason}); give the --data of its training") from None
+        unit.fill(model.state_dict(), state["model"], f"the checkpoint and the data in {folder}",
+                  "give the --data of its training")
         say(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif not tiny:
-        try:
-            say(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
-        except unit.MissingFile as error:
-            say(f"WARNING: {error}\nWARNING: training starts from RANDOM weights there")
+        say(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
         say(initialise_from(model, train.init, train.init_parts, args.as_released))
     freeze(model, train.freeze)

@@ -43,7 +43,7 @@ import os
 import re
 import socket
 import tarfile
-import zipfile
+import textwrap
 from dataclasses import dataclass, field, fields, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -911,28 +911,29 @@ def fetch(path: Path | str) -> Path:
     return path
 
 
-def read_weights(path: Path | str, admit=()) -> dict[str, Tensor]:
-    """The tensors of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive.
+def read_file(path: Path | str, fix: str = "get it again", admit=()):
+    """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes in
     `admit` is refused before any of its code runs. Nothing is written to disk. Raises InputError.
     """
     path = Path(path)
     try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        source = read_archive(path) if path.name.endswith((".tar", ".tar.gz", ".tgz")) else path
         with torch.serialization.safe_globals(list(admit)):
-            if path.suffix == ".safetensors":
-                found = read_safetensors(path)
-            elif path.name.endswith((".tar", ".tar.gz", ".tgz")):
-                found = torch.load(read_archive(path), map_location="cpu", weights_only=True)
-            else:  # PyTorch's older format, which is no zip file, cannot be mapped
-                found = torch.load(path, map_location="cpu", weights_only=True,
-                                   mmap=zipfile.is_zipfile(path))
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can break a reader in any way
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise InputError(f"{path}: asks for {refused[1]}, and loading that could run code; "
-                             f"it must hold tensors and plain values only") from None
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path}: cannot be read ({reason}); get it again") from None
+            reason = f"more than tensors: {refused[1]}, and loading that could run code"
+        raise InputError(f"{path}: cannot be read ({reason}); {fix}") from None
+
+
+def read_weights(path: Path | str, admit=()) -> dict[str, Tensor]:
+    """The tensors in such a file, by name. Raises InputError."""
+    found = read_file(path, admit=admit)
     for key in ("model", "state_dict"):  # where training programs put the weights
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -996,7 +997,8 @@ def read_archive(path: Path) -> io.BytesIO:
     return io.BytesIO(*found.values())
 
 
-def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], source, unused: str, path, fix: str):
+def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
+         source=lambda name: (name, None), unused: str = "(?!)"):
     """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
 
     source(our name) -> the file's name and a function that takes our rows of its tensor (None: all
@@ -1076,7 +1078,7 @@ def load_bert(model: UniT, path: Path | str) -> Path:
     found = {rename(key, rules): value for key, value in read_weights(fetch(path)).items()}
     ours = {name: tensor for name, tensor in model.text_encoder.state_dict().items()
             if not name.startswith(OUR_OWN)}
-    fill(ours, found, lambda name: (rename(name, BERT_NAMES), None), BERT_UNUSED, path, fix)
+    fill(ours, found, path, fix, lambda name: (rename(name, BERT_NAMES), None), BERT_UNUSED)
     return path
 
 
@@ -1089,15 +1091,16 @@ def load_backbone(model: UniT, path: Path | str) -> Path:
     """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
     found = read_weights(fetch(path), admit=[argparse.Namespace])  # DETR's files keep their flags
     prefix = "backbone.0.body." if "backbone.0.body.conv1.weight" in found else ""
-    fill(model.image_encoder.backbone.body.state_dict(), found, lambda name: (prefix + name, None),
-         BACKBONE_UNUSED, path, "give DETR's detr-r50-dc5 or resnet50-0676ba61")
+    fill(model.image_encoder.backbone.body.state_dict(), found, path,
+         "give DETR's detr-r50-dc5 or resnet50-0676ba61", lambda name: (prefix + name, None),
+         BACKBONE_UNUSED)
     return Path(path)
 
 
 def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -> list[str]:
     """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
-    line 3) -> what was loaded, in words. If one is missing, the other is loaded all the same."""
-    parts, lines, missing = [], [], []
+    line 3) -> what was loaded, in words. What is missing is a warning there, no error."""
+    parts, lines = [], []
     if model.text_encoder:
         parts.append(("BERT", load_bert, "bert"))
     if model.image_encoder and model.config.backbone == "resnet50":
@@ -1107,9 +1110,8 @@ def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -
         try:
             lines.append(f"{name}: pretrained weights of {load(model, Path(data_dir) / path)}")
         except MissingFile as error:
-            missing.append(f"{name}: {error}")
-    if missing:
-        raise MissingFile("; ".join(missing + lines))
+            lines.append(f"WARNING: {name}: {error}\n"
+                         "WARNING: training starts from RANDOM weights there")
     return lines
 
 
@@ -1186,11 +1188,9 @@ def load_released(path: Path | str, **overrides) -> UniT:
             if a.data_ptr() != b.data_ptr() and not torch.equal(a.double(), b.double()):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
     tasks, sizes = released_settings(found, path)
-    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
-        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
-    model.to_empty(device="cpu")
+    model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     unused = RELEASED_UNUSED + ("" if model.text_encoder else RELEASED_UNUSED_TEXT)
-    fill(model.state_dict(), found, released_source, unused, path, RELEASED_FIX)
+    fill(model.state_dict(), found, path, RELEASED_FIX, released_source, unused)
     return model.eval()
 
 

@@ -447,7 +447,7 @@ def test_torn_and_foreign_checkpoints(checkpoint, tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pt")
     torch.save({"model": Path("x")}, tmp_path / "pickle.pt")  # more than tensors and plain values
     for name in ("torn.pt", "foreign.pt", "pickle.pt"):
-        with pytest.raises(unit.InputError, match=f"{name}: torn, or no checkpoint"):
+        with pytest.raises(unit.InputError, match=f"{name}: .*torn, or no checkpoint"):
             evaluation.load_checkpoint(tmp_path / name)
     broken = torch.load(checkpoint, weights_only=True)
     del broken["model"]["queries.coco"]
