@@ -404,9 +404,10 @@ def write_json(path, value) -> None:
 
 
 def read_log(path) -> list[dict]:
-    """The records of a log.jsonl, less what a crash left half written."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    """The records of a log.jsonl, if there is one, less what a crash left half written."""
+    path, records = Path(path), []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError):
             if line.endswith("}\n") and "iteration" in (record := json.loads(line)):
                 records.append(record)
@@ -807,8 +808,7 @@ def run(args: argparse.Namespace) -> None:
     write_json(out / ("results.json" if args.split == "val" else "results_test.json"), results)
     if args.figures:
         predictions_picture(model, datasets, device, out / "predictions.png")
-        if (file.parent / "log.jsonl").exists():
-            curves_picture(file.parent / "log.jsonl", out / "curves.png")
+        curves_picture(file.parent / "log.jsonl", out / "curves.png")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -231,8 +231,15 @@ class Step(nn.Module):
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
-def save(out: Path, state: dict) -> None:
-    """Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
+def save(out: Path, model, optimizer, scaler, iteration, train, labels, vocab) -> None:
+    """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`.
+    Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "scaler": scaler.state_dict(), "iteration": iteration,
+             "config": asdict(model.config), "train": asdict(train),
+             "tasks": [{k: v for k, v in vars(t).items() if k != "dataset"}
+                       for t in model.tasks.values()],
+             "labels": labels, "vocab": vocab}
     with evaluation.whole_file(out / "last.pt", "wb") as file:
         torch.save(state, file)
         if (out / "last.pt").exists():
@@ -241,10 +248,8 @@ def save(out: Path, state: dict) -> None:
 
 def load_newest(out: Path) -> dict:
     """The newest whole checkpoint under `out`: last.pt, or previous.pt if a crash tore that one."""
-    for path in (out / "last.pt", out / "previous.pt"):
+    for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
         try:
-            if not path.exists():
-                continue
             state = evaluation.read_checkpoint(path)
             if lost := {"optimizer", "scaler", "iteration", "train"} - set(state):
                 raise InputError(f"{path}: no run can go on from it: it has no {min(lost)}")
@@ -253,16 +258,6 @@ def load_newest(out: Path) -> dict:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
     raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt there; "
                      f"start without --resume")
-
-
-def checkpoint(model, optimizer, scaler, iteration, train, labels, vocab) -> dict:
-    """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`."""
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), "iteration": iteration,
-            "config": asdict(model.config), "train": asdict(train),
-            "tasks": [{k: v for k, v in vars(t).items() if k != "dataset"}
-                      for t in model.tasks.values()],
-            "labels": labels, "vocab": vocab}
 
 
 def part_of(name: str) -> str:
@@ -292,40 +287,29 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
             f"dropped: {count(theirs.keys() - sources.values())}")
 
 
-def freeze(model: UniT, parts: tuple[str, ...]) -> None:
-    """Table C.1 lines 10-12. The text positions lent to the decoder freeze with their encoder."""
-    for name, p in model.named_parameters():
-        if part_of(name) in parts:
-            p.requires_grad_(False)
-
-
 # ---- The log: one line per iteration in log.jsonl, one every `log_every` on the screen ----------
 
 class Log:
     """Keeps an iteration's numbers on the device until `flush`: most iterations need not wait."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
-        self.train, self.last, self.pending, self.file = train, (start, time.time()), [], None
+        self.train, self.last, self.pending = train, (start, time.time()), []
+        self.path, self.main = out / "log.jsonl", main
         if main:
-            path = out / "log.jsonl"
-            before = evaluation.read_log(path) if path.exists() else []
-            with evaluation.whole_file(path) as file:  # killed here, the log stays as it was
+            before = evaluation.read_log(self.path)
+            with evaluation.whole_file(self.path) as file:  # killed here, the log stays as it was
                 file.writelines(json.dumps(x) + "\n" for x in before if x["iteration"] <= start)
-            self.file = open(path, "ab", buffering=2**20)
 
     def write(self, records: list[dict]) -> None:
         """One JSON object per line, handed to the system in one call (the usual buffer cuts it at
         8 KB): a kill leaves no half of one."""
-        if self.file:
+        if self.main:
             try:
-                self.file.write("".join(json.dumps(r) + "\n" for r in records).encode())
-                self.file.flush()
+                with open(self.path, "ab", buffering=2**20) as file:
+                    file.write("".join(json.dumps(r) + "\n" for r in records).encode())
             except OSError as error:
-                raise InputError(f"{self.file.name}: cannot be written ({error.strerror}); make "
+                raise InputError(f"{self.path}: cannot be written ({error.strerror}); make "
                                  f"room, go on with --resume") from None
-
-    def add(self, iteration: int, task: str, lr: float, terms: dict[str, Tensor], norm: Tensor):
-        self.pending.append((iteration, task, lr, terms, norm))
 
     def flush(self) -> None:
         """Writes what is pending. Raises NotFinite if a loss is not finite; in fp16, whose scaler
@@ -354,7 +338,7 @@ class Log:
         skipped = sum(r["grad_norm"] is None for r in records)  # by fp16's loss scaling
         if faults and (self.train.precision != "fp16" or skipped == len(records)):
             raise NotFinite(*faults[0])
-        if self.file:
+        if self.main:
             by_task = "  ".join(f"{task} {fmean(x):.3f}" for task, x in losses.items())
             print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {records[-1]['lr']:.2e}  "
                   f"{speed:.1f} samples/s  ETA {timedelta(seconds=eta)}"
@@ -366,11 +350,6 @@ class NotFinite(Exception):
 
 
 # ---- The loop (Section 3.5) ----------------------------------------------------------------------
-
-def iteration_seed(seed: int, iteration: int, rank: int) -> int:
-    """Dropout follows from this alone, so that resuming needs no generator's state."""
-    return ((seed * 1_000_003 + iteration) * 4099 + rank) % 2**63
-
 
 def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
     """One update from this process's micro-batches -> its shares of the loss terms (a dict), and
@@ -406,6 +385,7 @@ def set_up(model: UniT, datasets: dict, train: TrainConfig, state: dict | None, 
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        state.clear()  # all of it lives on in model and optimiser: 2.4 GB for each process
     step = Step(model)
     if dist.is_initialized():
         step = nn.parallel.DistributedDataParallel(
@@ -425,14 +405,12 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
     optimizer, scaler, step, schedule = set_up(model, datasets, train, state, device)
     loader = data.train_loader(datasets, schedule, start, rank, world_size, train.micro_batch,
                                train.num_workers, train.seed)
-    if state:
-        state.clear()  # all of it lives on in model and optimiser: 2.4 GB for each process
     log, stop, results = Log(out, train, start, main), Stop(), {}
 
     def keep(iteration):
         log.flush()  # first: a loss that is not finite must not reach a checkpoint
         if main:
-            save(out, checkpoint(model, optimizer, scaler, iteration, train, *extra))
+            save(out, model, optimizer, scaler, iteration, train, *extra)
 
     def score(iteration):
         log.flush()
@@ -456,12 +434,13 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
                 if main:
                     print(f"stopped by a signal after iteration {i}; saved: go on with --resume")
                 sys.exit(128 + stop.signal if stop.signal else 1)
-            torch.manual_seed(iteration_seed(train.seed, i, rank))
+            # Dropout follows from this alone: resuming needs no generator's state.
+            torch.manual_seed(((train.seed * 1_000_003 + i) * 4099 + rank) % 2**63)
             factor = lr_factor(i, train)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["base_lr"] * factor
             terms, norm = update(step, optimizer, scaler, batches, train, boxes, world_size, device)
-            log.add(i + 1, batches[0].task, train.lr * factor, terms, norm)
+            log.pending.append((i + 1, batches[0].task, train.lr * factor, terms, norm))
             last = i + 1 == train.iterations
             if last or (i + 1) % train.log_every == 0:
                 log.flush()
@@ -498,11 +477,10 @@ METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B",
             "data": "DIR", "init": "FILE"}
 CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.PRECISIONS),
            "backbone": ("resnet50", "small")}
-# The least and the greatest value of a flag; all other numbers are at least 0.
+# The least and the greatest value of a flag. All other integers are at least 1, or 0 if that is
+# the default; all other numbers at least 0.
 LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1), "dropout": (0, 1), "coco_first": (0, 1)}
-LIMITS |= dict.fromkeys("""iterations batch_size log_every save_every encoder_width encoder_heads
-    encoder_ff bert_width bert_heads bert_ff bert_layers decoder_width decoder_heads decoder_ff
-    decoder_layers max_positions""".split(), (1, math.inf))
+LIMITS |= dict.fromkeys(("warmup", "num_workers", "eval_every", "encoder_layers"), (0, math.inf))
 
 
 def flag_type(field: dataclasses.Field):
@@ -518,7 +496,8 @@ def flag_type(field: dataclasses.Field):
         if known and text not in known:
             raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(known)}")
         return text == "true" if kind is bool else text
-    number = evaluation.between(*LIMITS.get(field.name, (0, math.inf)), kind)
+    least = 1 if kind is int and field.default else 0
+    number = evaluation.between(*LIMITS.get(field.name, (least, math.inf)), kind)
     one = number if kind in (int, float) else choice
     return (lambda text: tuple(one(x) for x in text.split(",") if x)) if many else one
 
@@ -694,7 +673,9 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
         say(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
         say(initialise_from(model, train.init, train.init_parts, args.as_released))
-    freeze(model, train.freeze)
+    for name, p in model.named_parameters():
+        if part_of(name) in train.freeze:  # Table C.1 lines 10-12
+            p.requires_grad_(False)
     return model, datasets, held_out, vocab
 
 
@@ -743,15 +724,15 @@ def start(args: argparse.Namespace) -> None:
 
 def list_experiments() -> str:
     """Every line of the paper's tables with what it changes and the paper's numbers."""
-    lines = []
+    form = "{:<13} {:<19} {:>10}  {:<62} {}"
+    lines = [form.format("name", "tasks", "iterations", "changes", "paper")]
     for name, row in EXPERIMENTS.items():
         changes = {k: v for k, v in row.items() if k not in ("tasks", "iterations")}
         tasks = "all eight" if row["tasks"] == EIGHT else ",".join(row["tasks"])
         text = " ".join(f"--{k} {written(v)}" for k, v in changes.items())
         paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
-        lines.append(f"{name:<13} {tasks:<19} {row['iterations']:>9,}  {text or '-':<62} {paper}")
-    head = f"{'name':<13} {'tasks':<19} {'iterations':>10}  {'changes':<62} paper\n"
-    return head + "\n".join(lines)
+        lines.append(form.format(name, tasks, f"{row['iterations']:,}", text or "-", paper))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
