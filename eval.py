@@ -225,11 +225,9 @@ def to_annotations(rows: np.ndarray) -> list[dict]:
 
     Ids start at 1: pycocotools takes id 0 for "not matched".
     """
-    images, labels = rows[:, 0].astype(int).tolist(), rows[:, 6].astype(int).tolist()
-    areas, scores = (rows[:, 3] * rows[:, 4]).tolist(), rows[:, 5].tolist()
-    columns = zip(images, labels, rows[:, 1:5].tolist(), scores, areas)
-    return [{"id": n, "image_id": i, "category_id": label, "bbox": box, "score": s, "area": area}
-            for n, (i, label, box, s, area) in enumerate(columns, 1)]
+    return [{"id": n, "image_id": int(image), "category_id": int(label), "bbox": [x, y, w, h],
+             "score": s, "area": w * h}
+            for n, (image, x, y, w, h, s, label) in enumerate(rows.tolist(), 1)]
 
 
 def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, int]:
@@ -558,7 +556,9 @@ def tile(lines: list[tuple[str, str]], picture: Image.Image | None = None) -> Im
 
 
 def save_grid(rows: list[list[Image.Image]], path) -> None:
-    """Rows of tiles, one below the other, as a PNG."""
+    """Rows of tiles, one below the other, as a PNG; none without rows."""
+    if not rows:
+        return
     heights = [max(t.height for t in tiles) + PAD for tiles in rows]
     size = max(map(len, rows)) * (WIDTH + PAD) + PAD, sum(heights) + PAD
     sheet, y = Image.new("RGB", size, "white"), PAD
@@ -596,8 +596,7 @@ def predictions_picture(model: UniT, datasets: dict, device, path, samples: int 
     for name, dataset in datasets.items():
         tiles = [show_sample(model, dataset, i, device) for i in some(len(dataset), samples)]
         rows += [[tile([(name, "black")])], tiles] if tiles else []
-    if rows:
-        save_grid(rows, path)
+    save_grid(rows, path)
 
 
 def curves_picture(log, path) -> None:
@@ -609,8 +608,7 @@ def curves_picture(log, path) -> None:
                 points = series.setdefault(task, {}).setdefault(metric, [])
                 points.append((entry["iteration"], value))
     panels = [panel(task, metrics) for task, metrics in series.items()]
-    if panels:
-        save_grid([panels[i:i + 4] for i in range(0, len(panels), 4)], path)
+    save_grid([panels[i:i + 4] for i in range(0, len(panels), 4)], path)
 
 
 def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
