@@ -145,7 +145,7 @@ def read_checkpoint(path) -> dict:
     return checkpoint
 
 
-def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
+def load_checkpoint(path) -> tuple[UniT, dict]:
     """(model in eval mode, the file's dict): the file carries all settings that the model needs."""
     checkpoint = read_checkpoint(path)
     try:
@@ -155,7 +155,7 @@ def load_checkpoint(path, device="cpu") -> tuple[UniT, dict]:
         why = textwrap.shorten(str(e), 200)
         raise InputError(f"{path}: weights or settings do not fit this version ({why}); use the "
                          "code that it was trained with") from None
-    return model.to(device).eval(), checkpoint
+    return model.eval(), checkpoint
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -249,10 +249,11 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_workers: int = 0,
-             limit: int | None = None, precision: str = "fp32", out=None) -> dict:
+             limit: int = 0, precision: str = "fp32", out=None) -> dict:
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
 
-    batch_size 0: one image, or 32 texts. `limit`: so many samples of each at most, always the same.
+    batch_size 0: one image, or 32 texts. `limit`: so many samples of each at most, always the same;
+    0: all.
     Under torch.distributed all processes call this; rank 0 gets the results, the others {}.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -576,7 +577,7 @@ def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
     labels = {"classes": names, "attributes": dataset.attribute_names}
     answers = answers_to(model, task, sample, labels, device)
     picture = None
-    if task.image:
+    if task.image:  # boxes are in the pixels of this size
         picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
         sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
         picture = draw_boxes(picture, sure, WIDTH / picture.width)
@@ -589,12 +590,11 @@ def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
     return tile([*((f'"{text}"', "black") for text in dataset.texts(index)), line], picture)
 
 
-def predictions_picture(model: UniT, datasets: dict, device, path, samples: int = 4) -> None:
-    """Figures 3 and E.1: a few held-out inputs of each task with the answers of a model in eval
-    mode."""
+def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
+    """Figures 3 and E.1: four inputs of each data set, and the answers of a model in eval mode."""
     rows = []
     for name, dataset in datasets.items():
-        tiles = [show_sample(model, dataset, i, device) for i in some(len(dataset), samples)]
+        tiles = [show_sample(model, dataset, i, device) for i in some(len(dataset), 4)]
         rows += [[tile([(name, "black")])], tiles] if tiles else []
     save_grid(rows, path)
 
@@ -678,8 +678,8 @@ def parser() -> argparse.ArgumentParser:
     g("--split", choices=["val", "test"], default="val",
       help="test writes what the test servers take into OUT/predictions [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=between(0, math.inf), metavar="INT",
-      help="at most so many of each task [all]")
+    g("--eval_samples", type=between(0, math.inf), default=0, metavar="INT",
+      help="at most so many of each task [0: all]")
     g("--figures", action="store_true",
       help="also draw predictions.png and, where there is a log.jsonl, curves.png")
     group = p.add_argument_group("one input (no data set needed)")
@@ -738,11 +738,10 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
 
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
     """The split's data sets, checked to have the classes that the model was trained for."""
-    has = {t.name for t in data.TASKS if split in t.dataset.files}
-    for name in [t for t in tasks if t not in has]:
+    there = [t.name for t in data.TASKS if t.name in tasks and split in t.dataset.files]
+    for name in set(tasks) - set(there):
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"{name}: has no {split} split")
-    there = [t for t in tasks if t in has]
     _, datasets = data.load(folder, there, split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes

@@ -416,7 +416,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         log.flush()
         workers = 0 if evaluation.is_tiny(model.config) else train.num_workers
         results = evaluation.evaluate(model, held_out, device, num_workers=workers, out=out,
-                                      limit=train.eval_samples or None, precision=train.precision)
+                                      limit=train.eval_samples, precision=train.precision)
         log.write([{"iteration": iteration, "results": results}])
         log.last = iteration, time.time()  # samples per second: of training alone
         return results
