@@ -465,6 +465,8 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
     task = choose_task(model, image is not None, text is not None, task)
     sample = data.Sample(id=0)
     if image is not None:
+        if not Path(image).is_file():
+            raise InputError(f"{image}: no such picture; check --image")
         pixels = data.read_image(image)
         sample.size = tuple(pixels.shape[1:])
         # As for evaluation: floored sizes for vision and language; tiny pictures are 32 x 32.
@@ -685,7 +687,7 @@ def parser() -> argparse.ArgumentParser:
     group = p.add_argument_group("one input (no data set needed)")
     g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     g("--image", metavar="FILE", help="a picture; alone: detection, also drawn into prediction.png")
-    either("--question", dest="text", metavar="TEXT", help="a question about --image")
+    either("--question", metavar="TEXT", help="a question about --image")
     either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
     g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
     g = p.add_argument_group("how").add_argument
@@ -739,9 +741,11 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
     """The split's data sets, checked to have the classes that the model was trained for."""
     there = [t.name for t in data.TASKS if t.name in tasks and split in t.dataset.files]
-    for name in set(tasks) - set(there):
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"{name}: has no {split} split")
+    lost = [f"{t}: has no {split} split, or no row in data.TASKS" for t in tasks if t not in there]
+    if not there:
+        raise InputError("; ".join(lost))
+    if lost and (not dist.is_initialized() or dist.get_rank() == 0):
+        print(*lost, sep="\n")
     _, datasets = data.load(folder, there, split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
@@ -753,9 +757,14 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
 
 def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
     """Prints what the model says about one input; detections are drawn too."""
-    for name in args.tasks.split(",") if args.tasks else [None]:
-        task = choose_task(model, bool(args.image), bool(args.text), name)
-        answers = predict(model, checkpoint, args.image, args.text, args.text_pair, task.name)
+    text = args.question or args.text
+    names = args.tasks.split(",") if args.tasks else [None]
+    if args.image and text and not args.tasks:  # VQA answers questions, SNLI-VE judges statements
+        names = [next((t.name for t in model.tasks.values() if t.image and t.text
+                       and t.soft_scores == bool(args.question)), None)]
+    for name in names:
+        task = choose_task(model, bool(args.image), bool(text), name)
+        answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
         if task.kind == "classification":
             lines = [f"{a['score']:8.1%}  {a['label']}" for a in answers[:5]]
             print(f"{task.name}:", *lines, sep="\n")
@@ -774,7 +783,8 @@ def run(args: argparse.Namespace) -> None:
     rank, _, device = start_processes()
     file = Path(args.checkpoint or args.released)
     # An empty one would silently evaluate whole data sets.
-    if "" in (args.image, args.text) or (args.text_pair is not None and not args.text):
+    if "" in (args.image, args.question, args.text) or (args.text_pair is not None
+                                                         and not args.text):
         raise InputError("--image, --question and --text must not be empty, and --text_pair goes "
                          "with one of them")
     if args.released:
@@ -788,7 +798,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out or file.parent)
     if rank == 0:
         require_writable(out)
-    if args.image or args.text:
+    if args.image or args.question or args.text:
         return answer_one(args, model, checkpoint, out)
     tasks = args.tasks.split(",") if args.tasks else list(model.tasks)
     if lost := [t for t in tasks if t not in model.tasks]:
@@ -799,10 +809,14 @@ def run(args: argparse.Namespace) -> None:
                        args.eval_samples, args.precision, out)
     if rank > 0:
         return
-    print(results_table(results, name, args.split))
+    if results:
+        print(results_table(results, name, args.split))
     at_a_time = args.batch_size or (32 if is_tiny(model.config) else 1)
     print(f"images: {at_a_time} at a time; predictions: {out / 'predictions'}")
-    write_json(out / ("results.json" if args.split == "val" else "results_test.json"), results)
+    path = out / ("results.json" if args.split == "val" else "results_test.json")
+    with contextlib.suppress(OSError, ValueError, TypeError):  # of other tasks, from before
+        results = json.loads(path.read_text()) | results
+    write_json(path, results)
     if args.figures:
         predictions_picture(model, datasets, device, out / "predictions.png")
         curves_picture(file.parent / "log.jsonl", out / "curves.png")

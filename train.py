@@ -149,7 +149,7 @@ EXPERIMENTS = {
 # --tiny: the same architecture and losses in other sizes, for 32-pixel pictures (ours; see README).
 TINY = dict(
     encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2, backbone="small",
-    bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, vocab_size=0, max_positions=64,
+    bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, max_positions=64,
     decoder_width=64, decoder_heads=4, decoder_ff=128, decoder_layers=2, dropout=0.0,
     # One [CLS] among 16 picture positions is noticed late, the words at once (as Table 4 line 5).
     all_text_states=("vqa2", "snli_ve"),
@@ -278,7 +278,7 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
     if not sources:
         raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
     unit.fill({name: ours[name] for name in sources}, theirs, path,
-              "give the sizes of its training", lambda name: (sources[name], None), unused="")
+              "give the sizes of its training", lambda name: (sources[name], None), unused=".")
 
     def count(names):
         found = Counter(map(part_of, sorted(names)))
@@ -344,6 +344,15 @@ class Log:
                   f"{speed:.1f} samples/s  ETA {timedelta(seconds=eta)}"
                   + f"  skipped {skipped}" * bool(skipped), flush=True)
 
+    def add_results(self, iteration: int, results: dict) -> None:
+        """An evaluation: its record, and a line with the first metric of each task."""
+        self.write([{"iteration": iteration, "results": results}])
+        if self.main:
+            first = "  ".join(f"{task} {[*metrics.values()][0]:.1f}"
+                              for task, metrics in results.items())
+            print(f"{iteration:>7}/{self.train.iterations}  held out:  {first}", flush=True)
+        self.last = iteration, time.time()  # samples per second: of training alone
+
 
 class NotFinite(Exception):
     """A loss term that is not finite: iteration, task, term."""
@@ -389,7 +398,7 @@ def set_up(model: UniT, datasets: dict, train: TrainConfig, state: dict | None, 
     step = Step(model)
     if dist.is_initialized():
         step = nn.parallel.DistributedDataParallel(
-            step, find_unused_parameters=True, broadcast_buffers=False,
+            step, find_unused_parameters=True, forward_sync_buffers=False,
             device_ids=[device] if device.type == "cuda" else None)
     schedule = data.Schedule({t: len(datasets[t]) for t in train.tasks},
                              dict(zip(train.tasks, train.probabilities or table_a2(train.tasks))),
@@ -417,8 +426,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
         workers = 0 if evaluation.is_tiny(model.config) else train.num_workers
         results = evaluation.evaluate(model, held_out, device, num_workers=workers, out=out,
                                       limit=train.eval_samples, precision=train.precision)
-        log.write([{"iteration": iteration, "results": results}])
-        log.last = iteration, time.time()  # samples per second: of training alone
+        log.add_results(iteration, results)
         return results
 
     gc.freeze()  # or the first full collection copies 75 MB that the data workers share
@@ -444,9 +452,10 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
             last = i + 1 == train.iterations
             if last or (i + 1) % train.log_every == 0:
                 log.flush()
-            if last or (i + 1) % train.save_every == 0:
+            evaluate = last or (train.eval_every and (i + 1) % train.eval_every == 0)
+            if evaluate or (i + 1) % train.save_every == 0:  # a job's time may end in an evaluation
                 keep(i + 1)
-            if last or (train.eval_every and (i + 1) % train.eval_every == 0):
+            if evaluate:
                 results = score(i + 1)
     except NotFinite as error:
         number, task, term = error.args
@@ -529,10 +538,11 @@ def make_parser() -> argparse.ArgumentParser:
     for config in (TrainConfig, Config):
         for field in dataclasses.fields(config):
             default = field.default
+            tiny = f"; tiny: {written(TINY[field.name])}" if field.name in TINY else ""
             groups[titles.get(field.name) or titles[config.__name__]].add_argument(
                 f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
                 metavar=METAVARS.get(field.name) or METAVARS[type(default)],
-                help=f"{field.metadata['help']} [{written(default) or 'none'}]")
+                help=f"{field.metadata['help']} [{written(default) or 'none'}{tiny}]")
     return parser
 
 
@@ -595,8 +605,8 @@ def check(train: TrainConfig, world_size: int) -> None:
         name = Path(train.init).parent.name
         made_by = name.removeprefix("tiny-")
         tiny = "--tiny " if name != made_by else ""
-        how = (f"`python train.py {tiny}--experiment {made_by}` makes it" if made_by in EXPERIMENTS
-               else "check --init")
+        how = (f"`python train.py {tiny}--experiment {made_by} --out {Path(train.init).parent}` "
+               "makes it" if made_by in EXPERIMENTS else "check --init")
         raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
 
 
@@ -652,9 +662,9 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
     """Data sets and model as the settings ask for: model, train sets, held-out sets, vocabulary."""
     folder, tiny, vocab = Path(train.data), evaluation.is_tiny(config), []
     with_text = any(t.text for t in data.TASKS if t.name in train.tasks)
+    data.require_folder(folder)
     if with_text and not tiny:
-        with contextlib.suppress(unit.MissingFile):  # data.load says what to do if it stays missing
-            unit.fetch(folder / "bert" / "vocab.txt")
+        unit.fetch(folder / "bert" / "vocab.txt")
         config = dataclasses.replace(config, **unit.bert_config(folder / "bert"))
     tasks, datasets = data.load(folder, train.tasks, "train", tiny)
     _, held_out = data.load(folder, train.tasks, "val", tiny)
@@ -709,17 +719,20 @@ def start(args: argparse.Namespace) -> None:
                               {"config": asdict(model.config), "train": asdict(train)})
     model.to(device)
     count = sum(p.numel() for p in model.parameters())
-    say(f"{count / 1e6:.1f}M parameters, {len(train.tasks)} tasks, {train.iterations} iterations "
-        f"of {train.batch_size} samples on {world_size} x {device.type}; results go to {out}")
+    say(f"{count / 1e6:.1f}M parameters; {train.iterations} iterations of {train.batch_size} "
+        f"samples on {world_size} x {device.type}; results go to {out}")
     labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
               for name, d in datasets.items()}
     results = run(model, datasets, held_out, train, out, processes, state, (labels, vocab))
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
-        print(evaluation.results_table(results, args.experiment))
+        # The paper's numbers only beside the paper's data sets.
+        paper = not args.tiny and train.tasks == EXPERIMENTS[args.experiment]["tasks"]
+        print(evaluation.results_table(results, args.experiment if paper else None))
         if evaluation.is_tiny(model.config):
             evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")
             evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
+            print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")
 
 
 def list_experiments() -> str:

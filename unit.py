@@ -998,11 +998,11 @@ def read_archive(path: Path) -> io.BytesIO:
 
 
 def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
-         source=lambda name: (name, None), unused: str = "(?!)"):
+         source=lambda name: (name, None), unused: str = "$^"):
     """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
 
     source(our name) -> the file's name and a function that takes our rows of its tensor (None: all
-    are ours). `unused`: a pattern of the keys that files carry without use. Raises InputError.
+    are ours). `unused`: a pattern of keys that may be left over (none). Raises InputError.
     """
     values, used = [], set()
     for name, tensor in ours.items():
@@ -1110,8 +1110,8 @@ def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -
         try:
             lines.append(f"{name}: pretrained weights of {load(model, Path(data_dir) / path)}")
         except MissingFile as error:
-            lines.append(f"WARNING: {name}: {error}\n"
-                         "WARNING: training starts from RANDOM weights there")
+            lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has its: "
+                         f"{error}")
     return lines
 
 
@@ -1188,7 +1188,9 @@ def load_released(path: Path | str, **overrides) -> UniT:
             if a.data_ptr() != b.data_ptr() and not torch.equal(a.double(), b.double()):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
     tasks, sizes = released_settings(found, path)
-    model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
+    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
+        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
+    model.to_empty(device="cpu")
     unused = RELEASED_UNUSED + ("" if model.text_encoder else RELEASED_UNUSED_TEXT)
     fill(model.state_dict(), found, path, RELEASED_FIX, released_source, unused)
     return model.eval()
