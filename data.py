@@ -1051,11 +1051,11 @@ def convert_lists(batch: Batch, convert) -> Batch:
 
 
 def start_worker(number: int) -> None:
-    """One thread per worker. Ctrl-C is for the parent, who saves. So is SIGTERM, which clusters
-    send to all processes: workers serve on while the parent saves, for half a minute at most."""
+    """One thread per worker. Ctrl-C is for the parent, who finishes what is in hand and saves; so is
+    SIGTERM, which clusters send to all processes. Without their parent workers end by themselves."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # then SIGALRM ends the process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run_loader(reader: Reader, requests, num_workers: int):

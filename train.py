@@ -437,7 +437,6 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
             own = sum(len(x) for b in batches for x in b.labels or [])
             boxes, stopping = sum_over_processes(own, stop.signal)
             if stopping:  # all processes stop before the same iteration
-                loader.close()  # SIGTERM reached its workers too, which live half a minute longer
                 keep(i)
                 if main:
                     print(f"stopped by a signal after iteration {i}; saved: go on with --resume")

@@ -1,11 +1,15 @@
 """data.py: each reader on files written here in the official formats, and on real rows if any."""
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -911,3 +915,48 @@ def test_report_on_real_rows(capsys):
     data.report(REAL)
     out = capsys.readouterr().out
     assert re.search(r"qnli +val +5,463 samples", out) and "none of its pictures" in out
+
+
+ORPHANS = """
+import sys, time
+from test_data import workers_of
+loader, pids = workers_of(sys.argv[1])
+print(*pids, flush=True)
+time.sleep(60)
+"""
+
+
+def workers_of(folder):
+    """A loader of two workers over tiny sentences, begun, and the workers' process ids."""
+    _, sets = data.load(folder, ["sst2"], "train", tiny=True)
+    schedule = data.Schedule({"sst2": len(sets["sst2"])}, {"sst2": 1.0}, 4, 1000, seed=0)
+    loader = data.train_loader(sets, schedule, num_workers=2)
+    next(loader)
+    return loader, [p.pid for p in multiprocessing.active_children()]
+
+
+def test_workers_serve_on_after_sigterm(small_tiny_data):
+    """A cluster sends it to all processes; the parent needs its workers to finish what is in hand,
+    however long that takes."""
+    loader, pids = workers_of(small_tiny_data)
+    assert len(pids) == 2
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+        ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+        for number in (signal.SIGTERM, signal.SIGINT):  # for good, not for a while
+            assert int(ignored, 16) >> (number - 1) & 1
+    assert [i for i, _ in itertools.islice(loader, 50)] == list(range(1, 51))
+    loader.close()
+
+
+def test_workers_do_not_outlive_their_parent(small_tiny_data):
+    with subprocess.Popen([sys.executable, "-c", ORPHANS, small_tiny_data], stdout=subprocess.PIPE,
+                          cwd=Path(__file__).parent, text=True) as parent:
+        pids = parent.stdout.readline().split()
+        parent.kill()
+        end = time.time() + 30
+        while time.time() < end and any(Path(f"/proc/{pid}/status").exists() and "(zombie)" not in
+                                        Path(f"/proc/{pid}/status").read_text() for pid in pids):
+            time.sleep(0.2)
+        assert len(pids) == 2 and time.time() < end
