@@ -115,15 +115,15 @@ def table(content, key: str, path: Path) -> list[dict]:
     return rows
 
 
-def column(rows: list[dict], name: str, path: Path, dtype=None, width: int = 0, first: int = 0):
-    """Field `name` of all rows: a list, with `dtype` str of texts, or else an array (n,) or
+def column(rows: list[dict], name: str, path: Path, dtype, width: int = 0, first: int = 0):
+    """Field `name` of all rows: with `dtype` str or list a list of those, or else an array (n,) or
     (n, width) of finite numbers. The first row that does not have it (so) is an error; `first` is
     the number of rows[0]."""
     try:
         values = [row[name] for row in rows]
-        if dtype in (None, str):
-            if dtype and not all(isinstance(value, str) for value in values):
-                raise TypeError("not a text")
+        if dtype in (str, list):
+            if not all(isinstance(value, dtype) for value in values):
+                raise TypeError
             return values
         given, shape = np.array(values), (len(rows), width) if width else (len(rows),)
         with np.errstate(invalid="ignore"):
@@ -133,14 +133,12 @@ def column(rows: list[dict], name: str, path: Path, dtype=None, width: int = 0, 
             raise ValueError
         return values.reshape(shape)
     except (KeyError, TypeError, ValueError, OverflowError):
-        if len(rows) == 1:
-            what = {None: "present", str: "a text", np.int64: "one whole number"}.get(
-                dtype, f"{width} finite numbers" if width else "one finite number")
-            raise bad(path, f"record {first}: {name!r} is not {what} ({rows[0]!r:.120})") from None
-        half = len(rows) // 2  # where is it?
-        column(rows[:half], name, path, dtype, width, first)
-        column(rows[half:], name, path, dtype, width, first + half)
-        raise
+        if len(rows) > 1:  # which one is it?
+            for number, row in enumerate(rows):
+                column([row], name, path, dtype, width, number)
+        what = {str: "a text", list: "a list", np.int64: "one whole number"}.get(
+            dtype, f"{width} finite numbers" if width else "one finite number")
+        raise bad(path, f"record {first}: {name!r} is not {what} ({rows[0]!r:.120})") from None
 
 
 def require(good, problem: str, path: Path, rows: list) -> None:
@@ -197,10 +195,8 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-@functools.cache
-def read_tiny_image(path: Path) -> Tensor:
-    """`read_image`, once per worker: 3 KB each, and decoding was most of a tiny sample's time."""
-    return read_image(path)
+# Each once per worker: 3 KB, and decoding was most of a tiny sample's time.
+read_tiny_image = functools.cache(read_image)
 
 
 def fitted_size(height: int, width: int, shortest: int, longest: int, floor: bool):
@@ -393,25 +389,23 @@ class Dataset:
         return len(self.ids)
 
     def present(self, names: list[str]) -> np.ndarray:
-        """(n,) bool: is the picture of that name in `self.folder`?"""
-        for name in names:
+        """(n,) bool: is the picture of that name in `self.folder`? Absent ones are counted; it is
+        an error if all are."""
+        different = dict.fromkeys(names)
+        for name in different:
             if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
                 raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
-        folders = {os.path.dirname(name) for name in names}
-        there = {os.path.join(folder, name) for folder in folders
+        there = {os.path.join(folder, name) for folder in {os.path.dirname(x) for x in different}
                  for name in list_folder(self.folder / folder)}
-        return self.count_absent([name in there for name in names], names)
-
-    def count_absent(self, present: list[bool], names: list[str]) -> np.ndarray:
-        """Counts the pictures that are not there; it is an error if none is."""
-        if absent := present.count(False):
+        present = np.array([name in there for name in names], bool)
+        if not present.all():
             # What cannot be printed is escaped.
-            first = f"(the first: {repr(names[present.index(False)])[1:-1]})"
-            if absent == len(present):
+            first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"
+            if not present.any():
                 raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
                           "unpack the pictures there")
-            self.skipped[f"without picture {first}"] += absent
-        return np.array(present, bool)
+            self.skipped[f"without picture {first}"] = int((~present).sum())
+        return present
 
     def picture(self, index: int) -> Tensor:
         """(3, H, W) uint8."""
@@ -446,49 +440,43 @@ class Coco(Dataset):
              "test": ["coco/annotations/image_info_test-dev2017.json"]}  # no boxes; for the server
     folders = {"train": "coco/train2017", "val": "coco/val2017", "test": "coco/test2017"}
 
-    def read(self) -> None:
-        self.read_content(read_json(self.path), self.path)
-
-    def read_content(self, content: dict, path: Path) -> None:
-        """The parsed file to arrays."""
+    def read(self, content: dict | None = None) -> None:
+        """From `content` in place of the file's, if given."""
+        content, path = content or read_json(self.path), self.path
         self.folder = self.data / self.folders[self.split]
-        self.class_names = self.names_by_id(content, "categories", self.task.num_classes, path)
+        self.class_names = self.names_by_id(content, "categories", self.task.num_classes)
         if size := self.task.num_attributes:
-            self.attribute_names = self.names_by_id(content, "attributes", size, path)
+            self.attribute_names = self.names_by_id(content, "attributes", size)
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
         images = table(content, "images", path)
-        ids = column(images, "id", path, np.int64)
-        self.read_images(images, ids, path)
-        # Test splits end after the images.
-        rows = table(content, "annotations", path) if self.split != "test" else []
-        self.read_boxes(rows, ids, path)
-
-    def names_by_id(self, content: dict, key: str, size: int, path: Path) -> list[str]:
-        """List `key` of ids and names -> names by id; tiny: just enough for the largest id."""
-        rows = table(content, key, path)
-        ids = column(rows, "id", path, np.int64)
-        if self.tiny:
-            size = min(size, int(ids.max(initial=0)) + 1)
-        require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", path, rows)
-        names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
-        return [names.get(number, "") for number in range(size)]
-
-    def read_images(self, rows: list[dict], ids: np.ndarray, path: Path) -> None:
-        names = column(rows, "file_name", path, str)
-        sizes = np.stack([column(rows, side, path, np.int64) for side in ("height", "width")], 1)
-        require((sizes > 0).all(1), "has an image of no size", path, rows)
+        ids, names = column(images, "id", path, np.int64), column(images, "file_name", path, str)
+        sizes = np.stack([column(images, x, path, np.int64) for x in ("height", "width")], 1)
+        require((sizes > 0).all(1), "has an image of no size", path, images)
         present = self.present(names)
         first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
         self.skipped["repeated image ids"] = int((~first).sum())
         keep = np.flatnonzero(first & present)
         self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
         self.names, self.num_images = strings(names[n] for n in keep), len(keep)
+        # Test splits end after the images.
+        self.read_boxes(table(content, "annotations", path) if self.split != "test" else [], ids)
 
-    def read_boxes(self, rows: list[dict], listed: np.ndarray, path: Path) -> None:
+    def names_by_id(self, content: dict, key: str, size: int) -> list[str]:
+        """List `key` of ids and names -> names by id; tiny: just enough for the largest id."""
+        rows = table(content, key, self.path)
+        ids = column(rows, "id", self.path, np.int64)
+        if self.tiny:
+            size = min(size, int(ids.max(initial=0)) + 1)
+        good = (ids > 0) & (ids < size)
+        require(good, f"of {key} has an id outside 1..{size - 1}", self.path, rows)
+        names = dict(zip(ids.tolist(), column(rows, "name", self.path, str)))
+        return [names.get(number, "") for number in range(size)]
+
+    def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
         """Annotations, from now on grouped by image; `listed`: the ids of all images, those
         included whose picture is absent."""
-        owners = column(rows, "image_id", path, np.int64)
+        path, owners = self.path, column(rows, "image_id", self.path, np.int64)
         self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
         places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
@@ -507,9 +495,9 @@ class Coco(Dataset):
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (in training; the metric knows them)"] = int(self.crowd.sum())
         if size := self.task.num_attributes:
-            lists = column(rows, "attribute_ids", path)
-            require([isinstance(x, list) and all(type(n) is int and 0 < n < size for n in x)
-                     for x in lists], f"has attribute_ids outside 1..{size - 1}", path, rows)
+            lists = column(rows, "attribute_ids", path, list)
+            require([all(type(n) is int and 0 < n < size for n in x) for x in lists],
+                    f"has attribute_ids outside 1..{size - 1}", path, rows)
             self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
@@ -563,11 +551,12 @@ class VisualGenome(Coco):
         return cls.files[split] if (data / cls.files[split][0]).exists() else cls.raw
 
     def read(self) -> None:
-        if self.path.exists():
-            return super().read()
-        self.notes.append(f"{self.path.name} was made in memory: `python data.py --data {self.data}"
-                          " --prepare vg` makes it once")
-        self.read_content(prepare_vg(self.data)[0][self.split], self.path)
+        content = None
+        if not self.path.exists():
+            self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
+                              f"{self.data} --prepare vg` makes it once")
+            content = prepare_vg(self.data)[0][self.split]
+        super().read(content)
 
 
 def coco_val_ids(data: Path) -> set[int]:
@@ -662,7 +651,9 @@ class Classification(Dataset):
         return self.words.index(label)
 
     def fill(self, rows: list[tuple]) -> None:
-        """(id, class id or -1, picture or "", up to two texts, ...) -> flat arrays."""
+        """(id, class id, picture or "", up to two texts, ...) -> flat arrays. Of the classes -1 is
+        for not known, and None for rows that go."""
+        rows = [row for row in rows if row[1] is not None]
         ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
         self.names, self.num_images = strings(names), len({*names} - {""})
@@ -729,12 +720,10 @@ class Vqa2(Classification):
         answers, common = {}, Counter()  # {question id: places}, {most common answer: how many}
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
             rows = table(read_json(path, shorten), "annotations", path)
-            numbers = column(rows, "question_id", path, np.int64).tolist()
-            for number, ten in zip(numbers, column(rows, "answers", path)):
-                if not isinstance(ten, list) or not all(
-                        type(n) is int and 0 <= n < len(different) for n in ten):
-                    raise bad(path, f"question {number}: bad answers ({ten!s:.80})")
-                answers[number] = ten
+            tens = column(rows, "answers", path, list)
+            require([all(type(n) is int and 0 <= n < len(different) for n in ten) for ten in tens],
+                    "has a bad answer", path, rows)
+            answers.update(zip(column(rows, "question_id", path, np.int64).tolist(), tens))
             common.update(column(rows, "multiple_choice_answer", path, str))
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
@@ -746,13 +735,13 @@ class Vqa2(Classification):
             numbers, images = (column(questions, name, path, np.int64).tolist()
                                for name in ("question_id", "image_id"))
             texts = column(questions, "question", path, str)
-            rows += [(number, -1, pictures.get(image), [text], answers.get(number, []))
+            rows += [(number, -1, pictures.get(image, f"question {number}'s"), [text],
+                      answers.get(number, []))
                      for number, image, text in zip(numbers, images, texts)
                      if test or (image in held_out) == (self.split == "val")]
         if self.split == "train":
             rows += self.genome_questions(held_out, different)
-        present = self.count_absent([row[2] is not None for row in rows],
-                                    [f"question {row[0]}'s" for row in rows])
+        present = self.present([row[2] for row in rows])
         self.encode(list(compress(rows, present)), strings(different))
 
     def read_answers(self, common: Counter) -> list[str]:
@@ -784,7 +773,8 @@ class Vqa2(Classification):
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
                     number, answer = np.int64(int(qa["qa_id"])), different[str(qa["answer"])]
-                    found.append((number, -1, pictures.get(image), [qa["question"]], [answer] * 10))
+                    name = pictures.get(image, f"question {number}'s")
+                    found.append((number, -1, name, [qa["question"]], [answer] * 10))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
@@ -839,9 +829,8 @@ class SnliVe(Classification):
                     raise TypeError("sentence2 is not a text")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]}") from None
-            label = self.class_id(label, number + 1)
-            if label is not None:
-                rows.append((number, label, str(name).removesuffix(".jpg") + ".jpg", [text]))
+            name = str(name).removesuffix(".jpg") + ".jpg"
+            rows.append((number, self.class_id(label, number + 1), name, [text]))
         self.fill(list(compress(rows, self.present([row[2] for row in rows]))))
 
 
@@ -858,11 +847,9 @@ class Glue(Classification):
         places = [header.index(name) for name in names]
         for number, fields in enumerate(lines):
             if len(fields) == len(header):
-                texts, label = [fields[place].strip() for place in places], -1
-                if not test:
-                    label = self.class_id(texts.pop(), number + 2)
-                if label is not None:
-                    rows.append((number, label, "", texts))
+                texts = [fields[place].strip() for place in places]
+                label = -1 if test else self.class_id(texts.pop(), number + 2)
+                rows.append((number, label, "", texts))
             elif test:
                 raise bad(self.path, f"line {number + 2}: {len(fields)} columns, not {len(header)}",
                           "the server wants every row: take the official file")
@@ -948,12 +935,11 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
         batch.images, batch.image_mask = pad_images(images)
         batch.sizes = torch.tensor(every("size"))                       # (B, 2)
     if tokens := every("tokens"):
-        lengths = torch.tensor([len(row) for row in tokens])[:, None]   # (B, 1)
-        longest = int(lengths.max())
-        batch.tokens, batch.token_types = (                             # (B, S); 0 is [PAD]
-            torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-            for rows in (tokens, every("types")))
-        mask = torch.arange(longest) >= lengths                         # (B, S), True = padding
+        longest = max(map(len, tokens))
+        tokens, types = (torch.from_numpy(padded(rows, longest)).long()
+                         for rows in (tokens, every("types")))
+        batch.tokens, batch.token_types = tokens.clamp(min=0), types.clamp(min=0)  # 0 is [PAD]
+        mask = tokens < 0                                               # (B, S), True = padding
         batch.text_mask = mask if mask.any() else None
     if scores := every("scores"):
         batch.scores = torch.stack(scores)                              # (B, C)
@@ -994,15 +980,12 @@ class Schedule:
             raise InputError(f"{empty[0]} has no training samples; leave it out of --tasks")
         weights = np.array([probabilities[name] for name in self.names], np.float64)
         # One draw an iteration: a longer run begins as a shorter one does.
-        draws = np.random.default_rng([seed, 0]).random(iterations)
-        edges = np.cumsum(weights / weights.sum())[:-1]
-        self.choices = np.searchsorted(edges, draws, side="right").astype(np.uint8)
+        self.choices = np.random.default_rng([seed, 0]).choice(
+            len(weights), iterations, p=weights / weights.sum())
         if coco_first:  # COCO initialisation within one run (ours: tiny mode)
             self.choices[:coco_first] = self.names.index("coco")
-        self.before = np.zeros(iterations, np.int32)  # earlier iterations of the same task
-        for number in range(len(self.names)):
-            chosen = np.flatnonzero(self.choices == number)
-            self.before[chosen] = np.arange(len(chosen))
+        # (iterations, tasks): how often each was drawn so far, this iteration included.
+        self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(weights)), 0, np.int32)
         # Two epochs a task are kept, as a batch may reach into the next.
         self.shuffle = functools.lru_cache(2 * len(self.names))(self.shuffle)
 
@@ -1012,9 +995,9 @@ class Schedule:
     def samples(self, iteration: int) -> np.ndarray:
         """(batch_size,) int64 indices into the task's data set."""
         name = self.task(iteration)
-        size, first = self.sizes[name], int(self.before[iteration]) * self.batch_size
+        size, end = self.sizes[name], int(self.drawn[iteration, self.choices[iteration]])
         return np.array([self.shuffle(name, place // size)[place % size]
-                         for place in range(first, first + self.batch_size)])
+                         for place in range((end - 1) * self.batch_size, end * self.batch_size)])
 
     def shuffle(self, name: str, epoch: int) -> np.ndarray:
         """The order of one epoch; keyed by name, so that a run's other tasks don't matter."""
@@ -1049,9 +1032,8 @@ def convert_lists(batch: Batch, convert) -> Batch:
 
 
 def start_worker(number: int) -> None:
-    """One thread per worker. Ctrl-C is for the parent, who saves. So is SIGTERM, which clusters
+    """Ctrl-C is for the parent, who saves. So is SIGTERM, which clusters
     send to all processes: workers serve on while the parent saves, for half a minute at most."""
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # then SIGALRM ends the process
 
@@ -1071,19 +1053,13 @@ def run_loader(reader: Reader, requests, num_workers: int):
         yield iteration, convert_lists(batch, torch.from_numpy)
 
 
-def micro_batches(datasets, schedule: Schedule, start: int, share: range, micro_batch: int):
-    """The requests for the positions `share` of each global batch."""
-    for iteration in range(start, schedule.iterations):
-        name, indices = schedule.task(iteration), schedule.samples(iteration).tolist()
-        # One picture at a time is the paper's way, and exact (see pad_images).
-        size = micro_batch or default_size(datasets[name], len(share))
-        for k in range(0, len(share), size):
-            yield iteration, name, [(place, indices[place]) for place in share[k:k + size]]
-
-
-def default_size(dataset: Dataset, size: int) -> int:
-    """Pictures come one by one; texts, and tiny pictures, which are all of one size, together."""
-    return 1 if dataset.task.image and not dataset.tiny else size
+def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
+    """The requests for these (position, index) of an iteration, `size` at a time; 0: pictures one
+    by one, which is the paper's way, and exact (see pad_images), but texts, and tiny pictures,
+    which are all of one size, `most` together."""
+    size = size or (1 if dataset.task.image and not dataset.tiny else most)
+    for k in range(0, len(places), size):
+        yield iteration, dataset.task.name, places[k:k + size]
 
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
@@ -1091,18 +1067,20 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
     """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on. The
     batch size is a multiple of `world_size`."""
     each = schedule.batch_size // world_size
-    share = range(rank * each, (rank + 1) * each)
-    requests = micro_batches(datasets, schedule, start, share, micro_batch)
-    return run_loader(Reader(datasets, seed), requests, num_workers)
+
+    def requests():
+        for iteration in range(start, schedule.iterations):
+            places = list(enumerate(schedule.samples(iteration).tolist()))
+            yield from micro_batches(datasets[schedule.task(iteration)], iteration,
+                                     places[rank * each:(rank + 1) * each], micro_batch, each)
+    return run_loader(Reader(datasets, seed), requests(), num_workers)
 
 
 def eval_loader(dataset: Dataset, indices, batch_size: int = 0, num_workers: int = 0):
     """Yields a Batch for every `batch_size` of `indices`, in order; 0: one picture, or 32 texts."""
-    size = batch_size or default_size(dataset, 32)
-    places = list(enumerate(map(int, indices)))
-    requests = [(0, dataset.task.name, places[k:k + size]) for k in range(0, len(places), size)]
-    for _, batch in run_loader(Reader({dataset.task.name: dataset}, None), requests, num_workers):
-        yield batch
+    requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), batch_size, 32)
+    reader = Reader({dataset.task.name: dataset}, None)
+    return (batch for _, batch in run_loader(reader, requests, num_workers))
 
 
 # ---- Command line --------------------------------------------------------------------------------
