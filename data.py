@@ -3,16 +3,6 @@
     files --Dataset--> flat arrays --sample(index, rng)--> Sample --collate--> Batch
     (seed, iteration) --Schedule--> task and indices --train_loader--> (iteration, Batch)
 
-| section                 | what it holds                                                         |
-|-------------------------|-----------------------------------------------------------------------|
-| Files and flat arrays   | reading with errors that name the fix; `strings`                      |
-| Pictures                | any picture to RGB; DETR's augmentation; the sizes of Section 3.5     |
-| Texts                   | WordPiece; an answer's normal form, as VQA's official scorer has it   |
-| Readers                 | one class per format; `TASKS`, the table of the eight                 |
-| Batches and their order | `collate`, `Schedule`, `train_loader`, `eval_loader`                  |
-| Command line            | `python data.py --data DIR` tells what is there and what is missing   |
-| The tiny data sets      | `write_tiny`: the same formats, small enough for a laptop             |
-
 A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
 
 A record that cannot be used is skipped and counted (`Dataset.skipped`, told by `Dataset.summary`)
@@ -83,27 +73,26 @@ def bad(path, problem: str, fix: str = "mend or remove the record") -> InputErro
     return InputError(f"{path}: {problem}; {fix}")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_file(path: Path, parse=bytes, kind: str = ""):
+    """parse(its bytes), which are of this kind."""
     try:
-        return path.read_bytes()
+        return parse(path.read_bytes())
     except OSError as error:
         raise bad(path, error.strerror, "the README says where each file belongs") from None
+    except (ValueError, RecursionError) as error:
+        fix = "cut short? download or unpack it again"
+        raise bad(path, f"not valid {kind} ({error})", fix) from None
 
 
 def read_json(path: Path, hook=None):
     """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
-    try:  # from bytes, not text: a byte order mark is understood
-        return json.loads(read_bytes(path), object_hook=hook)
-    except (ValueError, RecursionError) as error:
-        raise bad(path, f"not valid JSON ({error})", "cut short? unpack it again") from None
+    # From bytes, not text: a byte order mark is understood.
+    return read_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
 
 
 def read_lines(path: Path) -> list[str]:
     """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise bad(path, f"byte {error.start} is not UTF-8", "download it again") from None
+    text = read_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
     # str.splitlines would also split at U+2028 and others, which occur inside sentences.
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
@@ -358,15 +347,16 @@ class Dataset:
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
     attribute_names: list[str] = []
-    tokenizer: Tokenizer | None = None  # given by `load`
 
-    def __init__(self, task: Task, data: Path, split: str, tiny: bool = False):
+    def __init__(self, task: Task, data: Path, split: str, tiny: bool = False,
+                 tokenizer: Tokenizer | None = None):
         if split not in self.files:
             raise InputError(f"{task.name} has no split {split!r}, but {', '.join(self.files)}")
         if missing := self.missing(data, split):
             raise bad(missing[0], f"missing; {task.name} {split} is read from it",
                       "the README says where each file belongs")
-        self.data, self.split, self.tiny, self.task = data, split, tiny, task
+        self.data, self.split, self.tiny = data, split, tiny
+        self.task, self.tokenizer = task, tokenizer
         if tiny:  # pictures of a few shapes; fewer queries learn faster (ours)
             self.task = replace(task, num_queries=8 if task.kind == "detection" else 4)
         self.path = data / self.files[split][0]   # of the annotations
@@ -502,9 +492,8 @@ class Coco(Dataset):
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         image, size = self.picture(index), self.sizes[index]
-        rows = np.arange(self.starts[index], self.starts[index + 1])
-        rows = rows[self.usable[rows]]
-        boxes = clipped(self.boxes[rows], size)
+        own = slice(self.starts[index], self.starts[index + 1])
+        boxes = clipped(self.boxes[own], size)
         if rng is not None:  # tiny pictures stay as they are: 32 x 32 has no scales (ours)
             image, boxes = (flip if self.tiny else augment)(image, boxes, rng)
         elif not self.tiny:
@@ -512,27 +501,26 @@ class Coco(Dataset):
         # The size is the annotation file's, as its boxes are given in those pixels.
         sample = Sample(int(self.ids[index]), normalise(image), tuple(size.tolist()))
         if self.split != "test":
-            keep = not_empty(boxes)  # a crop may have left nothing of a box
-            low, high, rows = boxes[keep, :2], boxes[keep, 2:], rows[keep]
+            keep = self.usable[own] & not_empty(boxes)  # a crop may have left nothing of a box
+            low, high = boxes[keep, :2], boxes[keep, 2:]
             sample.boxes = torch.from_numpy(np.hstack([(low + high) / 2, high - low])).float()
-            sample.labels = torch.tensor(self.labels[rows], dtype=torch.long)
+            sample.labels = torch.from_numpy(self.labels[own][keep]).long()
             if self.task.num_attributes:
-                sample.attributes = torch.tensor(self.attributes[rows], dtype=torch.long)
+                sample.attributes = torch.from_numpy(self.attributes[own][keep]).long()
         return sample
 
     def ground_truth(self):
         """A pycocotools COCO of the file's boxes, unchanged, crowds too; without the polygons."""
         from pycocotools.coco import COCO
-        truth, owners = COCO(), np.repeat(self.ids, np.diff(self.starts)).tolist()
+        truth, columns = COCO(), {
+            "image_id": np.repeat(self.ids, np.diff(self.starts)), "category_id": self.labels,
+            "bbox": self.boxes, "area": self.areas, "iscrowd": self.crowd.astype(int)}
+        rows = zip(*(column.tolist() for column in columns.values()))
         truth.dataset = {
             "info": {}, "images": [{"id": number} for number in self.ids.tolist()],
             "categories": [{"id": n, "name": x} for n, x in enumerate(self.class_names) if x],
             # Numbered from 1: pycocotools takes a match with box 0 for none at all.
-            "annotations": [
-                dict(id=n, image_id=owner, category_id=label, bbox=box, area=area, iscrowd=crowd)
-                for n, (owner, label, box, area, crowd) in enumerate(zip(
-                    owners, self.labels.tolist(), self.boxes.tolist(), self.areas.tolist(),
-                    self.crowd.astype(int).tolist()), 1)]}
+            "annotations": [dict(zip(columns, row), id=n) for n, row in enumerate(rows, 1)]}
         with contextlib.redirect_stdout(None):  # it prints
             truth.createIndex()
         return truth
@@ -691,7 +679,8 @@ class Vqa2(Classification):
     parts = {"train": ["train2014", "val2014"], "val": ["val2014"], "test": ["test2015"]}
     files = {split: [f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json" for part in parts]
              for split, parts in parts.items()}
-    folders = ("coco/train2017", "coco/val2017", "coco/train2014", "coco/val2014")
+    folders = [f"coco/{part}" for part in (
+        "train2017", "val2017", "train2014", "val2014", "test2015", "test2017")]
     vocabulary = "vqa2/answers_vqa.txt"
 
     @classmethod
@@ -707,7 +696,7 @@ class Vqa2(Classification):
         return questions + annotations + VisualGenome.raw[-1:] * (split != "test")
 
     def read(self) -> None:
-        self.folder, test = self.data, self.split == "test"
+        self.folder = self.data
         paths = [self.data / file for file in self.needed(self.data, self.split)]
         self.path = paths[0]
         # There are 6.6 million answers: kept as objects until the file is read, they are slow to
@@ -727,18 +716,17 @@ class Vqa2(Classification):
             common.update(column(rows, "multiple_choice_answer", path, str))
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
-        held_out = set() if test else coco_val_ids(self.data)
-        folders = ("coco/test2015", "coco/test2017") if test else self.folders
-        pictures, rows = pictures_by_id(self.data, *folders), []
+        held_out = set() if self.split == "test" else coco_val_ids(self.data)
+        pictures, rows = pictures_by_id(self.data, *self.folders), []
         for path in [path for path in paths if path.name.endswith("_questions.json")]:
             questions = table(read_json(path), "questions", path)
             numbers, images = (column(questions, name, path, np.int64).tolist()
                                for name in ("question_id", "image_id"))
             texts = column(questions, "question", path, str)
-            rows += [(number, -1, pictures.get(image, f"question {number}'s"), [text],
+            rows += [(number, -1, pictures.get(image) or f"question {number}'s", [text],
                       answers.get(number, []))
                      for number, image, text in zip(numbers, images, texts)
-                     if test or (image in held_out) == (self.split == "val")]
+                     if (image in held_out) == (self.split == "val")]
         if self.split == "train":
             rows += self.genome_questions(held_out, different)
         present = self.present([row[2] for row in rows])
@@ -773,7 +761,7 @@ class Vqa2(Classification):
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
                     number, answer = np.int64(int(qa["qa_id"])), different[str(qa["answer"])]
-                    name = pictures.get(image, f"question {number}'s")
+                    name = pictures.get(image) or f"question {number}'s"
                     found.append((number, -1, name, [qa["question"]], [answer] * 10))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
@@ -817,7 +805,7 @@ class SnliVe(Classification):
 
     def read(self) -> None:
         self.folder, rows = self.data / "snli_ve/flickr30k_images", []
-        for number, line in enumerate(io.BytesIO(read_bytes(self.path))):
+        for number, line in enumerate(io.BytesIO(read_file(self.path))):
             if not line.strip():
                 continue
             try:
@@ -908,11 +896,10 @@ def load(data: Path | str, names, split: str, tiny: bool = False):
     if unknown := [name for name in names if name not in by_name]:
         raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
     require_folder(data)
-    with_text = any(by_name[name].text for name in names)
+    tasks = [by_name[name] for name in names]
+    with_text = any(task.text for task in tasks)
     tokenizer = Tokenizer(data / "bert/vocab.txt") if with_text else None
-    datasets = {name: by_name[name].dataset(by_name[name], data, split, tiny) for name in names}
-    for dataset in datasets.values():
-        dataset.tokenizer = tokenizer
+    datasets = {task.name: task.dataset(task, data, split, tiny, tokenizer) for task in tasks}
     return [dataset.task for dataset in datasets.values()], datasets
 
 
@@ -936,10 +923,10 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
         batch.sizes = torch.tensor(every("size"))                       # (B, 2)
     if tokens := every("tokens"):
         longest = max(map(len, tokens))
-        tokens, types = (torch.from_numpy(padded(rows, longest)).long()
+        tokens, types = (torch.from_numpy(padded(rows, longest)).long()     # (B, S)
                          for rows in (tokens, every("types")))
         batch.tokens, batch.token_types = tokens.clamp(min=0), types.clamp(min=0)  # 0 is [PAD]
-        mask = tokens < 0                                               # (B, S), True = padding
+        mask = tokens < 0                                               # True = padding
         batch.text_mask = mask if mask.any() else None
     if scores := every("scores"):
         batch.scores = torch.stack(scores)                              # (B, C)
@@ -1017,8 +1004,8 @@ class Reader(torch.utils.data.Dataset):
         try:
             for position, index in places:
                 # Keyed by the position in the global batch: no worker and no rank shows in it.
-                key = [self.seed or 0, 2, iteration, position]
-                rng = None if self.seed is None else np.random.default_rng(key)
+                rng = None if self.seed is None else np.random.default_rng(
+                    [self.seed, 2, iteration, position])
                 samples.append(dataset.sample(index, rng))
         except InputError as error:
             return iteration, error  # raised in a worker, it would arrive wrapped in a traceback
@@ -1032,8 +1019,8 @@ def convert_lists(batch: Batch, convert) -> Batch:
 
 
 def start_worker(number: int) -> None:
-    """Ctrl-C is for the parent, who saves. So is SIGTERM, which clusters
-    send to all processes: workers serve on while the parent saves, for half a minute at most."""
+    """Ctrl-C is for the parent, who saves. So is SIGTERM, which clusters send to all processes:
+    workers serve on while the parent saves, for half a minute at most."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # then SIGALRM ends the process
 
@@ -1137,8 +1124,7 @@ def main(argv: list[str] | None = None) -> None:
         require_folder(args.data)
         write_vg(args.data) if args.prepare else report(args.data)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {error}\n")
 
 
 # ---- The tiny data sets --------------------------------------------------------------------------
@@ -1174,8 +1160,8 @@ def pick(rng, choices):
     return choices[rng.integers(len(choices))]
 
 
-def another(rng, choices, *not_these):
-    return pick(rng, [x for x in choices if x not in not_these])
+def another(rng, choices, than):
+    return pick(rng, [x for x in choices if x != than])
 
 
 def outline(shape: str, size: int) -> np.ndarray:
@@ -1186,11 +1172,9 @@ def outline(shape: str, size: int) -> np.ndarray:
 
 
 def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
-    """-> pixels (32, 32, 3) uint8 with 1 to `most` shapes; of each (shape, colour, [x, y, w, h]).
-
-    The boxes do not overlap. sides: of a shape, from and below.
-    """
-    number = int(rng.choice(most, p=[[1.0], [0.5, 0.5], [0.4, 0.4, 0.2]][most - 1])) + 1
+    """-> pixels (32, 32, 3) uint8 with 1 to `most` (1 or 3) shapes; of each (shape, colour,
+    [x, y, w, h]). The boxes do not overlap. sides: of a shape, from and below."""
+    number = int(rng.choice(most, p=[0.4, 0.4, 0.2] if most == 3 else [1])) + 1
     names = zip(rng.choice(SHAPES, number).tolist(), rng.choice(list(COLOURS), number).tolist())
     pixels = rng.normal(rng.uniform(60, 120), 5, (SIDE, SIDE, 3))
     taken, things = np.zeros((SIDE, SIDE), bool), []

@@ -112,7 +112,7 @@ def test_lines_of_any_ending(tmp_path):
     for raw in ("ä b\n\nc\u2028d", "ä b\n\nc\u2028d\n\n", "\ufeffä b\r\n\r\nc\u2028d\r\n"):
         assert data.read_lines(write(tmp_path / "x.txt", raw.encode())) == expected
     assert data.read_lines(write(tmp_path / "x.txt", b"")) == []
-    with pytest.raises(InputError, match="byte 1 is not UTF-8"):
+    with pytest.raises(InputError, match="not valid UTF-8 .* in position 1"):
         data.read_lines(write(tmp_path / "x.txt", b"a\xff"))
 
 
