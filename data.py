@@ -147,12 +147,9 @@ def list_folder(folder: Path) -> list[str]:
 
 def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
     """{number at the end of the name: name}; where folders share a number the first one's."""
-    found = {}
-    for folder in folders:
-        for name in list_folder(root / folder):
-            if match := re.search(r"(\d+)\.jpg$", name):
-                found.setdefault(int(match[1]), f"{folder}/{name}")
-    return found
+    names = [f"{folder}/{name}" for folder in folders for name in list_folder(root / folder)]
+    return {int(match[1]): name for name in reversed(names)  # the first is put in last
+            if (match := re.search(r"(\d+)\.jpg$", name))}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -379,8 +376,7 @@ class Dataset:
         return len(self.ids)
 
     def present(self, names: list[str]) -> np.ndarray:
-        """(n,) bool: is the picture of that name in `self.folder`? Absent ones are counted; it is
-        an error if all are."""
+        """(n,) bool: is the picture in `self.folder`? It is an error if none is."""
         different = dict.fromkeys(names)
         for name in different:
             if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
@@ -458,8 +454,8 @@ class Coco(Dataset):
         ids = column(rows, "id", self.path, np.int64)
         if self.tiny:
             size = min(size, int(ids.max(initial=0)) + 1)
-        good = (ids > 0) & (ids < size)
-        require(good, f"of {key} has an id outside 1..{size - 1}", self.path, rows)
+        require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", self.path,
+                rows)
         names = dict(zip(ids.tolist(), column(rows, "name", self.path, str)))
         return [names.get(number, "") for number in range(size)]
 
