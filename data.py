@@ -3,16 +3,6 @@
     files --Dataset--> flat arrays --sample(index, rng)--> Sample --collate--> Batch
     (seed, iteration) --Schedule--> task and indices --train_loader--> (iteration, Batch)
 
-| section                 | what it holds                                                         |
-|-------------------------|-----------------------------------------------------------------------|
-| Files and flat arrays   | reading with errors that name the fix; `strings`                      |
-| Pictures                | any picture to RGB; DETR's augmentation; the sizes of Section 3.5     |
-| Texts                   | WordPiece; an answer's normal form, as VQA's official scorer has it   |
-| Readers                 | one class per format; `TASKS`, the table of the eight                 |
-| Batches and their order | `collate`, `Schedule`, `train_loader`, `eval_loader`                  |
-| Command line            | `python data.py --data DIR` tells what is there and what is missing   |
-| The tiny data sets      | `write_tiny`: the same formats, small enough for a laptop             |
-
 A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
 
 A record that cannot be used is skipped and counted (`Dataset.skipped`, told by `Dataset.summary`)
@@ -83,27 +73,26 @@ def bad(path, problem: str, fix: str = "mend or remove the record") -> InputErro
     return InputError(f"{path}: {problem}; {fix}")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_file(path: Path, parse=bytes, kind: str = ""):
+    """parse(its bytes), which are of this kind."""
     try:
-        return path.read_bytes()
+        return parse(path.read_bytes())
     except OSError as error:
         raise bad(path, error.strerror, "the README says where each file belongs") from None
+    except (ValueError, RecursionError) as error:
+        fix = "cut short? download or unpack it again"
+        raise bad(path, f"not valid {kind} ({error})", fix) from None
 
 
 def read_json(path: Path, hook=None):
     """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
-    try:  # from bytes, not text: a byte order mark is understood
-        return json.loads(read_bytes(path), object_hook=hook)
-    except (ValueError, RecursionError) as error:
-        raise bad(path, f"not valid JSON ({error})", "cut short? unpack it again") from None
+    # From bytes, not text: a byte order mark is understood.
+    return read_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
 
 
 def read_lines(path: Path) -> list[str]:
     """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise bad(path, f"byte {error.start} is not UTF-8", "download it again") from None
+    text = read_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
     # str.splitlines would also split at U+2028 and others, which occur inside sentences.
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
@@ -115,15 +104,15 @@ def table(content, key: str, path: Path) -> list[dict]:
     return rows
 
 
-def column(rows: list[dict], name: str, path: Path, dtype=None, width: int = 0, first: int = 0):
-    """Field `name` of all rows: a list, with `dtype` str of texts, or else an array (n,) or
+def column(rows: list[dict], name: str, path: Path, dtype, width: int = 0, first: int = 0):
+    """Field `name` of all rows: with `dtype` str or list a list of those, or else an array (n,) or
     (n, width) of finite numbers. The first row that does not have it (so) is an error; `first` is
     the number of rows[0]."""
     try:
         values = [row[name] for row in rows]
-        if dtype in (None, str):
-            if dtype and not all(isinstance(value, str) for value in values):
-                raise TypeError("not a text")
+        if dtype in (str, list):
+            if not all(isinstance(value, dtype) for value in values):
+                raise TypeError
             return values
         given, shape = np.array(values), (len(rows), width) if width else (len(rows),)
         with np.errstate(invalid="ignore"):
@@ -133,14 +122,12 @@ def column(rows: list[dict], name: str, path: Path, dtype=None, width: int = 0, 
             raise ValueError
         return values.reshape(shape)
     except (KeyError, TypeError, ValueError, OverflowError):
-        if len(rows) == 1:
-            what = {None: "present", str: "a text", np.int64: "one whole number"}.get(
-                dtype, f"{width} finite numbers" if width else "one finite number")
-            raise bad(path, f"record {first}: {name!r} is not {what} ({rows[0]!r:.120})") from None
-        half = len(rows) // 2  # where is it?
-        column(rows[:half], name, path, dtype, width, first)
-        column(rows[half:], name, path, dtype, width, first + half)
-        raise
+        if len(rows) > 1:  # which one is it?
+            for number, row in enumerate(rows):
+                column([row], name, path, dtype, width, number)
+        what = {str: "a text", list: "a list", np.int64: "one whole number"}.get(
+            dtype, f"{width} finite numbers" if width else "one finite number")
+        raise bad(path, f"record {first}: {name!r} is not {what} ({rows[0]!r:.120})") from None
 
 
 def require(good, problem: str, path: Path, rows: list) -> None:
@@ -160,12 +147,9 @@ def list_folder(folder: Path) -> list[str]:
 
 def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
     """{number at the end of the name: name}; where folders share a number the first one's."""
-    found = {}
-    for folder in folders:
-        for name in list_folder(root / folder):
-            if match := re.search(r"(\d+)\.jpg$", name):
-                found.setdefault(int(match[1]), f"{folder}/{name}")
-    return found
+    names = [f"{folder}/{name}" for folder in folders for name in list_folder(root / folder)]
+    return {int(match[1]): name for name in reversed(names)  # the first is put in last
+            if (match := re.search(r"(\d+)\.jpg$", name))}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -197,10 +181,8 @@ def read_image(path: Path | str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-@functools.cache
-def read_tiny_image(path: str) -> Tensor:
-    """`read_image`, once per worker: 3 KB each, and decoding was most of a tiny sample's time."""
-    return read_image(path)
+# Each once per worker: 3 KB, and decoding was most of a tiny sample's time.
+read_tiny_image = functools.cache(read_image)
 
 
 def fitted_size(height: int, width: int, shortest: int, longest: int, floor: bool):
@@ -241,8 +223,9 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
     """DETR's. image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture, so that
     a resize leaves them as they are.
 
-    The paper (Section 3.5) is "following DETR" and describes only the branch with the crop; DETR,
-    followed here, takes it half of the time (so does the released config).
+    The paper (Section 3.5) is "following DETR" and says: resize to 480-800, then crop. DETR, which
+    this and the released config follow, flips half of the time, and half of the time crops, from a
+    picture resized to 400, 500 or 600; it resizes to 480-800 last.
     """
     image, boxes = flip(image, boxes, rng)
     if rng.random() < 0.5:
@@ -362,15 +345,16 @@ class Dataset:
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
     attribute_names: list[str] = []
-    tokenizer: Tokenizer | None = None  # given by `load`
 
-    def __init__(self, task: Task, data: Path, split: str, tiny: bool = False):
+    def __init__(self, task: Task, data: Path, split: str, tiny: bool = False,
+                 tokenizer: Tokenizer | None = None):
         if split not in self.files:
             raise InputError(f"{task.name} has no split {split!r}, but {', '.join(self.files)}")
         if missing := self.missing(data, split):
             raise bad(missing[0], f"missing; {task.name} {split} is read from it",
                       "the README says where each file belongs")
-        self.data, self.split, self.tiny, self.task = data, split, tiny, task
+        self.data, self.split, self.tiny = data, split, tiny
+        self.task, self.tokenizer = task, tokenizer
         if tiny:  # pictures of a few shapes; fewer queries learn faster (ours)
             self.task = replace(task, num_queries=8 if task.kind == "detection" else 4)
         self.path = data / self.files[split][0]   # of the annotations
@@ -393,25 +377,22 @@ class Dataset:
         return len(self.ids)
 
     def present(self, names: list[str]) -> np.ndarray:
-        """(n,) bool: is the picture of that name in `self.folder`?"""
-        for name in names:
+        """(n,) bool: is the picture in `self.folder`? It is an error if none is."""
+        different = dict.fromkeys(names)
+        for name in different:
             if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
                 raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
-        folders = {os.path.dirname(name) for name in names}
-        there = {os.path.join(folder, name) for folder in folders
+        there = {os.path.join(folder, name) for folder in {os.path.dirname(x) for x in different}
                  for name in list_folder(self.folder / folder)}
-        return self.count_absent([name in there for name in names], names)
-
-    def count_absent(self, present: list[bool], names: list[str]) -> np.ndarray:
-        """Counts the pictures that are not there; it is an error if none is."""
-        if absent := present.count(False):
+        present = np.array([name in there for name in names], bool)
+        if not present.all():
             # What cannot be printed is escaped.
-            first = f"(the first: {repr(names[present.index(False)])[1:-1]})"
-            if absent == len(present):
+            first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"
+            if not present.any():
                 raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
                           "unpack the pictures there")
-            self.skipped[f"without picture {first}"] += absent
-        return np.array(present, bool)
+            self.skipped[f"without picture {first}"] = int((~present).sum())
+        return present
 
     def picture(self, index: int) -> Tensor:
         """(3, H, W) uint8."""
@@ -448,49 +429,43 @@ class Coco(Dataset):
              "test": ["coco/annotations/image_info_test-dev2017.json"]}  # no boxes; for the server
     folders = {"train": "coco/train2017", "val": "coco/val2017", "test": "coco/test2017"}
 
-    def read(self) -> None:
-        self.read_content(read_json(self.path), self.path)
-
-    def read_content(self, content: dict, path: Path) -> None:
-        """The parsed file to arrays."""
+    def read(self, content: dict | None = None) -> None:
+        """From `content` in place of the file's, if given."""
+        content, path = content or read_json(self.path), self.path
         self.folder = self.data / self.folders[self.split]
-        self.class_names = self.names_by_id(content, "categories", self.task.num_classes, path)
+        self.class_names = self.names_by_id(content, "categories", self.task.num_classes)
         if size := self.task.num_attributes:
-            self.attribute_names = self.names_by_id(content, "attributes", size, path)
+            self.attribute_names = self.names_by_id(content, "attributes", size)
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
         images = table(content, "images", path)
-        ids = column(images, "id", path, np.int64)
-        self.read_images(images, ids, path)
-        # Test splits end after the images.
-        rows = table(content, "annotations", path) if self.split != "test" else []
-        self.read_boxes(rows, ids, path)
-
-    def names_by_id(self, content: dict, key: str, size: int, path: Path) -> list[str]:
-        """List `key` of ids and names -> names by id; tiny: just enough for the largest id."""
-        rows = table(content, key, path)
-        ids = column(rows, "id", path, np.int64)
-        if self.tiny:
-            size = min(size, int(ids.max(initial=0)) + 1)
-        require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", path, rows)
-        names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
-        return [names.get(number, "") for number in range(size)]
-
-    def read_images(self, rows: list[dict], ids: np.ndarray, path: Path) -> None:
-        names = column(rows, "file_name", path, str)
-        sizes = np.stack([column(rows, side, path, np.int64) for side in ("height", "width")], 1)
-        require((sizes > 0).all(1), "has an image of no size", path, rows)
+        ids, names = column(images, "id", path, np.int64), column(images, "file_name", path, str)
+        sizes = np.stack([column(images, x, path, np.int64) for x in ("height", "width")], 1)
+        require((sizes > 0).all(1), "has an image of no size", path, images)
         present = self.present(names)
         first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
         self.skipped["repeated image ids"] = int((~first).sum())
         keep = np.flatnonzero(first & present)
         self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
         self.names, self.num_images = strings(names[n] for n in keep), len(keep)
+        # Test splits end after the images.
+        self.read_boxes(table(content, "annotations", path) if self.split != "test" else [], ids)
 
-    def read_boxes(self, rows: list[dict], listed: np.ndarray, path: Path) -> None:
+    def names_by_id(self, content: dict, key: str, size: int) -> list[str]:
+        """List `key` of ids and names -> names by id; tiny: just enough for the largest id."""
+        rows = table(content, key, self.path)
+        ids = column(rows, "id", self.path, np.int64)
+        if self.tiny:
+            size = min(size, int(ids.max(initial=0)) + 1)
+        require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", self.path,
+                rows)
+        names = dict(zip(ids.tolist(), column(rows, "name", self.path, str)))
+        return [names.get(number, "") for number in range(size)]
+
+    def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
         """Annotations, from now on grouped by image; `listed`: the ids of all images, those
         included whose picture is absent."""
-        owners = column(rows, "image_id", path, np.int64)
+        path, owners = self.path, column(rows, "image_id", self.path, np.int64)
         self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
         places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
@@ -507,18 +482,17 @@ class Coco(Dataset):
         full = not_empty(clipped(self.boxes, self.sizes[places[order]]))
         self.usable = full & ~self.crowd  # what is trained on
         self.skipped["empty boxes"] = int((~full).sum())
-        self.skipped["crowd boxes (in training; the metric knows them)"] = int(self.crowd.sum())
+        self.skipped["crowd boxes (no training; the metric keeps them)"] = int(self.crowd.sum())
         if size := self.task.num_attributes:
-            lists = column(rows, "attribute_ids", path)
-            require([isinstance(x, list) and all(type(n) is int and 0 < n < size for n in x)
-                     for x in lists], f"has attribute_ids outside 1..{size - 1}", path, rows)
+            lists = column(rows, "attribute_ids", path, list)
+            require([all(type(n) is int and 0 < n < size for n in x) for x in lists],
+                    f"has attribute_ids outside 1..{size - 1}", path, rows)
             self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         image, size = self.picture(index), self.sizes[index]
-        rows = np.arange(self.starts[index], self.starts[index + 1])
-        rows = rows[self.usable[rows]]
-        boxes = clipped(self.boxes[rows], size)
+        own = slice(self.starts[index], self.starts[index + 1])
+        boxes = clipped(self.boxes[own], size)
         if rng is not None:  # tiny pictures stay as they are: 32 x 32 has no scales (ours)
             image, boxes = (flip if self.tiny else augment)(image, boxes, rng)
         elif not self.tiny:
@@ -526,27 +500,26 @@ class Coco(Dataset):
         # The size is the annotation file's, as its boxes are given in those pixels.
         sample = Sample(int(self.ids[index]), normalise(image), tuple(size.tolist()))
         if self.split != "test":
-            keep = not_empty(boxes)  # a crop may have left nothing of a box
-            low, high, rows = boxes[keep, :2], boxes[keep, 2:], rows[keep]
+            keep = self.usable[own] & not_empty(boxes)  # a crop may have left nothing of a box
+            low, high = boxes[keep, :2], boxes[keep, 2:]
             sample.boxes = torch.from_numpy(np.hstack([(low + high) / 2, high - low])).float()
-            sample.labels = torch.tensor(self.labels[rows], dtype=torch.long)
+            sample.labels = torch.from_numpy(self.labels[own][keep]).long()
             if self.task.num_attributes:
-                sample.attributes = torch.tensor(self.attributes[rows], dtype=torch.long)
+                sample.attributes = torch.from_numpy(self.attributes[own][keep]).long()
         return sample
 
     def ground_truth(self):
         """A pycocotools COCO of the file's boxes, unchanged, crowds too; without the polygons."""
         from pycocotools.coco import COCO
-        truth, owners = COCO(), np.repeat(self.ids, np.diff(self.starts)).tolist()
+        truth, columns = COCO(), {
+            "image_id": np.repeat(self.ids, np.diff(self.starts)), "category_id": self.labels,
+            "bbox": self.boxes, "area": self.areas, "iscrowd": self.crowd.astype(int)}
+        rows = zip(*(column.tolist() for column in columns.values()))
         truth.dataset = {
             "info": {}, "images": [{"id": number} for number in self.ids.tolist()],
             "categories": [{"id": n, "name": x} for n, x in enumerate(self.class_names) if x],
             # Numbered from 1: pycocotools takes a match with box 0 for none at all.
-            "annotations": [
-                dict(id=n, image_id=owner, category_id=label, bbox=box, area=area, iscrowd=crowd)
-                for n, (owner, label, box, area, crowd) in enumerate(zip(
-                    owners, self.labels.tolist(), self.boxes.tolist(), self.areas.tolist(),
-                    self.crowd.astype(int).tolist()), 1)]}
+            "annotations": [dict(zip(columns, row), id=n) for n, row in enumerate(rows, 1)]}
         with contextlib.redirect_stdout(None):  # it prints
             truth.createIndex()
         return truth
@@ -565,11 +538,13 @@ class VisualGenome(Coco):
         return cls.files[split] if (data / cls.files[split][0]).exists() else cls.raw
 
     def read(self) -> None:
-        if self.path.exists():
-            return super().read()
-        self.notes.append(f"{self.path.name} was made in memory: `python data.py --data {self.data}"
-                          " --prepare vg` makes it once")
-        self.read_content(prepare_vg(self.data)[0][self.split], self.path)
+        content = None
+        if not self.path.exists():
+            content = prepare_vg(self.data)[0][self.split]
+            if not self.tiny:
+                self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
+                                  f"{self.data} --prepare vg` makes it once")
+        super().read(content)
 
 
 def coco_val_ids(data: Path) -> set[int]:
@@ -664,7 +639,9 @@ class Classification(Dataset):
         return self.words.index(label)
 
     def fill(self, rows: list[tuple]) -> None:
-        """(id, class id or -1, picture or "", up to two texts, ...) -> flat arrays."""
+        """(id, class id, picture or "", up to two texts, ...) -> flat arrays. Of the classes -1 is
+        for not known, and None for rows that go."""
+        rows = [row for row in rows if row[1] is not None]
         ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
         self.names, self.num_images = strings(names), len({*names} - {""})
@@ -702,7 +679,8 @@ class Vqa2(Classification):
     parts = {"train": ["train2014", "val2014"], "val": ["val2014"], "test": ["test2015"]}
     files = {split: [f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json" for part in parts]
              for split, parts in parts.items()}
-    folders = ("coco/train2017", "coco/val2017", "coco/train2014", "coco/val2014")
+    folders = [f"coco/{part}" for part in (
+        "train2017", "val2017", "train2014", "val2014", "test2015", "test2017")]
     vocabulary = "vqa2/answers_vqa.txt"
 
     @classmethod
@@ -718,7 +696,7 @@ class Vqa2(Classification):
         return questions + annotations + VisualGenome.raw[-1:] * (split != "test")
 
     def read(self) -> None:
-        self.folder, test = self.data, self.split == "test"
+        self.folder = self.data
         paths = [self.data / file for file in self.needed(self.data, self.split)]
         self.path = paths[0]
         # There are 6.6 million answers: kept as objects until the file is read, they are slow to
@@ -731,30 +709,27 @@ class Vqa2(Classification):
         answers, common = {}, Counter()  # {question id: places}, {most common answer: how many}
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
             rows = table(read_json(path, shorten), "annotations", path)
-            numbers = column(rows, "question_id", path, np.int64).tolist()
-            for number, ten in zip(numbers, column(rows, "answers", path)):
-                if not isinstance(ten, list) or not all(
-                        type(n) is int and 0 <= n < len(different) for n in ten):
-                    raise bad(path, f"question {number}: bad answers ({ten!s:.80})")
-                answers[number] = ten
+            tens = column(rows, "answers", path, list)
+            require([all(type(n) is int and 0 <= n < len(different) for n in ten) for ten in tens],
+                    "has a bad answer", path, rows)
+            answers.update(zip(column(rows, "question_id", path, np.int64).tolist(), tens))
             common.update(column(rows, "multiple_choice_answer", path, str))
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
-        held_out = set() if test else coco_val_ids(self.data)
-        folders = ("coco/test2015", "coco/test2017") if test else self.folders
-        pictures, rows = pictures_by_id(self.data, *folders), []
+        held_out = set() if self.split == "test" else coco_val_ids(self.data)
+        pictures, rows = pictures_by_id(self.data, *self.folders), []
         for path in [path for path in paths if path.name.endswith("_questions.json")]:
             questions = table(read_json(path), "questions", path)
             numbers, images = (column(questions, name, path, np.int64).tolist()
                                for name in ("question_id", "image_id"))
             texts = column(questions, "question", path, str)
-            rows += [(number, -1, pictures.get(image), [text], answers.get(number, []))
+            rows += [(number, -1, pictures.get(image) or f"question {number}'s", [text],
+                      answers.get(number, []))
                      for number, image, text in zip(numbers, images, texts)
-                     if test or (image in held_out) == (self.split == "val")]
+                     if (image in held_out) == (self.split == "val")]
         if self.split == "train":
             rows += self.genome_questions(held_out, different)
-        present = self.count_absent([row[2] is not None for row in rows],
-                                    [f"question {row[0]}'s" for row in rows])
+        present = self.present([row[2] for row in rows])
         self.encode(list(compress(rows, present)), strings(different))
 
     def read_answers(self, common: Counter) -> list[str]:
@@ -786,7 +761,8 @@ class Vqa2(Classification):
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
                     number, answer = np.int64(int(qa["qa_id"])), different[str(qa["answer"])]
-                    found.append((number, -1, pictures.get(image), [qa["question"]], [answer] * 10))
+                    name = pictures.get(image) or f"question {number}'s"
+                    found.append((number, -1, name, [qa["question"]], [answer] * 10))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
@@ -829,7 +805,7 @@ class SnliVe(Classification):
 
     def read(self) -> None:
         self.folder, rows = self.data / "snli_ve/flickr30k_images", []
-        for number, line in enumerate(io.BytesIO(read_bytes(self.path))):
+        for number, line in enumerate(io.BytesIO(read_file(self.path))):
             if not line.strip():
                 continue
             try:
@@ -841,9 +817,8 @@ class SnliVe(Classification):
                     raise TypeError("sentence2 is not a text")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]}") from None
-            label = self.class_id(label, number + 1)
-            if label is not None:
-                rows.append((number, label, str(name).removesuffix(".jpg") + ".jpg", [text]))
+            name = str(name).removesuffix(".jpg") + ".jpg"
+            rows.append((number, self.class_id(label, number + 1), name, [text]))
         self.fill(list(compress(rows, self.present([row[2] for row in rows]))))
 
 
@@ -860,11 +835,9 @@ class Glue(Classification):
         places = [header.index(name) for name in names]
         for number, fields in enumerate(lines):
             if len(fields) == len(header):
-                texts, label = [fields[place].strip() for place in places], -1
-                if not test:
-                    label = self.class_id(texts.pop(), number + 2)
-                if label is not None:
-                    rows.append((number, label, "", texts))
+                texts = [fields[place].strip() for place in places]
+                label = -1 if test else self.class_id(texts.pop(), number + 2)
+                rows.append((number, label, "", texts))
             elif test:
                 raise bad(self.path, f"line {number + 2}: {len(fields)} columns, not {len(header)}",
                           "the server wants every row: take the official file")
@@ -923,17 +896,16 @@ def load(data: Path | str, names, split: str, tiny: bool = False):
     if unknown := [name for name in names if name not in by_name]:
         raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
     require_folder(data)
-    with_text = any(by_name[name].text for name in names)
+    tasks = [by_name[name] for name in names]
+    with_text = any(task.text for task in tasks)
     tokenizer = Tokenizer(data / "bert/vocab.txt") if with_text else None
-    datasets = {name: by_name[name].dataset(by_name[name], data, split, tiny) for name in names}
-    for dataset in datasets.values():
-        dataset.tokenizer = tokenizer
+    datasets = {task.name: task.dataset(task, data, split, tiny, tokenizer) for task in tasks}
     return [dataset.task for dataset in datasets.values()], datasets
 
 
 def require_folder(data: Path) -> None:
     if not data.is_dir():
-        raise bad(data, "no such folder", "give the data sets' by --data (layout: README)")
+        raise bad(data, "no such folder", "name the data sets' folder with --data (layout: README)")
 
 
 # ---- Batches and their order ---------------------------------------------------------------------
@@ -950,12 +922,11 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
         batch.images, batch.image_mask = pad_images(images)
         batch.sizes = torch.tensor(every("size"))                       # (B, 2)
     if tokens := every("tokens"):
-        lengths = torch.tensor([len(row) for row in tokens])[:, None]   # (B, 1)
-        longest = int(lengths.max())
-        batch.tokens, batch.token_types = (                             # (B, S); 0 is [PAD]
-            torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-            for rows in (tokens, every("types")))
-        mask = torch.arange(longest) >= lengths                         # (B, S), True = padding
+        longest = max(map(len, tokens))
+        tokens, types = (torch.from_numpy(padded(rows, longest)).long()     # (B, S)
+                         for rows in (tokens, every("types")))
+        batch.tokens, batch.token_types = tokens.clamp(min=0), types.clamp(min=0)  # 0 is [PAD]
+        mask = tokens < 0                                               # True = padding
         batch.text_mask = mask if mask.any() else None
     if scores := every("scores"):
         batch.scores = torch.stack(scores)                              # (B, C)
@@ -996,15 +967,12 @@ class Schedule:
             raise InputError(f"{empty[0]} has no training samples; leave it out of --tasks")
         weights = np.array([probabilities[name] for name in self.names], np.float64)
         # One draw an iteration: a longer run begins as a shorter one does.
-        draws = np.random.default_rng([seed, 0]).random(iterations)
-        edges = np.cumsum(weights / weights.sum())[:-1]
-        self.choices = np.searchsorted(edges, draws, side="right").astype(np.uint8)
+        self.choices = np.random.default_rng([seed, 0]).choice(
+            len(weights), iterations, p=weights / weights.sum())
         if coco_first:  # COCO initialisation within one run (ours: tiny mode)
             self.choices[:coco_first] = self.names.index("coco")
-        self.before = np.zeros(iterations, np.int32)  # earlier iterations of the same task
-        for number in range(len(self.names)):
-            chosen = np.flatnonzero(self.choices == number)
-            self.before[chosen] = np.arange(len(chosen))
+        # (iterations, tasks): how often each was drawn so far, this iteration included.
+        self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(weights)), 0, np.int32)
         # Two epochs a task are kept, as a batch may reach into the next.
         self.shuffle = functools.lru_cache(2 * len(self.names))(self.shuffle)
 
@@ -1014,9 +982,9 @@ class Schedule:
     def samples(self, iteration: int) -> np.ndarray:
         """(batch_size,) int64 indices into the task's data set."""
         name = self.task(iteration)
-        size, first = self.sizes[name], int(self.before[iteration]) * self.batch_size
+        size, end = self.sizes[name], int(self.drawn[iteration, self.choices[iteration]])
         return np.array([self.shuffle(name, place // size)[place % size]
-                         for place in range(first, first + self.batch_size)])
+                         for place in range((end - 1) * self.batch_size, end * self.batch_size)])
 
     def shuffle(self, name: str, epoch: int) -> np.ndarray:
         """The order of one epoch; keyed by name, so that a run's other tasks don't matter."""
@@ -1036,8 +1004,8 @@ class Reader(torch.utils.data.Dataset):
         try:
             for position, index in places:
                 # Keyed by the position in the global batch: no worker and no rank shows in it.
-                key = [self.seed or 0, 2, iteration, position]
-                rng = None if self.seed is None else np.random.default_rng(key)
+                rng = None if self.seed is None else np.random.default_rng(
+                    [self.seed, 2, iteration, position])
                 samples.append(dataset.sample(index, rng))
         except InputError as error:
             return iteration, error  # raised in a worker, it would arrive wrapped in a traceback
@@ -1051,9 +1019,8 @@ def convert_lists(batch: Batch, convert) -> Batch:
 
 
 def start_worker(number: int) -> None:
-    """One thread per worker. Ctrl-C is for the parent, who finishes what is in hand and saves; so is
-    SIGTERM, which clusters send to all processes. Without their parent workers end by themselves."""
-    torch.set_num_threads(1)
+    """Ctrl-C is for the parent, who finishes what is in hand and saves; so is SIGTERM, which
+    clusters send to all processes. Workers without a parent end by themselves."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -1073,19 +1040,13 @@ def run_loader(reader: Reader, requests, num_workers: int):
         yield iteration, convert_lists(batch, torch.from_numpy)
 
 
-def micro_batches(datasets, schedule: Schedule, start: int, share: range, micro_batch: int):
-    """The requests for the positions `share` of each global batch."""
-    for iteration in range(start, schedule.iterations):
-        name, indices = schedule.task(iteration), schedule.samples(iteration).tolist()
-        # One picture at a time is the paper's way, and exact (see pad_images).
-        size = micro_batch or default_size(datasets[name], len(share))
-        for k in range(0, len(share), size):
-            yield iteration, name, [(place, indices[place]) for place in share[k:k + size]]
-
-
-def default_size(dataset: Dataset, size: int) -> int:
-    """Pictures come one by one; texts, and tiny pictures, which are all of one size, together."""
-    return 1 if dataset.task.image and not dataset.tiny else size
+def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
+    """The requests for these (position, index) of an iteration, `size` at a time; 0: pictures one
+    by one, which is the paper's way, and exact (see pad_images), but texts, and tiny pictures,
+    which are all of one size, `most` together."""
+    size = size or (1 if dataset.task.image and not dataset.tiny else most)
+    for k in range(0, len(places), size):
+        yield iteration, dataset.task.name, places[k:k + size]
 
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
@@ -1093,18 +1054,20 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
     """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on. The
     batch size is a multiple of `world_size`."""
     each = schedule.batch_size // world_size
-    share = range(rank * each, (rank + 1) * each)
-    requests = micro_batches(datasets, schedule, start, share, micro_batch)
-    return run_loader(Reader(datasets, seed), requests, num_workers)
+
+    def requests():
+        for iteration in range(start, schedule.iterations):
+            places = list(enumerate(schedule.samples(iteration).tolist()))
+            yield from micro_batches(datasets[schedule.task(iteration)], iteration,
+                                     places[rank * each:(rank + 1) * each], micro_batch, each)
+    return run_loader(Reader(datasets, seed), requests(), num_workers)
 
 
 def eval_loader(dataset: Dataset, indices, batch_size: int = 0, num_workers: int = 0):
     """Yields a Batch for every `batch_size` of `indices`, in order; 0: one picture, or 32 texts."""
-    size = batch_size or default_size(dataset, 32)
-    places = list(enumerate(map(int, indices)))
-    requests = [(0, dataset.task.name, places[k:k + size]) for k in range(0, len(places), size)]
-    for _, batch in run_loader(Reader({dataset.task.name: dataset}, None), requests, num_workers):
-        yield batch
+    requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), batch_size, 32)
+    reader = Reader({dataset.task.name: dataset}, None)
+    return (batch for _, batch in run_loader(reader, requests, num_workers))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1148,21 +1111,41 @@ def write_vg(data: Path) -> None:
         print(f"dropped: {count:,} {reason}")
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports mistakes in one line, like the rest of the programs."""
+
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def command_line(parser: Parser, run, argv: list[str] | None) -> None:
+    """Runs a program (this one, eval.py, train.py): a user's mistake is one line, exit status 2."""
+    try:
+        run(parser.parse_args(argv))
+        sys.stdout.flush()
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.exit(1)
+    if torch.distributed.is_initialized():  # not after an error: it waits for the other processes
+        torch.distributed.destroy_process_group()
+
+
+def run(args: argparse.Namespace) -> None:
+    require_folder(args.data)
+    write_vg(args.data) if args.prepare else report(args.data)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Tells what is in the folder of the data sets, and what is missing.",
         epilog="The README has the folder's layout.", allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR",
                         help="the folder of the data sets (default: data)")
     parser.add_argument("--prepare", choices=["vg"],
                         help="raw Visual Genome to vg/instances_{train,val}.json, once")
-    args = parser.parse_args(argv)
-    try:
-        require_folder(args.data)
-        write_vg(args.data) if args.prepare else report(args.data)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line(parser, run, argv)
 
 
 # ---- The tiny data sets --------------------------------------------------------------------------
@@ -1198,8 +1181,8 @@ def pick(rng, choices):
     return choices[rng.integers(len(choices))]
 
 
-def another(rng, choices, *not_these):
-    return pick(rng, [x for x in choices if x not in not_these])
+def another(rng, choices, than):
+    return pick(rng, [x for x in choices if x != than])
 
 
 def outline(shape: str, size: int) -> np.ndarray:
@@ -1210,11 +1193,9 @@ def outline(shape: str, size: int) -> np.ndarray:
 
 
 def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
-    """-> pixels (32, 32, 3) uint8 with 1 to `most` shapes; of each (shape, colour, [x, y, w, h]).
-
-    The boxes do not overlap. sides: of a shape, from and below.
-    """
-    number = int(rng.choice(most, p=[[1.0], [0.5, 0.5], [0.4, 0.4, 0.2]][most - 1])) + 1
+    """-> pixels (32, 32, 3) uint8 with 1 to `most` (1 or 3) shapes; of each (shape, colour,
+    [x, y, w, h]). The boxes do not overlap. sides: of a shape, from and below."""
+    number = int(rng.choice(most, p=[0.4, 0.4, 0.2] if most == 3 else [1])) + 1
     names = zip(rng.choice(SHAPES, number).tolist(), rng.choice(list(COLOURS), number).tolist())
     pixels = rng.normal(rng.uniform(60, 120), 5, (SIDE, SIDE, 3))
     taken, things = np.zeros((SIDE, SIDE), bool), []

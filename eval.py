@@ -26,7 +26,6 @@ import json
 import math
 import os
 import re
-import sys
 import tempfile
 import textwrap
 import time
@@ -637,13 +636,6 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
 
 # ---- The command line ----------------------------------------------------------------------------
 
-class Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line, like the rest of the program."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
-
 def between(least: float, most: float, kind: type = int):
     """A flag's type: a finite number from `least` to `most`."""
     def convert(text: str):
@@ -656,19 +648,8 @@ def between(least: float, most: float, kind: type = int):
     return convert
 
 
-def command_line(parser: argparse.ArgumentParser, run, argv: list[str] | None) -> None:
-    """Runs a program's command line: a user's mistake is one line and exit status 2."""
-    try:
-        run(parser.parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if dist.is_initialized():  # not after an error: it would wait for the other processes
-        dist.destroy_process_group()
-
-
 def parser() -> argparse.ArgumentParser:
-    p = Parser(allow_abbrev=False, description=(
+    p = data.Parser(allow_abbrev=False, description=(
         "Evaluate a trained model on whole data sets, or ask it about one input."))
     g = p.add_argument_group("the model (one of the two)")
     g = g.add_mutually_exclusive_group(required=True).add_argument
@@ -823,7 +804,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command_line(parser(), run, argv)
+    data.command_line(parser(), run, argv)
 
 
 if __name__ == "__main__":

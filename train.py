@@ -517,7 +517,7 @@ def written(value) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = evaluation.Parser(
+    parser = data.Parser(
         usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
         epilog="Order: defaults < --tiny < --experiment < flags.")
@@ -689,7 +689,7 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
 
 
 def main(argv: list[str] | None = None) -> None:
-    evaluation.command_line(make_parser(), start, argv)
+    data.command_line(make_parser(), start, argv)
 
 
 def start(args: argparse.Namespace) -> None:

@@ -762,9 +762,9 @@ def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch
     ("--num_workers -1", "at least 0"), ("--precision fp8", "invalid choice"),
     ("--split dev", "invalid choice"), ("--text_pair x", "--text_pair"), ("--image=", "empty"),
     ("--text= --tasks sst2", "empty"), ("--text a --question b", "not allowed with"),
-    ("--image nowhere.jpg", "nowhere.jpg: cannot be read as a picture"),
+    ("--image nowhere.jpg", "nowhere.jpg: no such picture"),
     ("--image OUT/last.pt --question what?", "last.pt: cannot be read as a picture"),
-    ("--image OUT", "cannot be read as a picture"),
+    ("--image OUT", "no such picture"),
     ("--released x.pth", "not allowed with argument --checkpoint"),
     ("--check x", "unrecognized")])
 def test_wrong_flags_of_eval(flags, says, run_folder, capsys):
