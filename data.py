@@ -64,9 +64,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def strings(texts) -> np.ndarray:
     """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
-    # A lone surrogate, as JSON may have, becomes "?".
-    clean = [str(text).encode("utf-8", "replace").decode() for text in texts]
-    return np.array(clean, np.dtypes.StringDType())
+    texts = [str(text) for text in texts]
+    try:
+        return np.array(texts, np.dtypes.StringDType())
+    except UnicodeEncodeError:  # a lone surrogate, as JSON may have, becomes "?"
+        return strings(text.encode("utf-8", "replace").decode() for text in texts)
 
 
 def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
@@ -710,7 +712,8 @@ class Vqa2(Classification):
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
             rows = table(read_json(path, shorten), "annotations", path)
             tens = column(rows, "answers", path, list)
-            require([all(type(n) is int and 0 <= n < len(different) for n in ten) for ten in tens],
+            places = range(len(different))
+            require([all([type(n) is int and n in places for n in ten]) for ten in tens],
                     "has a bad answer", path, rows)
             answers.update(zip(column(rows, "question_id", path, np.int64).tolist(), tens))
             common.update(column(rows, "multiple_choice_answer", path, str))

@@ -407,8 +407,9 @@ def set_up(model: UniT, datasets: dict, train: TrainConfig, state: dict | None, 
     return optimizer, scaler, step, schedule
 
 
-def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, state, extra) -> dict:
-    """Trains from `state` (a checkpoint, or None) to the end; returns the last results."""
+def training_loop(model, datasets, held_out, train: TrainConfig, out, processes, state, names):
+    """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
+    and vocabulary, go into each checkpoint."""
     rank, world_size, device = processes
     start, main = (state["iteration"] if state else 0), rank == 0
     optimizer, scaler, step, schedule = set_up(model, datasets, train, state, device)
@@ -419,7 +420,7 @@ def run(model, datasets, held_out, train: TrainConfig, out: Path, processes, sta
     def keep(iteration):
         log.flush()  # first: a loss that is not finite must not reach a checkpoint
         if main:
-            save(out, model, optimizer, scaler, iteration, train, *extra)
+            save(out, model, optimizer, scaler, iteration, train, *names)
 
     def score(iteration):
         log.flush()
@@ -689,10 +690,10 @@ def build(config: Config, train: TrainConfig, args, state: dict | None, say):
 
 
 def main(argv: list[str] | None = None) -> None:
-    data.command_line(make_parser(), start, argv)
+    data.command_line(make_parser(), run, argv)
 
 
-def start(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     if args.list:
         return print(list_experiments())
     config, train, out = settings(args)
@@ -722,7 +723,8 @@ def start(args: argparse.Namespace) -> None:
         f"samples on {world_size} x {device.type}; results go to {out}")
     labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
               for name, d in datasets.items()}
-    results = run(model, datasets, held_out, train, out, processes, state, (labels, vocab))
+    names = labels, vocab
+    results = training_loop(model, datasets, held_out, train, out, processes, state, names)
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
         # The paper's numbers only beside the paper's data sets.

@@ -203,7 +203,7 @@ def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str =
     device = next(model.parameters()).device
     step, scaler = train.Step(model), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     optimizer = train.make_optimizer(model, settings)
-    for group in optimizer.param_groups:  # as train.run does
+    for group in optimizer.param_groups:  # as train.training_loop does
         group["lr"] = group["base_lr"]
     if authors:
         optimizer = AuthorsAdamW(optimizer.param_groups, fused=False, foreach=False)

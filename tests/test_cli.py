@@ -3,8 +3,10 @@ import dataclasses
 import json
 import re
 import shlex
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +142,33 @@ def test_mistakes_get_one_clear_line(command, says, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         {"train.py": train, "eval.py": evaluation, "data.py": data}[script].main(words)
     assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_what_is_missing_comes_with_the_command_that_makes_it(tmp_path, capsys, monkeypatch):
+    """Word by word: what it makes is what was looked for."""
+    monkeypatch.chdir(tmp_path)
+    for out in ([], ["--out", "runs/7/tiny-TC.1.9"]):
+        with pytest.raises(SystemExit):
+            train.main(["--tiny", "--experiment", "TC.1.9", *out])
+        wanted, command = re.search(r"error: (\S+): .*`python train.py (.*)`",
+                                    capsys.readouterr().err).groups()
+        _, _, made = train.settings(train.make_parser().parse_args(command.split()))
+        assert made / "last.pt" == Path(wanted)
+
+
+def test_the_reader_of_the_output_may_leave():
+    """`python train.py --list | head` ends without a traceback."""
+    listing = subprocess.Popen([sys.executable, ROOT / "train.py", "--list"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    listing.stdout.close()
+    assert listing.stderr.read() == "" and listing.wait() == 1
+
+
+def test_help_tells_what_tiny_changes(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(Section 4.2) [500000; tiny: 5400]" in text and "(Table A.1) [6; tiny: 2]" in text
 
 
 def test_a_mistake_as_the_user_sees_it(tmp_path):

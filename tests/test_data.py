@@ -891,7 +891,7 @@ def test_report_names_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "nowhere"], "error: nowhere: no such folder; name the data sets' folder with --data"),
+    (["--data", "nowhere"], "error: nowhere: no such folder; name the data sets' folder"),
     (["--data", ".", "--prepare", "vg"], "error: vg/image_data.json: missing; --prepare vg reads"),
     (["--dat", "."], "unrecognized arguments: --dat ."), (["--prepare", "coco"], "invalid choice")])
 def test_command_line_errors(tmp_path, monkeypatch, capsys, arguments, message):

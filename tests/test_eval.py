@@ -403,6 +403,8 @@ def test_one_input_on_the_command_line(checkpoint, folder, tmp_path, capsys):
     command = ["--checkpoint", str(checkpoint), "--out", str(tmp_path)]
     evaluation.main([*command, "--image", image, "--question", "what is it?"])
     assert re.search(r"vqa2:\n +\d+\.\d%  (cat|dog)\n", capsys.readouterr().out)
+    evaluation.main([*command, "--image", image, "--text", "a cat sits"])  # no question: SNLI-VE's
+    assert re.search(r"snli_ve:\n +\d+\.\d%  (entail|neutral|contra)", capsys.readouterr().out)
     evaluation.main([*command, "--image", image])
     assert "coco:" in capsys.readouterr().out
     assert Image.open(tmp_path / "prediction.png").width == 320
@@ -454,6 +456,33 @@ def test_torn_and_foreign_checkpoints(checkpoint, tmp_path):
     torch.save(broken, tmp_path / "less.pt")
     with pytest.raises(unit.InputError, match="queries.coco"):
         evaluation.load_checkpoint(tmp_path / "less.pt")
+
+
+def test_results_of_other_tasks_stay(checkpoint, tmp_path, capsys):
+    """Evaluating two tasks again leaves what a training found on the others; a file that is no
+    dictionary gives way."""
+    def evaluate(tasks):
+        evaluation.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path), "--eval_samples",
+                         "2", "--num_workers", "0", "--tasks", tasks])
+        return json.loads((tmp_path / "results.json").read_text())
+
+    assert evaluate("sst2").keys() == {"sst2"}
+    (tmp_path / "results.json").write_text('{"sst2": {"accuracy": -1.0}, "vqa2": {"accuracy": 5}}')
+    both = evaluate("sst2")
+    assert both["vqa2"] == {"accuracy": 5} and both["sst2"]["accuracy"] >= 0
+    for broken in ('{"sst2": ', "[1]"):
+        (tmp_path / "results.json").write_text(broken)
+        assert evaluate("sst2").keys() == {"sst2"}
+
+
+def test_nothing_to_evaluate_is_said_and_nothing_written(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "TASKS", [t for t in data.TASKS if t.name != "sst2"])  # a ninth's lot
+    for flags, says in ((["--tasks", "vg", "--split", "test"], "vg: has no test split"),
+                        (["--tasks", "sst2"], "sst2: has no val split, or no row in data.TASKS")):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path), *flags])
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_other_classes_than_the_model_was_trained_for(checkpoint, folder, tmp_path, capsys):

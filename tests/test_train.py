@@ -270,6 +270,14 @@ def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, smal
     assert all(torch.equal(end[k], v) for k, v in weights(out).items())
 
 
+def test_saved_before_an_evaluation(tmp_path, small_tiny_data):
+    """A job's time may end while its model is evaluated: what was trained until then is there."""
+    dies = "import eval, os; eval.evaluate = lambda *_, **__: os._exit(9)"
+    command(tmp_path / "run", "--iterations", 4, "--eval_every", 2, "--save_every", 100,
+            data_dir=small_tiny_data, first=dies, expect=9)
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == 2
+
+
 def test_a_full_disk_is_said_and_the_previous_checkpoint_stays(tmp_path, small_tiny_data):
     out = tmp_path / "run"
     process = command(out, "--iterations", 30, "--save_every", 3, "--log_every", 1,
