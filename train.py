@@ -261,7 +261,7 @@ def load_newest(out: Path) -> dict:
 
 
 def part_of(name: str) -> str:
-    return next(part for part in PARTS if name.startswith(part))
+    return next((part for part in PARTS if name.startswith(part)), "others")
 
 
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> str:
@@ -727,10 +727,11 @@ def run(args: argparse.Namespace) -> None:
     results = training_loop(model, datasets, held_out, train, out, processes, state, names)
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
+        tiny, name = evaluation.is_tiny(model.config), out.name if args.resume else args.experiment
         # The paper's numbers only beside the paper's data sets.
-        paper = not args.tiny and train.tasks == EXPERIMENTS[args.experiment]["tasks"]
-        print(evaluation.results_table(results, args.experiment if paper else None))
-        if evaluation.is_tiny(model.config):
+        paper = not tiny and train.tasks == EXPERIMENTS.get(name, {}).get("tasks")
+        print(evaluation.results_table(results, name if paper else None))
+        if tiny:
             evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")
             evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
             print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")
