@@ -235,7 +235,7 @@ def test_the_readme_s_commands_parse():
 
 def test_the_readme_s_links_and_flags_exist():
     anchors = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
-               for h in re.findall(r"^## (.+)$", README, re.M)}
+               for h in re.findall(r"^##+ (.+)$", README, re.M)}
     for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
         assert anchor in anchors
     known = {o for p in PARSERS.values() for a in p()._actions for o in a.option_strings}

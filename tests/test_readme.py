@@ -64,7 +64,7 @@ def test_citations_are_read_as_people_write_them():
 
 @pytest.mark.parametrize("where", ["code", "map"])
 def test_every_part_of_the_paper_is_cited(where):
-    text = section("For the reader") if where == "map" else "\n".join(
+    text = section("From the paper to the code") if where == "map" else "\n".join(
         (ROOT / name).read_text() for name in ("unit.py", "data.py", "eval.py", "train.py"))
     found = citations(text)
     missing = {kind: sorted(set(numbers) - found[kind]) for kind, numbers in PAPER.items()}
@@ -80,7 +80,7 @@ def test_every_equation_stands_at_a_line_that_computes_it():
 def test_the_map_names_what_exists():
     rooms = {"unit": unit, "data": data, "eval": evaluation, "train": train}
     names = re.findall(r"`(unit|data|eval|train)\.(?!py)([A-Za-z_]\w*)((?:\.\w+)*)`",
-                       section("For the reader"))
+                       section("From the paper to the code"))
     assert len(names) > 30
     for room, name, rest in names:
         found = getattr(rooms[room], name)
