@@ -44,7 +44,7 @@ import re
 import socket
 import tarfile
 import textwrap
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path
 
@@ -56,14 +56,11 @@ from torch import Tensor, nn
 
 try:
     import torchvision
-except RuntimeError as error:
+except RuntimeError:
     # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
     # at the first that it looks up. We use its Python parts alone: declaring two is enough.
-    if "torchvision::nms" not in str(error):
-        raise
-    _vision = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _vision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for _name in ("torchvision::nms", "torchvision::qnms"):
+        torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_convert
@@ -119,13 +116,12 @@ class Batch:
     def to(self, device, dtype: torch.dtype | None = None) -> "Batch":
         """A copy with every tensor on `device` (floating point ones as `dtype`, if given)."""
         def move(x):
-            if isinstance(x, Tensor):
-                kind = dtype if x.is_floating_point() else None
-                return x.to(device=device, dtype=kind, non_blocking=True)
             if isinstance(x, list):
                 return [move(y) for y in x]
-            return x
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
+        return Batch(**{name: move(x) for name, x in vars(self).items()})
 
 
 def option(default, help: str):
@@ -153,19 +149,14 @@ class Config:
     decoder_layers: int = option(6, "decoder layers N_d (Table A.1; 8, 12 in Table 4 lines 2, 3)")
     shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
     dropout: float = option(0.1, "every dropout of the model (Table A.1)")
-    backbone: str = option(
-        "resnet50", "resnet50 (Section 3.1), or small for 32-pixel pictures (ours)")
+    backbone: str = option("resnet50", "resnet50 (Section 3.1) or small (ours, 32-pixel pictures)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
     all_text_states: tuple[str, ...] = option(
         (), "tasks whose decoder sees all text states, not [CLS] alone (Table 4 line 5)")
-    num_queries: int = option(
-        0, "queries of every task but detection, 0: the task's own 25 (Table C.1 lines 4, 5)")
-    loss_on_all_layers: bool = option(
-        False, "classification losses on all decoder layers (Table 4 line 6)")
-    binary_vqa_loss: bool = option(
-        False, "binary cross entropy for soft scores, as released; else cross entropy (Eq. 9)")
-    classifier_norm: bool = option(
-        False, "classifier with LayerNorm and early dropout, as released; else as in Eq. 8")
+    num_queries: int = option(0, "queries of all but detection; 0: 25 (Table C.1 lines 4, 5)")
+    loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
+    binary_vqa_loss: bool = option(False, "VQAv2's binary loss, as released; else as in Eq. 9")
+    classifier_norm: bool = option(False, "LayerNorm, early dropout, as released; else as in Eq. 8")
 
     def __post_init__(self):
         """Raises InputError for widths that cannot be split."""
@@ -175,8 +166,7 @@ class Config:
                 raise InputError(f"--{part}_width {width} cannot be split among {heads} heads; "
                                  f"choose a width that --{part}_heads divides")
         if self.encoder_width % 4:
-            raise InputError(f"--encoder_width {self.encoder_width}: must be a multiple of 4, for "
-                             "sine and cosine of rows and columns")
+            raise InputError("--encoder_width must be a multiple of 4 (sines of rows and columns)")
 
 
 # The three switches that make the model the released one where that differs from the paper.
@@ -226,14 +216,15 @@ class EncoderLayer(nn.Module):
     """Post-norm transformer layer, DETR's and BERT's alike. DETR's: ReLU, epsilon 1e-5, dropout
     inside the feed-forward, positions added to queries and keys. BERT's: GELU, 1e-12, neither."""
 
-    def __init__(self, width, heads, ff, dropout, activation=F.relu, eps=1e-5, inner_dropout=True):
+    def __init__(self, width: int, heads: int, ff: int, dropout: float, bert: bool):
         super().__init__()
         self.attention = Attention(width, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(width, ff), nn.Linear(ff, width)
+        eps = 1e-12 if bert else 1e-5
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.inner_dropout = nn.Dropout(dropout if inner_dropout else 0.0)
-        self.activation = activation
+        self.inner_dropout = nn.Dropout(0.0 if bert else dropout)
+        self.activation = F.gelu if bert else F.relu
 
     def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None,
                 rows: slice | None = None):
@@ -247,13 +238,43 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
-def put_in_front(vector: Tensor, x: Tensor, mask: Tensor | None):
-    """vector (1, d), x (B, n, d), mask (B, n) or None -> (B, 1 + n, d), (B, 1 + n) or None
+class Encoder(nn.Module):
+    """What both encoders share: transformer layers with the task vector in front, and linear maps
+    of the states, and of their positions, to the decoder's width.
 
-    The task vector (Sections 3.1 and 3.2) comes first and is never masked.
+    w^task is a learned (1, d) vector for each task, drawn from N(0, 1), and a parameter of its own:
+    rows of one table would all get a gradient (zeros) and drift in the optimiser.
     """
-    x = torch.cat([vector.expand(len(x), 1, -1), x], dim=1)
-    return x, None if mask is None else F.pad(mask, (1, 0), value=False)
+
+    def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
+                   ff: int, bert: bool):
+        """The last part of `__init__`: the order in which modules are made is that of the draws."""
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, heads, ff, config.dropout, bert) for _ in range(depth))
+        self.projection = nn.Linear(width, config.decoder_width)
+        self.position_projection = nn.Linear(width, config.decoder_width)
+        with_vector = tasks if config.task_embedding else []
+        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in with_vector})
+
+    def transform(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, task: str,
+                  only_first: bool = False) -> Tensor:
+        """x, positions (B, n, d), mask (B, n) -> (B, n, d), or (B, 1, d): the first state alone.
+
+        The task vector is put in front, without position, LayerNorm or mask, and stripped again.
+        """
+        first = 0
+        if task in self.w_task:
+            first = 1
+            x = torch.cat([self.w_task[task].expand(len(x), 1, -1), x], dim=1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=False)
+            positions = None if positions is None else F.pad(positions, (0, 0, 1, 0))
+        bias = attention_bias(mask, x.dtype)
+        *layers, last = self.layers
+        for layer in layers:                                          # E_v of Eq. 2, BERT of Eq. 3
+            x = layer(x, positions, bias)
+        if only_first:
+            return last(x, positions, bias, rows=slice(first, first + 1))
+        return last(x, positions, bias)[:, first:]
 
 
 # ---- Section 3.1. Image encoder ------------------------------------------------------------------
@@ -345,25 +366,16 @@ def sine_positions(valid: Tensor, width: int) -> Tensor:
     return torch.cat(encoded, dim=-1).flatten(1, 2)
 
 
-class ImageEncoder(nn.Module):
-    """Section 3.1: backbone B, projection P_{b->e}, transformer E_v; then to the decoder's width.
-
-    w_v^task is a learned (1, d_v^e) vector for each task, drawn from N(0, 1), and a parameter of
-    its own: rows of one table would all get a gradient (zeros) and drift in the optimiser.
-    """
+class ImageEncoder(Encoder):
+    """Section 3.1: backbone B, projection P_{b->e}, transformer E_v. w_v^task is (1, d_v^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
         super().__init__()
         width = config.encoder_width
         self.backbone = SmallBackbone() if config.backbone == "small" else Backbone()
         self.input_proj = nn.Conv2d(self.backbone.channels, width, 1)  # P_{b->e}
-        self.layers = nn.ModuleList(
-            EncoderLayer(width, config.encoder_heads, config.encoder_ff, config.dropout)
-            for _ in range(config.encoder_layers))
-        self.projection = nn.Linear(width, config.decoder_width)
-        self.position_projection = nn.Linear(width, config.decoder_width)
-        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in tasks if t.image}
-                                       if config.task_embedding else {})
+        self.add_layers(config, [t for t in tasks if t.image], config.encoder_layers, width,
+                        config.encoder_heads, config.encoder_ff, bert=False)
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
         """images (B, 3, H, W), image_mask (B, H, W) -> h^v, projected to the decoder's width d
@@ -381,26 +393,14 @@ class ImageEncoder(nn.Module):
             padding = ~valid.flatten(1)                               # (B, L)
         positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
         x = x.flatten(2).transpose(1, 2)                              # (B, L, d_v^e)
-        h = self.encode(x, positions, padding, task) + x              # Eq. 2 is silent on the sum
+        h = self.transform(x, positions, padding, task) + x           # Eq. 2 is silent on the sum
         return self.projection(h), self.position_projection(positions), padding
-
-    def encode(self, x: Tensor, positions: Tensor, padding: Tensor | None, task: str) -> Tensor:
-        """E_v, (B, L, d_v^e) -> (B, L, d_v^e): the task vector is put in front, with zeros for its
-        position, and stripped again."""
-        with_task = task in self.w_task
-        if with_task:
-            x, padding = put_in_front(self.w_task[task], x, padding)
-            positions = F.pad(positions, (0, 0, 1, 0))
-        bias = attention_bias(padding, x.dtype)
-        for layer in self.layers:                                     # Eq. 2
-            x = layer(x, positions, bias)
-        return x[:, 1:] if with_task else x
 
 
 # ---- Section 3.2. Text encoder -------------------------------------------------------------------
 
-class TextEncoder(nn.Module):
-    """Section 3.2: BERT without its pooler; then to the decoder's width. w_t^task is (1, d_t^e)."""
+class TextEncoder(Encoder):
+    """Section 3.2: BERT without its pooler. w_t^task is (1, d_t^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
         super().__init__()
@@ -410,49 +410,35 @@ class TextEncoder(nn.Module):
         self.token_type_embeddings = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)  # BERT's epsilon
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            EncoderLayer(width, config.bert_heads, config.bert_ff, config.dropout,
-                         activation=F.gelu, eps=1e-12, inner_dropout=False)
-            for _ in range(config.bert_layers))
-        self.projection = nn.Linear(width, config.decoder_width)
-        self.position_projection = nn.Linear(width, config.decoder_width)
-        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in tasks if t.text}
-                                       if config.task_embedding else {})
+        self.add_layers(config, [t for t in tasks if t.text], config.bert_layers, width,
+                        config.bert_heads, config.bert_ff, bert=True)
         self.all_states = {t.name for t in tasks
                            if t.text_states == "all" or t.name in config.all_text_states}
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
         """tokens, types, mask (B, S) -> h^t, projected to the decoder's width d (B, S or 1, d), its
-        positions (1, S or 1, d) and its padding mask (B, S) or None. One state is [CLS] alone."""
+        positions of the same shape and its padding mask (B, S) or None. One state is [CLS] alone.
+        """
         only_cls = task not in self.all_states                        # Section 3.2: [CLS] alone
-        states = self.encode(tokens, types, mask, task, only_cls and not self.training)
+        # Computing no other state saves 7% of BERT. In training dropout draws for all states.
+        states = self.bert(tokens, types, mask, task, only_cls and not self.training)
         if only_cls:                                                  # h^t, (B, S or 1, d_t^e)
             states, mask = states[:, :1], None
         # The decoder's text positions are BERT's own position embeddings 0..S-1, projected.
-        positions = self.position_embeddings.weight[None, :states.shape[1]]
-        return self.projection(states), self.position_projection(positions), mask
+        positions = self.position_projection(self.position_embeddings.weight[:states.shape[1]])
+        return self.projection(states), positions.expand(len(states), -1, -1), mask
 
-    def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str,
-               only_cls: bool = False) -> Tensor:
-        """BERT, (B, S) -> (B, S, d_t^e), or (B, 1, d_t^e) if `only_cls` is wanted. The task vector
-        is put in front of the embedded tokens and has no position, type or LayerNorm of its own:
-        token positions start at 0 as usual."""
-        if tokens.shape[1] > len(self.position_embeddings.weight):
-            raise InputError(f"{task}: a text of {tokens.shape[1]} tokens; this model has "
-                             f"{len(self.position_embeddings.weight)} positions (--max_positions)")
-        embedded = (self.word_embeddings(tokens) + self.token_type_embeddings(types)
-                    + self.position_embeddings.weight[:tokens.shape[1]])
-        x = self.dropout(self.norm(embedded))                         # (B, S, d_t^e)
-        with_task = task in self.w_task
-        if with_task:
-            x, mask = put_in_front(self.w_task[task], x, mask)
-        bias = attention_bias(mask, x.dtype)
-        *layers, last = self.layers
-        for layer in layers:                                          # Eq. 3
-            x = layer(x, bias=bias)
-        if only_cls:  # 7% of BERT are saved; not in training, whose dropout draws for all states
-            return last(x, bias=bias, rows=slice(with_task, with_task + 1))
-        return last(x, bias=bias)[:, int(with_task):]
+    def bert(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str,
+             only_cls: bool = False) -> Tensor:
+        """(B, S) -> (B, S, d_t^e), or (B, 1, d_t^e) if `only_cls` is wanted. The task vector comes
+        behind the embeddings: token positions start at 0 as usual."""
+        length, places = tokens.shape[1], self.position_embeddings.weight
+        if length > len(places):
+            raise InputError(f"{task}: a text of {length} tokens; this model has {len(places)} "
+                             "positions (--max_positions)")
+        embedded = self.word_embeddings(tokens) + self.token_type_embeddings(types)
+        x = self.dropout(self.norm(embedded + places[:length]))       # (B, S, d_t^e)
+        return self.transform(x, None, mask, task, only_cls)          # Eq. 3
 
 
 OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder, what is not BERT's
@@ -493,7 +479,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)  # one, applied to every layer's output
 
     def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, q_task: Tensor):
-        """memory h^enc (B, M, d), positions (B or 1, M, d), mask (B, M), q_task (q, d)
+        """memory h^enc and its positions (B, M, d), mask (B, M), q_task (q, d)
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
@@ -623,21 +609,19 @@ class UniT(nn.Module):
 
     def encode(self, batch: Batch, task: Task):
         """h^enc of Section 3.3: image, text, or first image then text -> (B, M, d), its positions
-        (B or 1, M, d) and its padding mask (B, M) or None."""
-        parts = []
+        (B, M, d) and its padding mask (B, M) or None."""
         if task.image:
-            parts.append(self.image_encoder(batch.images, batch.image_mask, task.name))
+            image = self.image_encoder(batch.images, batch.image_mask, task.name)
         if task.text:
-            parts.append(self.text_encoder(
-                batch.tokens, batch.token_types, batch.text_mask, task.name))
-        if len(parts) == 1:
-            return parts[0]
-        states, positions, masks = zip(*parts)
-        mask = None
-        if any(m is not None for m in masks):
+            text = self.text_encoder(batch.tokens, batch.token_types, batch.text_mask, task.name)
+        if not (task.image and task.text):
+            return image if task.image else text
+        states, positions, masks = zip(image, text)
+        if masks == (None, None):
+            mask = None
+        else:
             mask = torch.cat([h.new_zeros(h.shape[:2], dtype=torch.bool) if m is None else m
                               for h, m in zip(states, masks)], dim=1)
-        positions = [p.expand(len(states[0]), -1, -1) for p in positions]  # text: 1 for all
         return torch.cat(states, dim=1), torch.cat(positions, dim=1), mask  # concat(h^v, h^t)
 
     def losses(self, outputs: Outputs, batch: Batch, batch_size: int | None = None,
@@ -664,10 +648,10 @@ class UniT(nn.Module):
 def initialise(model: UniT) -> None:
     """Random weights as in the released code, where those are not PyTorch's own defaults."""
     image, text = model.image_encoder, model.text_encoder
-    xavier = [*model.decoders.values()]
-    if image is not None:
+    xavier = nn.ModuleList(model.decoders.values())
+    if image:
         xavier += [image.layers, image.projection, image.position_projection]
-    for name, p in (item for module in xavier for item in module.named_parameters()):
+    for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
             # that of each alone. (The release leaves separate decoders at PyTorch's defaults, all
@@ -676,7 +660,7 @@ def initialise(model: UniT) -> None:
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
-    if text is not None:  # replaced by pretrained weights in every run of the paper
+    if text:  # replaced by pretrained weights in every run of the paper
         for name, p in text.named_parameters():
             if name.startswith(OUR_OWN):
                 continue
@@ -684,10 +668,9 @@ def initialise(model: UniT) -> None:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-    for head in model.heads.modules():
-        if isinstance(head, AttributeHead):
-            for p in head.parameters():
-                nn.init.normal_(p, std=0.01) if p.dim() > 1 else nn.init.zeros_(p)
+    for name, p in model.heads.named_parameters():
+        if "attribute_head" in name:
+            nn.init.normal_(p, std=0.01) if p.dim() > 1 else nn.init.zeros_(p)
 
 
 # ---- Section 3.4. Losses -------------------------------------------------------------------------
@@ -708,13 +691,6 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
     return -(target * logits.log_softmax(-1)).sum()                   # Eq. 9
-
-
-def to_corners(boxes: Tensor) -> Tensor:
-    """(..., 4) cx, cy, w, h -> x0, y0, x1, y1. Sides are kept above zero, and so is every union."""
-    boxes = at_least_float32(boxes)
-    return box_convert(torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-6)], -1),
-                       "cxcywh", "xyxy")
 
 
 def matching_cost(logits: Tensor, boxes: Tensor, image: Tensor, labels: Tensor, targets: Tensor):
@@ -742,8 +718,6 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     images, concatenated. More boxes than queries: the q that fit best are matched.
     """
     counts = [len(x) for x in labels]
-    if not sum(counts):
-        return (torch.zeros(0, dtype=torch.long),) * 4
     # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     image = image.to(logits.device, non_blocking=True)
@@ -754,9 +728,8 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     found, ends = [], np.cumsum(counts)
     for layer in range(len(cost)):
         for i, (start, end) in enumerate(zip(ends - counts, ends)):
-            row, query = linear_sum_assignment(cost[layer, start:end])
-            found.append(np.stack(
-                [np.full_like(row, layer), np.full_like(row, i), query, row + start]))
+            target, query = linear_sum_assignment(cost[layer, start:end])
+            found.append(np.broadcast_arrays(layer, i, query, start + target))
     return torch.from_numpy(np.concatenate(found, axis=1)).unbind()
 
 
@@ -765,11 +738,16 @@ def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
 
     torchvision's does the same, but waits for the GPU (it indexes by a mask).
     """
-    def area(low, high):
-        sides = (high - low).clamp(min=0)
-        return sides[..., 0] * sides[..., 1]
+    def corners(boxes):  # upper left and lower right; sides, and so every union, are above zero
+        centre, sides = at_least_float32(boxes).split(2, dim=-1)
+        half = 0.5 * sides.clamp(min=1e-6)
+        return centre - half, centre + half
 
-    (a0, a1), (b0, b1) = (to_corners(x).split(2, dim=-1) for x in (boxes, targets))
+    def area(low, high):
+        width, height = (high - low).clamp(min=0).unbind(-1)
+        return width * height
+
+    (a0, a1), (b0, b1) = corners(boxes), corners(targets)
     overlap = area(torch.maximum(a0, b0), torch.minimum(a1, b1))
     union = area(a0, a1) + area(b0, b1) - overlap
     hull = area(torch.minimum(a0, b0), torch.maximum(a1, b1))  # the smallest box around both
@@ -786,9 +764,8 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
     num_layers, batch_size, _, num_outputs = logits.shape
     no_object = num_outputs - 1
-    layer, image, query, target = (                                   # (K,) each
-        x.to(logits.device, non_blocking=True)
-        for x in match(logits, boxes, batch.labels, batch.boxes))
+    pairs = match(logits, boxes, batch.labels, batch.boxes)
+    layer, image, query, target = (x.to(logits.device, non_blocking=True) for x in pairs)  # (K,)
     labels = torch.cat(batch.labels)[target]                          # (K,)
     targets = torch.cat(batch.boxes)[target]                          # (K, 4)
 

@@ -462,7 +462,7 @@ def our_states(model, tokens, mask, types):
     hooks = [layer.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
              for layer in model.text_encoder.layers]
     with torch.inference_mode():
-        model.eval().text_encoder.encode(tokens, types, mask, "sst2")
+        model.eval().text_encoder.bert(tokens, types, mask, "sst2")
     for hook in hooks:
         hook.remove()
     return [seen[0][0], *(out for _, out in seen)]
