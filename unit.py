@@ -39,13 +39,12 @@ import argparse
 import io
 import json
 import math
-import os
 import re
 import socket
 import tarfile
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -836,25 +835,23 @@ class MissingFile(InputError):
 _BERT = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
          "86b5e0934494bd15c9632b12f734a8a67f723594/")
 _UNIT = "https://dl.fbaipublicfiles.com/mmf/data/models/unit_models/unit."
-# The published files by name: address, size, SHA-256 (of some only the beginning is published).
-PUBLISHED = {address.rpartition("/")[2]: (address, size, sha256) for address, size, sha256 in (
-    (_BERT + "vocab.txt", "231,508 bytes",
-     "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-    (_BERT + "model.safetensors", "440,449,768 bytes",
+# The published files by name: address and SHA-256 (of some only the beginning is published).
+PUBLISHED = {url.rpartition("/")[2]: (url, sha256) for url, sha256 in (
+    (_BERT + "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    (_BERT + "model.safetensors",
      "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
-    (_BERT + "pytorch_model.bin", "440,473,133 bytes",
+    (_BERT + "pytorch_model.bin",
      "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
-    ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth", "159 MB", "f0fb7ef5"),
-    ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "25,557,032 parameters",
-     "0676ba61"),
-    (_UNIT + "coco.single_task.tar.gz", "size not known",
+    ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth", "f0fb7ef5"),
+    ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
+    (_UNIT + "coco.single_task.tar.gz",
      "d235fe2d27b47d8f19ce82bea2b1bc6d33151b7c6c1a5558c2a501911b9f4880"),
-    (_UNIT + "coco.single_task_without_task_embedding.tar.gz", "size not known",
+    (_UNIT + "coco.single_task_without_task_embedding.tar.gz",
      "ded272f84b6fb27e3aaca3de4d494f8bbfdb1b6a870a43069b43aed6d94bd7d3"),
-    (_UNIT + "all_8_datasets.shared_dec_with_coco_init.tar.gz", "size not known",
+    (_UNIT + "all_8_datasets.shared_dec_with_coco_init.tar.gz",
      "63cd3a5cfd6728b6e529714d5dcdc5cb3d9b7d1038dbbb2351264d145e5852d4"),
     (_UNIT + "all_8_datasets.shared_dec_with_coco_init_without_task_embedding.tar.gz",
-     "size not known", "c4a3c1072f07e605de76402ff7c0e2bc8d4514561c52dc94b3d28b3d4d7f698e"))}
+     "c4a3c1072f07e605de76402ff7c0e2bc8d4514561c52dc94b3d28b3d4d7f698e"))}
 TIMEOUT = 10  # seconds without an answer, after which a machine counts as offline
 
 
@@ -868,39 +865,38 @@ def fetch(path: Path | str) -> Path:
         return path
     if path.name not in PUBLISHED:
         raise MissingFile(f"{path}: no such file; check the path")
-    url, size, sha256 = PUBLISHED[path.name]
-    before, turn = socket.getdefaulttimeout(), None
+    url, sha256 = PUBLISHED[path.name]
+    before = socket.getdefaulttimeout()
     try:
-        import fcntl  # not on Windows, which needs it only here
         path.parent.mkdir(exist_ok=True)
-        turn = os.open(path.parent, os.O_RDONLY)
-        fcntl.flock(turn, fcntl.LOCK_EX)   # the first process of a machine fetches, others wait
-        socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
-        if not path.exists():
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, HTTPException, ImportError) as error:
+        with open(__file__) as turn:           # a file that all processes of a machine share
+            with suppress(ImportError, OSError):  # not on Windows and some network drives
+                import fcntl
+                fcntl.flock(turn, fcntl.LOCK_EX)  # the first process fetches, others wait
+            socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
+            if not path.exists():
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except Exception as error:  # whatever keeps it from being there
         raise MissingFile(f"{path}: not there, and fetching it failed ({error}); get {url} "
-                          f"({size}, SHA-256 {sha256}) by other means and put it there") from None
+                          f"(SHA-256 {sha256}) by other means and put it there") from None
     finally:
         socket.setdefaulttimeout(before)
-        if turn is not None:
-            os.close(turn)                 # lets go of the lock
     return path
 
 
-def read_file(path: Path | str, fix: str = "get it again", admit=()):
+def read_file(path: Path | str, fix: str = "get it again"):
     """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
 
-    Weights only: a pickle that asks for anything but tensors, plain values and the classes in
-    `admit` is refused before any of its code runs. Nothing is written to disk. Raises InputError.
+    Weights only: a pickle that asks for anything but tensors, plain values and the classes of
+    `torch.serialization.safe_globals` is refused before any of its code runs. Nothing is written to
+    disk. Raises InputError.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         source = read_archive(path) if path.name.endswith((".tar", ".tar.gz", ".tgz")) else path
-        with torch.serialization.safe_globals(list(admit)):
-            return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can break a reader in any way
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
@@ -908,9 +904,9 @@ def read_file(path: Path | str, fix: str = "get it again", admit=()):
         raise InputError(f"{path}: cannot be read ({reason}); {fix}") from None
 
 
-def read_weights(path: Path | str, admit=()) -> dict[str, Tensor]:
+def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors in such a file, by name. Raises InputError."""
-    found = read_file(path, admit=admit)
+    found = read_file(path)
     for key in ("model", "state_dict"):  # where training programs put the weights
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
@@ -935,15 +931,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises ValueError unless the tensors fill the data one after another, as the format demands:
     then no two overlap, none reaches out of the file, and no name is there twice.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
+    content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    if length > len(content) - 8:
+        raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
+    header = json.loads(content[8:8 + length].tobytes())
     header.pop("__metadata__", None)
-    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
-    tensors, end = {}, 0
+    data, tensors, end = torch.from_numpy(content[8 + length:]), {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if not end == start <= stop <= len(data):
@@ -964,10 +958,8 @@ def read_archive(path: Path) -> io.BytesIO:
         for member in archive:
             name = Path(member.name)
             if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
-                raise ValueError(f"its member {member.name} is a link or lies outside its folder")
-            if member.isfile() and name.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-                if member.size > 2 ** 33:  # the largest published model has 2 GB
-                    raise ValueError(f"its member {member.name} unpacks to {member.size} bytes")
+                raise ValueError(f"its member {name} is a link or lies outside its folder")
+            if name.suffix in (".pth", ".pt", ".ckpt", ".bin"):
                 found[member.name] = archive.extractfile(member).read()
     if len(found) != 1:
         raise ValueError(f"it should hold one checkpoint, but holds {', '.join(found) or 'none'}")
@@ -978,15 +970,17 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
          source=lambda name: (name, None), unused: str = "$^"):
     """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
 
-    source(our name) -> the file's name and a function that takes our rows of its tensor (None: all
-    are ours). `unused`: a pattern of keys that may be left over (none). Raises InputError.
+    source(our name) -> the file's name, and (i, n) if ours is the i-th of n equal parts of its rows.
+    `unused`: a pattern of keys that may be left over (none). Raises InputError.
     """
     values, used = [], set()
     for name, tensor in ours.items():
-        key, rows = source(name)
+        key, part = source(name)
         if key not in theirs:
             raise InputError(f"{path}: {key} is missing; {fix}")
-        value = theirs[key] if rows is None else rows(torch.atleast_1d(theirs[key]))
+        value = theirs[key]
+        if part:
+            value = torch.atleast_1d(value).tensor_split(part[1])[part[0]]
         if value.shape != tensor.shape:
             raise InputError(f"{path}: {key} is {tuple(theirs[key].shape)}, which does not fit our "
                              f"{name} {tuple(tensor.shape)}; {fix}")
@@ -1045,14 +1039,13 @@ def load_bert(model: UniT, path: Path | str) -> Path:
     path = Path(path)
     if path.is_dir() or not path.suffix:  # a folder, or where one will be
         files = [path / "model.safetensors", path / "pytorch_model.bin"]
-        path = next((file for file in files if file.exists()), files[0])
+        path = next(filter(Path.exists, files), files[0])
     fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
     for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
-        if getattr(model.config, name) != size:
-            raise InputError(f"{path.parent / 'config.json'}: {name} is {size}, the model's is "
-                             f"{getattr(model.config, name)}; {fix}")
-    rules = [(r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")]
-    found = {rename(key, rules): value for key, value in read_weights(fetch(path)).items()}
+        if size != (our_size := getattr(model.config, name)):
+            raise InputError(f"{path}: {name} is {size}, the model's is {our_size}; {fix}")
+    found = {key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): value
+             for key, value in read_weights(fetch(path)).items()}
     ours = {name: tensor for name, tensor in model.text_encoder.state_dict().items()
             if not name.startswith(OUR_OWN)}
     fill(ours, found, path, fix, lambda name: (rename(name, BERT_NAMES), None), BERT_UNUSED)
@@ -1066,24 +1059,25 @@ BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj
 
 def load_backbone(model: UniT, path: Path | str) -> Path:
     """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
-    found = read_weights(fetch(path), admit=[argparse.Namespace])  # DETR's files keep their flags
-    prefix = "backbone.0.body." if "backbone.0.body.conv1.weight" in found else ""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
+        found = read_weights(fetch(path))
+    found = {key.removeprefix("backbone.0.body."): value for key, value in found.items()}
     fill(model.image_encoder.backbone.body.state_dict(), found, path,
-         "give DETR's detr-r50-dc5 or resnet50-0676ba61", lambda name: (prefix + name, None),
-         BACKBONE_UNUSED)
+         "give DETR's detr-r50-dc5 or resnet50-0676ba61", unused=BACKBONE_UNUSED)
     return Path(path)
 
 
 def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -> list[str]:
     """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
     line 3) -> what was loaded, in words. What is missing is a warning there, no error."""
-    parts, lines = [], []
-    if model.text_encoder:
-        parts.append(("BERT", load_bert, "bert"))
-    if model.image_encoder and model.config.backbone == "resnet50":
-        file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
-        parts.append(("backbone", load_backbone, file))
-    for name, load, path in parts:
+    file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
+    lines = []
+    for name, wanted, load, path in (
+            ("BERT", model.text_encoder, load_bert, "bert"),
+            ("backbone", model.image_encoder and model.config.backbone == "resnet50",
+             load_backbone, file)):
+        if not wanted:
+            continue
         try:
             lines.append(f"{name}: pretrained weights of {load(model, Path(data_dir) / path)}")
         except MissingFile as error:
@@ -1098,25 +1092,24 @@ RELEASED_TASKS = {
     "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
     "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
     "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
-# Rules for `rename`: our names to theirs, tasks being under theirs already. BERT's are above.
-_BASE, _TRANSFORMER = "unit_base_model.", "unit_base_model.transformer."
+RELEASED_PREFIX = r"^(unit_base|detr)_model\.(transformer\.)?"  # of some of their names; left out
+# Rules for `rename`: our names to theirs. BERT's are above.
 RELEASED_NAMES = [
-    (r"^image_encoder\.backbone", _BASE + "backbone.0"),
-    (r"^image_encoder\.input_proj", _BASE + "input_proj"),
-    (r"^image_encoder\.layers", _TRANSFORMER + "encoder.layers"),
-    (r"^image_encoder\.projection", _TRANSFORMER + "enc2dec_proj"),
-    (r"^image_encoder\.position_projection", _TRANSFORMER + "pos_embed_proj"),
-    (r"^image_encoder\.w_task.*", _TRANSFORMER + "task_embeddings_enc.weight"),
+    *((rf"^(decoders|queries|heads)\.{ours}\b", rf"\1.{theirs}")
+      for ours, (theirs, _) in RELEASED_TASKS.items()),
+    (r"^image_encoder\.backbone", "backbone.0"), (r"^image_encoder\.input_proj", "input_proj"),
+    (r"^image_encoder\.layers", "encoder.layers"), (r"^image_encoder\.projection", "enc2dec_proj"),
+    (r"^image_encoder\.position_projection", "pos_embed_proj"),
+    (r"^image_encoder\.w_task.*", "task_embeddings_enc.weight"),
     (r"^text_encoder\.projection", "bert_projection"),
     (r"^text_encoder\.position_projection", "bert_pos_projection"),
     (r"^text_encoder\.w_task.*", "task_embeddings_lang.weight"),
-    (r"^decoders\.shared", _TRANSFORMER + "decoder"), (r"^decoders\.", _TRANSFORMER + "decoders."),
-    (r"^queries\.(.*)", _BASE + r"query_embeds.\1.weight"),
+    (r"^decoders\.shared", "decoder"), (r"^queries\.(.*)", r"query_embeds.\1.weight"),
     (r"^heads\.\w+\.(\w+)\.class_head", r"class_embeds.\1"),
-    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}") for i in range(3)),
+    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}")
+      for i in range(3)),
     (r"^heads\.\w+\.(\w+)\.attribute_head", r"det_losses.\1.attribute_head"),
-    (r"attribute_head\.class_embedding", "attribute_head.cls_embed"),
-    (r"attribute_head\.linear", "attribute_head.attr_linear"),
+    (r"class_embedding", "cls_embed"), (r"(attribute_head\.)linear", r"\1attr_linear"),
     (r"^heads\.(\w+\.\w+)\.linear2", r"classifiers.\1.0.dense"),
     (r"^heads\.(\w+\.\w+)\.norm", r"classifiers.\1.0.LayerNorm"),
     (r"^heads\.(\w+\.\w+)\.linear1", r"classifiers.\1.1"),
@@ -1124,30 +1117,26 @@ RELEASED_NAMES = [
     (r"[qkv]_proj\.", "in_proj_")]
 # The same tensors under a second name.
 RELEASED_ALIASES = [(r"^bert_model\.embeddings\.", "bert_model.module.embeddings."),
-                    (r"\.transformer\.decoders\.\w+\.\w+\.", ".transformer.decoder.")]
+                    (r"^decoders\.\w+\.\w+\.", "decoder.")]
 # Carried without use: BERT's pooler, counters, constants of the losses, query tables without a
 # head; and, where no task has a text, the text encoder that the authors' code makes all the same.
 RELEASED_UNUSED = (r"\bposition_ids$|\.pooler\.|\.num_batches_tracked$|\.empty_weight$"
-                   r"|^unit_base_model\.query_embeds\.")
+                   r"|^query_embeds\.")
 RELEASED_UNUSED_TEXT = r"|^bert_(model|projection|pos_projection)\.|^task_embeddings_lang\."
 RELEASED_FIX = "give one of the authors' files (README)"
 
 
 def released_source(name: str):
-    """Where a tensor of ours lies in the released files: key and, if it is a part, which rows."""
-    room, item, *rest = name.split(".", 2)
+    """Where a tensor of ours lies in the released files: key, and which part of its rows."""
     in_bert = name.removeprefix("text_encoder.")
-    if room == "text_encoder" and not in_bert.startswith(OUR_OWN):
+    if in_bert != name and not in_bert.startswith(OUR_OWN):
         return "bert_model.module." + rename(in_bert, BERT_NAMES), None
-    if room in ("decoders", "queries", "heads") and item in RELEASED_TASKS:
-        item = RELEASED_TASKS[item][0]
-    key = rename(".".join([room, item, *rest]), RELEASED_NAMES)
-    if item == "w_task":                              # a row of a table of 256
-        row = RELEASED_TASKS[rest[0]][1]
-        return key, lambda table: table[row:row + 1]
-    if part := re.search(r"\b([qkv])_proj\.", name):  # packed: q, k, v on top of each other
-        return key, lambda packed: packed.tensor_split(3)["qkv".index(part[1])]
-    return key, None
+    part = None
+    if found := re.search(r"w_task\.(\w+)", name):      # a row of a table of 256
+        part = RELEASED_TASKS[found[1]][1], 256
+    if found := re.search(r"\b([qkv])_proj\.", name):   # packed: q, k, v on top of each other
+        part = "qkv".index(found[1]), 3
+    return rename(name, RELEASED_NAMES), part
 
 
 def load_released(path: Path | str, **overrides) -> UniT:
@@ -1156,15 +1145,20 @@ def load_released(path: Path | str, **overrides) -> UniT:
     Tasks, sizes, decoders and task embeddings are those of its tensors. The number of
     attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it.
     """
-    found = {re.sub(r"^detr_model\.", _BASE, key): value
+    found = {re.sub(RELEASED_PREFIX, "", key): value
              for key, value in read_weights(fetch(path)).items()}
     for key in list(found):
         original = rename(key, RELEASED_ALIASES)
         if original != key and original in found:
-            a, b = found.pop(key), found[original]  # mostly one tensor in memory, too
-            if a.data_ptr() != b.data_ptr() and not torch.equal(a.double(), b.double()):
+            alias = found.pop(key)
+            if not torch.equal(alias, found[original].to(alias.dtype)):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
-    tasks, sizes = released_settings(found, path)
+    try:
+        tasks, sizes = released_settings(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no known layout ({error}); {RELEASED_FIX}") from None
+    if not tasks:
+        raise InputError(f"{path}: no task's head in it; {RELEASED_FIX}")
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
@@ -1173,45 +1167,32 @@ def load_released(path: Path | str, **overrides) -> UniT:
     return model.eval()
 
 
-def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], dict]:
-    """Tasks and fields of Config that the names and shapes of a released file's tensors tell.
-    Raises InputError."""
-    def size(key: str, dim: int = 0) -> int:
-        if key not in found or found[key].dim() <= dim:
-            raise InputError(f"{path}: {key} is missing; {RELEASED_FIX}")
-        return found[key].shape[dim]
-
+def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
+    """Tasks and fields of Config that the names and shapes of a released file's tensors tell."""
     tasks = []
     for name, (key, _) in RELEASED_TASKS.items():
         group, dataset = key.split(".")
         detection = group == "detection"
-        head = f"class_embeds.{dataset}" if detection else f"classifiers.{key}.1"
-        if f"{head}.weight" not in found:
-            continue
-        attributes = f"det_losses.{dataset}.attribute_head.attr_linear2.weight"
-        tasks.append(Task(
-            name, kind="detection" if detection else "classification",
-            image=group != "glue", text=not detection,
-            num_queries=size(f"{_BASE}query_embeds.{key}.weight"),
-            num_classes=size(f"{head}.weight") - detection,  # less no-object
-            num_attributes=size(attributes) if attributes in found else 0,
-            max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
-    if not tasks:
-        raise InputError(f"{path}: no task's head in it; {RELEASED_FIX}")
-    shared = any(key.startswith(_TRANSFORMER + "decoder.") for key in found)
-    decoder = "decoder" if shared else f"decoders.{RELEASED_TASKS[tasks[0].name][0]}"
-    parts = [("encoder", f"{_TRANSFORMER}encoder.layers.", "linear1"),
-             ("decoder", f"{_TRANSFORMER}{decoder}.layers.", "linear1")]
-    sizes = dict(shared_decoder=shared,
-                 task_embedding=f"{_TRANSFORMER}task_embeddings_enc.weight" in found)
-    if any(t.text for t in tasks):
-        parts.append(("bert", "bert_model.module.encoder.layer.", "intermediate.dense"))
-        embeddings = "bert_model.module.embeddings"
-        sizes |= dict(vocab_size=size(f"{embeddings}.word_embeddings.weight"),
-                      max_positions=size(f"{embeddings}.position_embeddings.weight"))
-    for part, prefix, linear in parts:  # a layer's first linear map has both of its sizes
-        first = f"{prefix}0.{linear}.weight"
-        layers = {key[len(prefix):].split(".")[0] for key in found if key.startswith(prefix)}
-        sizes |= {f"{part}_width": size(first, 1), f"{part}_ff": size(first),
-                  f"{part}_layers": len(layers)}
+        head = f"class_embeds.{dataset}.weight" if detection else f"classifiers.{key}.1.weight"
+        if head in found:
+            tasks.append(Task(
+                name, kind="detection" if detection else "classification", image=group != "glue",
+                text=not detection, num_queries=len(found[f"query_embeds.{key}.weight"]),
+                num_classes=len(found[head]) - detection,  # less no-object
+                num_attributes=len(found.get(
+                    f"det_losses.{dataset}.attribute_head.attr_linear2.weight", ())),
+                max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
+    sizes = {"shared_decoder": "decoder.norm.weight" in found,
+             "task_embedding": "task_embeddings_enc.weight" in found}
+    for part, pattern in (
+            ("encoder", r"encoder\.layers\.(\d+)\.linear1\.weight"),
+            ("decoder", r"decoders?\..*\blayers\.(\d+)\.linear1\.weight"),
+            ("bert", r"bert_model\.module\.encoder\.layer\.(\d+)\.intermediate\.dense\.weight")):
+        layers = {match[1]: found[key] for key in found if (match := re.fullmatch(pattern, key))}
+        if layers:  # if not, `fill` names what is missing
+            ff, width = next(iter(layers.values())).shape
+            sizes |= {f"{part}_width": width, f"{part}_ff": ff, f"{part}_layers": len(layers)}
+    for size, table in (("vocab_size", "word"), ("max_positions", "position")):
+        if (key := f"bert_model.module.embeddings.{table}_embeddings.weight") in found:
+            sizes[size] = len(found[key])
     return tasks, sizes
