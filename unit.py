@@ -150,8 +150,7 @@ class Config:
     dropout: float = option(0.1, "every dropout of the model (Table A.1)")
     backbone: str = option("resnet50", "resnet50 (Section 3.1) or small (ours, 32-pixel pictures)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
-    all_text_states: tuple[str, ...] = option(
-        (), "tasks whose decoder sees all text states, not [CLS] alone (Table 4 line 5)")
+    all_text_states: tuple[str, ...] = option((), "tasks that see all text states (Table 4 line 5)")
     num_queries: int = option(0, "queries of all but detection; 0: 25 (Table C.1 lines 4, 5)")
     loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
     binary_vqa_loss: bool = option(False, "VQAv2's binary loss, as released; else as in Eq. 9")
@@ -205,9 +204,9 @@ class Attention(nn.Module):
         """query (B, n, d), key and value (B, M, d), bias (B, 1, 1, M) -> (B, n, d)"""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        out = F.scaled_dot_product_attention(                         # (B, heads, n, d / heads)
-            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype),
-            dropout_p=self.dropout if self.training else 0.0)
+        bias = None if bias is None else bias.to(q.dtype)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, bias, dropout)  # (B, heads, n, d / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -261,9 +260,8 @@ class Encoder(nn.Module):
 
         The task vector is put in front, without position, LayerNorm or mask, and stripped again.
         """
-        first = 0
-        if task in self.w_task:
-            first = 1
+        first = int(task in self.w_task)
+        if first:
             x = torch.cat([self.w_task[task].expand(len(x), 1, -1), x], dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=False)
             positions = None if positions is None else F.pad(positions, (0, 0, 1, 0))
@@ -385,11 +383,10 @@ class ImageEncoder(Encoder):
         """
         x = self.backbone(images)                                     # Eq. 1, (B, d_v^b, H_v, W_v)
         x = self.input_proj(x)                                 # P_{b->e}(x^v), (B, d_v^e, H_v, W_v)
-        if image_mask is None:
-            padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)
-        else:                 # nearest-neighbour resize to the feature map, (B, H_v, W_v)
+        padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)  # (B, L), (B, H_v, W_v)
+        if image_mask is not None:  # nearest-neighbour resize to the feature map
             valid = F.interpolate((~image_mask)[:, None].float(), size=x.shape[-2:])[:, 0] > 0.5
-            padding = ~valid.flatten(1)                               # (B, L)
+            padding = ~valid.flatten(1)
         positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
         x = x.flatten(2).transpose(1, 2)                              # (B, L, d_v^e)
         h = self.transform(x, positions, padding, task) + x           # Eq. 2 is silent on the sum
@@ -576,8 +573,8 @@ class UniT(nn.Module):
         self.image_encoder = ImageEncoder(config, tasks) if any(t.image for t in tasks) else None
         self.text_encoder = TextEncoder(config, tasks) if any(t.text for t in tasks) else None
         # D^shared, or D_t^sep for each task t (Section 3.3).
-        self.decoders = nn.ModuleDict({name: Decoder(config) for name in
-                                       (["shared"] if config.shared_decoder else self.tasks)})
+        names = ["shared"] if config.shared_decoder else self.tasks
+        self.decoders = nn.ModuleDict({name: Decoder(config) for name in names})
         # q^task: for each task a learned table, a row per query, drawn from N(0, 1).
         self.queries = nn.ParameterDict({t.name: torch.randn(t.num_queries, width) for t in tasks})
         self.heads = nn.ModuleDict({
@@ -609,16 +606,14 @@ class UniT(nn.Module):
     def encode(self, batch: Batch, task: Task):
         """h^enc of Section 3.3: image, text, or first image then text -> (B, M, d), its positions
         (B, M, d) and its padding mask (B, M) or None."""
+        parts, mask = [], None
         if task.image:
-            image = self.image_encoder(batch.images, batch.image_mask, task.name)
+            parts.append(self.image_encoder(batch.images, batch.image_mask, task.name))
         if task.text:
-            text = self.text_encoder(batch.tokens, batch.token_types, batch.text_mask, task.name)
-        if not (task.image and task.text):
-            return image if task.image else text
-        states, positions, masks = zip(image, text)
-        if masks == (None, None):
-            mask = None
-        else:
+            parts.append(self.text_encoder(batch.tokens, batch.token_types, batch.text_mask,
+                                           task.name))
+        states, positions, masks = zip(*parts)
+        if any(m is not None for m in masks):
             mask = torch.cat([h.new_zeros(h.shape[:2], dtype=torch.bool) if m is None else m
                               for h, m in zip(states, masks)], dim=1)
         return torch.cat(states, dim=1), torch.cat(positions, dim=1), mask  # concat(h^v, h^t)
@@ -634,12 +629,10 @@ class UniT(nn.Module):
         if task.kind == "classification":
             binary = task.soft_scores and self.config.binary_vqa_loss
             return {"answer": classification_loss(outputs.logits, batch.scores, binary) / n}
-        if num_boxes is None:
-            num_boxes = sum(len(labels) for labels in batch.labels)
         terms = detection_losses(outputs, batch, self.heads[task.name])
         # DETR's normaliser is the number of boxes averaged over processes, at least 1. With one
         # image per process (Section 3.5) and averaged gradients: max(boxes of the batch, samples).
-        boxes = max(num_boxes, n)
+        boxes = max(num_boxes or sum(map(len, batch.labels)), n)
         divisor = {"class": n, "l1": boxes, "giou": boxes, "attribute": n}
         return {k: LOSS_WEIGHTS[k] / divisor[k] * v.sum() for k, v in terms.items()}
 
@@ -832,16 +825,14 @@ class MissingFile(InputError):
     """A file that is not there and could not be fetched; the message says where to put it."""
 
 
-_BERT = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
-         "86b5e0934494bd15c9632b12f734a8a67f723594/")
+_HF = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
+       "86b5e0934494bd15c9632b12f734a8a67f723594/")
 _UNIT = "https://dl.fbaipublicfiles.com/mmf/data/models/unit_models/unit."
 # The published files by name: address and SHA-256 (of some only the beginning is published).
 PUBLISHED = {url.rpartition("/")[2]: (url, sha256) for url, sha256 in (
-    (_BERT + "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-    (_BERT + "model.safetensors",
-     "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
-    (_BERT + "pytorch_model.bin",
-     "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
+    (_HF + "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    (_HF + "model.safetensors", "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
+    (_HF + "pytorch_model.bin", "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
     ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth", "f0fb7ef5"),
     ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
     (_UNIT + "coco.single_task.tar.gz",
@@ -908,8 +899,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors in such a file, by name. Raises InputError."""
     found = read_file(path)
     for key in ("model", "state_dict"):  # where training programs put the weights
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+        found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found:
         raise InputError(f"{path}: holds no weights; give a file of named tensors")
     for key, value in found.items():
@@ -970,7 +960,7 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
          source=lambda name: (name, None), unused: str = "$^"):
     """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
 
-    source(our name) -> the file's name, and (i, n) if ours is the i-th of n equal parts of its rows.
+    source(our name) -> the file's name, and (i, n) if ours is the i-th of n parts of its rows.
     `unused`: a pattern of keys that may be left over (none). Raises InputError.
     """
     values, used = [], set()
@@ -1011,9 +1001,9 @@ BERT_NAMES = [
 BERT_UNUSED = r"^(cls|pooler)\.|\bposition_ids$"
 
 
-def bert_config(folder: Path | str) -> dict[str, int]:
+def bert_config(folder: Path) -> dict[str, int]:
     """The fields of Config that BERT's own config.json gives (none if there is no such file)."""
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     if not path.exists():
         return {}
     try:
@@ -1033,17 +1023,15 @@ def bert_config(folder: Path | str) -> dict[str, int]:
     return sizes
 
 
-def load_bert(model: UniT, path: Path | str) -> Path:
-    """BERT's weights, from a folder or a file. Names are old (gamma, beta) or new, with or without
-    the prefix of a pretraining model. Returns the file."""
-    path = Path(path)
-    if path.is_dir() or not path.suffix:  # a folder, or where one will be
-        files = [path / "model.safetensors", path / "pytorch_model.bin"]
-        path = next(filter(Path.exists, files), files[0])
+def load_bert(model: UniT, folder: Path) -> Path:
+    """BERT's weights. Names are old (gamma, beta) or new, with or without the prefix of a
+    pretraining model. Returns the file."""
+    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    path = next(filter(Path.exists, files), files[0])
     fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
-    for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
+    for name, size in bert_config(folder).items():  # heads do not show in the weights' shapes
         if size != (our_size := getattr(model.config, name)):
-            raise InputError(f"{path}: {name} is {size}, the model's is {our_size}; {fix}")
+            raise InputError(f"{folder}: {name} is {size}, the model's is {our_size}; {fix}")
     found = {key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): value
              for key, value in read_weights(fetch(path)).items()}
     ours = {name: tensor for name, tensor in model.text_encoder.state_dict().items()
@@ -1057,32 +1045,29 @@ BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj
                    r"|\.num_batches_tracked$")
 
 
-def load_backbone(model: UniT, path: Path | str) -> Path:
+def load_backbone(model: UniT, path: Path) -> Path:
     """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
     with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
         found = read_weights(fetch(path))
     found = {key.removeprefix("backbone.0.body."): value for key, value in found.items()}
     fill(model.image_encoder.backbone.body.state_dict(), found, path,
          "give DETR's detr-r50-dc5 or resnet50-0676ba61", unused=BACKBONE_UNUSED)
-    return Path(path)
+    return path
 
 
-def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -> list[str]:
+def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[str]:
     """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
     line 3) -> what was loaded, in words. What is missing is a warning there, no error."""
-    file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
-    lines = []
-    for name, wanted, load, path in (
-            ("BERT", model.text_encoder, load_bert, "bert"),
-            ("backbone", model.image_encoder and model.config.backbone == "resnet50",
-             load_backbone, file)):
-        if not wanted:
-            continue
+    def attempt(name: str, load, path: str) -> str:
         try:
-            lines.append(f"{name}: pretrained weights of {load(model, Path(data_dir) / path)}")
+            return f"{name}: pretrained weights of {load(model, folder / path)}"
         except MissingFile as error:
-            lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has its: "
-                         f"{error}")
+            return f"WARNING: {name} starts from RANDOM weights, unless --init has its: {error}"
+
+    lines = [attempt("BERT", load_bert, "bert")] if model.text_encoder else []
+    if model.image_encoder and model.config.backbone == "resnet50":
+        file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
+        lines.append(attempt("backbone", load_backbone, file))
     return lines
 
 
@@ -1118,11 +1103,9 @@ RELEASED_NAMES = [
 # The same tensors under a second name.
 RELEASED_ALIASES = [(r"^bert_model\.embeddings\.", "bert_model.module.embeddings."),
                     (r"^decoders\.\w+\.\w+\.", "decoder.")]
-# Carried without use: BERT's pooler, counters, constants of the losses, query tables without a
-# head; and, where no task has a text, the text encoder that the authors' code makes all the same.
+# Carried without use: BERT's pooler, counters, constants of the losses, queries without a head.
 RELEASED_UNUSED = (r"\bposition_ids$|\.pooler\.|\.num_batches_tracked$|\.empty_weight$"
                    r"|^query_embeds\.")
-RELEASED_UNUSED_TEXT = r"|^bert_(model|projection|pos_projection)\.|^task_embeddings_lang\."
 RELEASED_FIX = "give one of the authors' files (README)"
 
 
@@ -1157,12 +1140,11 @@ def load_released(path: Path | str, **overrides) -> UniT:
         tasks, sizes = released_settings(found)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: no known layout ({error}); {RELEASED_FIX}") from None
-    if not tasks:
-        raise InputError(f"{path}: no task's head in it; {RELEASED_FIX}")
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
-    unused = RELEASED_UNUSED + ("" if model.text_encoder else RELEASED_UNUSED_TEXT)
+    # The authors' code makes a text encoder even where no task has a text.
+    unused = RELEASED_UNUSED + ("" if model.text_encoder else r"|^bert_|^task_embeddings_lang\.")
     fill(model.state_dict(), found, path, RELEASED_FIX, released_source, unused)
     return model.eval()
 
