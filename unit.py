@@ -74,10 +74,8 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What every file needs to know of a data set. The eight are `data.TASKS`; a ninth is a row.
-
-    It is the paper's task t: COCO and VG, both detection, have a w^task, q^task and head each.
-    """
+    """A data set, the paper's task t: COCO and VG, both detection, have a w^task, q^task and head
+    each. The eight are `data.TASKS`; a ninth is a row."""
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -112,7 +110,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "Batch":
+    def to(self, device, dtype: torch.dtype | None = None) -> Batch:
         """A copy with every tensor on `device` (floating point ones as `dtype`, if given)."""
         def move(x):
             if isinstance(x, list):
@@ -350,12 +348,11 @@ def sine_positions(valid: Tensor, width: int) -> Tensor:
     are scaled so that the last one is 2 pi: positions are relative to the image, not the batch.
     """
     half = width // 2
-    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     index = torch.arange(half, device=valid.device) // 2 * 2
-    wavelength = 10000.0 ** (index.to(dtype) / half)                  # (half,)
+    wavelength = 10000.0 ** (index / half)                            # (half,)
     encoded = []
     for dim in (1, 2):
-        count = valid.cumsum(dim, dtype=dtype)                        # (B, H_v, W_v)
+        count = valid.cumsum(dim, dtype=wavelength.dtype)             # (B, H_v, W_v)
         last = count.narrow(dim, -1, 1)
         angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / wavelength  # (B, H_v, W_v, half)
         sines, cosines = angle[..., 0::2].sin(), angle[..., 1::2].cos()
@@ -847,10 +844,7 @@ TIMEOUT = 10  # seconds without an answer, after which a machine counts as offli
 
 
 def fetch(path: Path | str) -> Path:
-    """`path`. If nothing is there and its name is a published file's, that is downloaded to it.
-
-    Raises MissingFile, which says where to get the file and where to put it.
-    """
+    """`path`. If nothing is there and its name is a published file's, that is downloaded to it."""
     path = Path(path)
     if path.exists():
         return path
@@ -860,14 +854,14 @@ def fetch(path: Path | str) -> Path:
     before = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(exist_ok=True)
-        with open(__file__) as turn:           # a file that all processes of a machine share
-            with suppress(ImportError, OSError):  # not on Windows and some network drives
+        with open(__file__) as turn:  # a file that all processes of a machine share
+            with suppress(ImportError, OSError):  # Windows and some network drives have no locks
                 import fcntl
                 fcntl.flock(turn, fcntl.LOCK_EX)  # the first process fetches, others wait
             socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
             if not path.exists():
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except Exception as error:  # whatever keeps it from being there
+    except Exception as error:
         raise MissingFile(f"{path}: not there, and fetching it failed ({error}); get {url} "
                           f"(SHA-256 {sha256}) by other means and put it there") from None
     finally:
@@ -916,11 +910,8 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The format: 8 bytes, the header's length (little-endian); the header, JSON, with dtype, shape
-    and data_offsets by name; the data.
-
-    Raises ValueError unless the tensors fill the data one after another, as the format demands:
-    then no two overlap, none reaches out of the file, and no name is there twice.
-    """
+    and data_offsets by name; the data. Tensors must fill the data one after another, as the format
+    demands: then no two overlap, none reaches out of the file, and no name is there twice."""
     content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > len(content) - 8:
@@ -1123,11 +1114,8 @@ def released_source(name: str):
 
 
 def load_released(path: Path | str, **overrides) -> UniT:
-    """The authors' model in eval mode, from their archive or the file in it.
-
-    Tasks, sizes, decoders and task embeddings are those of its tensors. The number of
-    attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it.
-    """
+    """The authors' model in eval mode, from their archive or the file in it. The number of
+    attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it."""
     found = {re.sub(RELEASED_PREFIX, "", key): value
              for key, value in read_weights(fetch(path)).items()}
     for key in list(found):
