@@ -1124,10 +1124,7 @@ def load_released(path: Path | str, **overrides) -> UniT:
             alias = found.pop(key)
             if not torch.equal(alias, found[original].to(alias.dtype)):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
-    try:
-        tasks, sizes = released_settings(found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: no known layout ({error}); {RELEASED_FIX}") from None
+    tasks, sizes = released_settings(found)
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
@@ -1138,7 +1135,11 @@ def load_released(path: Path | str, **overrides) -> UniT:
 
 
 def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
-    """Tasks and fields of Config that the names and shapes of a released file's tensors tell."""
+    """Tasks and fields of Config that the names and shapes of a released file's tensors tell. What
+    is missing or of a strange shape tells nothing here: `fill` will name it."""
+    def rows(key: str) -> int:
+        return len(torch.atleast_1d(found.get(key, torch.empty(0))))
+
     tasks = []
     for name, (key, _) in RELEASED_TASKS.items():
         group, dataset = key.split(".")
@@ -1147,10 +1148,9 @@ def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
         if head in found:
             tasks.append(Task(
                 name, kind="detection" if detection else "classification", image=group != "glue",
-                text=not detection, num_queries=len(found[f"query_embeds.{key}.weight"]),
-                num_classes=len(found[head]) - detection,  # less no-object
-                num_attributes=len(found.get(
-                    f"det_losses.{dataset}.attribute_head.attr_linear2.weight", ())),
+                text=not detection, num_queries=rows(f"query_embeds.{key}.weight"),
+                num_classes=rows(head) - detection,  # less no-object
+                num_attributes=rows(f"det_losses.{dataset}.attribute_head.attr_linear2.weight"),
                 max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
     sizes = {"shared_decoder": "decoder.norm.weight" in found,
              "task_embedding": "task_embeddings_enc.weight" in found}
@@ -1158,11 +1158,11 @@ def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
             ("encoder", r"encoder\.layers\.(\d+)\.linear1\.weight"),
             ("decoder", r"decoders?\..*\blayers\.(\d+)\.linear1\.weight"),
             ("bert", r"bert_model\.module\.encoder\.layer\.(\d+)\.intermediate\.dense\.weight")):
-        layers = {match[1]: found[key] for key in found if (match := re.fullmatch(pattern, key))}
-        if layers:  # if not, `fill` names what is missing
-            ff, width = next(iter(layers.values())).shape
+        layers = {match[1]: x.shape for key, x in found.items()
+                  if (match := re.fullmatch(pattern, key)) and x.dim() == 2}
+        for ff, width in layers.values():  # alike in all
             sizes |= {f"{part}_width": width, f"{part}_ff": ff, f"{part}_layers": len(layers)}
     for size, table in (("vocab_size", "word"), ("max_positions", "position")):
         if (key := f"bert_model.module.embeddings.{table}_embeddings.weight") in found:
-            sizes[size] = len(found[key])
+            sizes[size] = rows(key)
     return tasks, sizes
