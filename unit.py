@@ -39,13 +39,12 @@ import argparse
 import io
 import json
 import math
-import os
 import re
 import socket
 import tarfile
 import textwrap
-from dataclasses import dataclass, field, fields, replace
-from http.client import HTTPException
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +55,11 @@ from torch import Tensor, nn
 
 try:
     import torchvision
-except RuntimeError as error:
+except RuntimeError:
     # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
     # at the first that it looks up. We use its Python parts alone: declaring two is enough.
-    if "torchvision::nms" not in str(error):
-        raise
-    _vision = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _vision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for _name in ("torchvision::nms", "torchvision::qnms"):
+        torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_convert
@@ -78,10 +74,8 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """What every file needs to know of a data set. The eight are `data.TASKS`; a ninth is a row.
-
-    It is the paper's task t: COCO and VG, both detection, have a w^task, q^task and head each.
-    """
+    """A data set, the paper's task t: COCO and VG, both detection, have a w^task, q^task and head
+    each. The eight are `data.TASKS`; a ninth is a row."""
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -116,16 +110,15 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device, dtype: torch.dtype | None = None) -> "Batch":
+    def to(self, device, dtype: torch.dtype | None = None) -> Batch:
         """A copy with every tensor on `device` (floating point ones as `dtype`, if given)."""
         def move(x):
-            if isinstance(x, Tensor):
-                kind = dtype if x.is_floating_point() else None
-                return x.to(device=device, dtype=kind, non_blocking=True)
             if isinstance(x, list):
                 return [move(y) for y in x]
-            return x
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
+        return Batch(**{name: move(x) for name, x in vars(self).items()})
 
 
 def option(default, help: str):
@@ -153,19 +146,13 @@ class Config:
     decoder_layers: int = option(6, "decoder layers N_d (Table A.1; 8, 12 in Table 4 lines 2, 3)")
     shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
     dropout: float = option(0.1, "every dropout of the model (Table A.1)")
-    backbone: str = option(
-        "resnet50", "resnet50 (Section 3.1), or small for 32-pixel pictures (ours)")
+    backbone: str = option("resnet50", "resnet50 (Section 3.1) or small (ours, 32-pixel pictures)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
-    all_text_states: tuple[str, ...] = option(
-        (), "tasks whose decoder sees all text states, not [CLS] alone (Table 4 line 5)")
-    num_queries: int = option(
-        0, "queries of every task but detection, 0: the task's own 25 (Table C.1 lines 4, 5)")
-    loss_on_all_layers: bool = option(
-        False, "classification losses on all decoder layers (Table 4 line 6)")
-    binary_vqa_loss: bool = option(
-        False, "binary cross entropy for soft scores, as released; else cross entropy (Eq. 9)")
-    classifier_norm: bool = option(
-        False, "classifier with LayerNorm and early dropout, as released; else as in Eq. 8")
+    all_text_states: tuple[str, ...] = option((), "tasks that see all text states (Table 4 line 5)")
+    num_queries: int = option(0, "queries of all but detection; 0: 25 (Table C.1 lines 4, 5)")
+    loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
+    binary_vqa_loss: bool = option(False, "VQAv2's binary loss, as released; else as in Eq. 9")
+    classifier_norm: bool = option(False, "LayerNorm, early dropout, as released; else as in Eq. 8")
 
     def __post_init__(self):
         """Raises InputError for widths that cannot be split."""
@@ -175,8 +162,7 @@ class Config:
                 raise InputError(f"--{part}_width {width} cannot be split among {heads} heads; "
                                  f"choose a width that --{part}_heads divides")
         if self.encoder_width % 4:
-            raise InputError(f"--encoder_width {self.encoder_width}: must be a multiple of 4, for "
-                             "sine and cosine of rows and columns")
+            raise InputError("--encoder_width must be a multiple of 4 (sines of rows and columns)")
 
 
 # The three switches that make the model the released one where that differs from the paper.
@@ -216,9 +202,9 @@ class Attention(nn.Module):
         """query (B, n, d), key and value (B, M, d), bias (B, 1, 1, M) -> (B, n, d)"""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        out = F.scaled_dot_product_attention(                         # (B, heads, n, d / heads)
-            q, k, v, attn_mask=None if bias is None else bias.to(q.dtype),
-            dropout_p=self.dropout if self.training else 0.0)
+        bias = None if bias is None else bias.to(q.dtype)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, bias, dropout)  # (B, heads, n, d / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -226,14 +212,15 @@ class EncoderLayer(nn.Module):
     """Post-norm transformer layer, DETR's and BERT's alike. DETR's: ReLU, epsilon 1e-5, dropout
     inside the feed-forward, positions added to queries and keys. BERT's: GELU, 1e-12, neither."""
 
-    def __init__(self, width, heads, ff, dropout, activation=F.relu, eps=1e-5, inner_dropout=True):
+    def __init__(self, width: int, heads: int, ff: int, dropout: float, bert: bool):
         super().__init__()
         self.attention = Attention(width, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(width, ff), nn.Linear(ff, width)
+        eps = 1e-12 if bert else 1e-5
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.inner_dropout = nn.Dropout(dropout if inner_dropout else 0.0)
-        self.activation = activation
+        self.inner_dropout = nn.Dropout(0.0 if bert else dropout)
+        self.activation = F.gelu if bert else F.relu
 
     def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None,
                 rows: slice | None = None):
@@ -247,13 +234,42 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
-def put_in_front(vector: Tensor, x: Tensor, mask: Tensor | None):
-    """vector (1, d), x (B, n, d), mask (B, n) or None -> (B, 1 + n, d), (B, 1 + n) or None
+class Encoder(nn.Module):
+    """What both encoders share: transformer layers with the task vector in front, and linear maps
+    of the states, and of their positions, to the decoder's width.
 
-    The task vector (Sections 3.1 and 3.2) comes first and is never masked.
+    w^task is a learned (1, d) vector for each task, drawn from N(0, 1), and a parameter of its own:
+    rows of one table would all get a gradient (zeros) and drift in the optimiser.
     """
-    x = torch.cat([vector.expand(len(x), 1, -1), x], dim=1)
-    return x, None if mask is None else F.pad(mask, (1, 0), value=False)
+
+    def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
+                   ff: int, bert: bool):
+        """The last part of `__init__`: the order in which modules are made is that of the draws."""
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, heads, ff, config.dropout, bert) for _ in range(depth))
+        self.projection = nn.Linear(width, config.decoder_width)
+        self.position_projection = nn.Linear(width, config.decoder_width)
+        with_vector = tasks if config.task_embedding else []
+        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in with_vector})
+
+    def transform(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, task: str,
+                  only_first: bool = False) -> Tensor:
+        """x, positions (B, n, d), mask (B, n) -> (B, n, d), or (B, 1, d): the first state alone.
+
+        The task vector is put in front, without position, LayerNorm or mask, and stripped again.
+        """
+        first = int(task in self.w_task)
+        if first:
+            x = torch.cat([self.w_task[task].expand(len(x), 1, -1), x], dim=1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=False)
+            positions = None if positions is None else F.pad(positions, (0, 0, 1, 0))
+        bias = attention_bias(mask, x.dtype)
+        *layers, last = self.layers
+        for layer in layers:                                          # E_v of Eq. 2, BERT of Eq. 3
+            x = layer(x, positions, bias)
+        if only_first:
+            return last(x, positions, bias, rows=slice(first, first + 1))
+        return last(x, positions, bias)[:, first:]
 
 
 # ---- Section 3.1. Image encoder ------------------------------------------------------------------
@@ -332,12 +348,11 @@ def sine_positions(valid: Tensor, width: int) -> Tensor:
     are scaled so that the last one is 2 pi: positions are relative to the image, not the batch.
     """
     half = width // 2
-    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
     index = torch.arange(half, device=valid.device) // 2 * 2
-    wavelength = 10000.0 ** (index.to(dtype) / half)                  # (half,)
+    wavelength = 10000.0 ** (index / half)                            # (half,)
     encoded = []
     for dim in (1, 2):
-        count = valid.cumsum(dim, dtype=dtype)                        # (B, H_v, W_v)
+        count = valid.cumsum(dim, dtype=wavelength.dtype)             # (B, H_v, W_v)
         last = count.narrow(dim, -1, 1)
         angle = (count / (last + 1e-6) * 2 * math.pi)[..., None] / wavelength  # (B, H_v, W_v, half)
         sines, cosines = angle[..., 0::2].sin(), angle[..., 1::2].cos()
@@ -345,25 +360,16 @@ def sine_positions(valid: Tensor, width: int) -> Tensor:
     return torch.cat(encoded, dim=-1).flatten(1, 2)
 
 
-class ImageEncoder(nn.Module):
-    """Section 3.1: backbone B, projection P_{b->e}, transformer E_v; then to the decoder's width.
-
-    w_v^task is a learned (1, d_v^e) vector for each task, drawn from N(0, 1), and a parameter of
-    its own: rows of one table would all get a gradient (zeros) and drift in the optimiser.
-    """
+class ImageEncoder(Encoder):
+    """Section 3.1: backbone B, projection P_{b->e}, transformer E_v. w_v^task is (1, d_v^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
         super().__init__()
         width = config.encoder_width
         self.backbone = SmallBackbone() if config.backbone == "small" else Backbone()
         self.input_proj = nn.Conv2d(self.backbone.channels, width, 1)  # P_{b->e}
-        self.layers = nn.ModuleList(
-            EncoderLayer(width, config.encoder_heads, config.encoder_ff, config.dropout)
-            for _ in range(config.encoder_layers))
-        self.projection = nn.Linear(width, config.decoder_width)
-        self.position_projection = nn.Linear(width, config.decoder_width)
-        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in tasks if t.image}
-                                       if config.task_embedding else {})
+        self.add_layers(config, [t for t in tasks if t.image], config.encoder_layers, width,
+                        config.encoder_heads, config.encoder_ff, bert=False)
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
         """images (B, 3, H, W), image_mask (B, H, W) -> h^v, projected to the decoder's width d
@@ -374,33 +380,20 @@ class ImageEncoder(nn.Module):
         """
         x = self.backbone(images)                                     # Eq. 1, (B, d_v^b, H_v, W_v)
         x = self.input_proj(x)                                 # P_{b->e}(x^v), (B, d_v^e, H_v, W_v)
-        if image_mask is None:
-            padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)
-        else:                 # nearest-neighbour resize to the feature map, (B, H_v, W_v)
+        padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)  # (B, L), (B, H_v, W_v)
+        if image_mask is not None:  # nearest-neighbour resize to the feature map
             valid = F.interpolate((~image_mask)[:, None].float(), size=x.shape[-2:])[:, 0] > 0.5
-            padding = ~valid.flatten(1)                               # (B, L)
+            padding = ~valid.flatten(1)
         positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
         x = x.flatten(2).transpose(1, 2)                              # (B, L, d_v^e)
-        h = self.encode(x, positions, padding, task) + x              # Eq. 2 is silent on the sum
+        h = self.transform(x, positions, padding, task) + x           # Eq. 2 is silent on the sum
         return self.projection(h), self.position_projection(positions), padding
-
-    def encode(self, x: Tensor, positions: Tensor, padding: Tensor | None, task: str) -> Tensor:
-        """E_v, (B, L, d_v^e) -> (B, L, d_v^e): the task vector is put in front, with zeros for its
-        position, and stripped again."""
-        with_task = task in self.w_task
-        if with_task:
-            x, padding = put_in_front(self.w_task[task], x, padding)
-            positions = F.pad(positions, (0, 0, 1, 0))
-        bias = attention_bias(padding, x.dtype)
-        for layer in self.layers:                                     # Eq. 2
-            x = layer(x, positions, bias)
-        return x[:, 1:] if with_task else x
 
 
 # ---- Section 3.2. Text encoder -------------------------------------------------------------------
 
-class TextEncoder(nn.Module):
-    """Section 3.2: BERT without its pooler; then to the decoder's width. w_t^task is (1, d_t^e)."""
+class TextEncoder(Encoder):
+    """Section 3.2: BERT without its pooler. w_t^task is (1, d_t^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
         super().__init__()
@@ -410,49 +403,35 @@ class TextEncoder(nn.Module):
         self.token_type_embeddings = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)  # BERT's epsilon
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            EncoderLayer(width, config.bert_heads, config.bert_ff, config.dropout,
-                         activation=F.gelu, eps=1e-12, inner_dropout=False)
-            for _ in range(config.bert_layers))
-        self.projection = nn.Linear(width, config.decoder_width)
-        self.position_projection = nn.Linear(width, config.decoder_width)
-        self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in tasks if t.text}
-                                       if config.task_embedding else {})
+        self.add_layers(config, [t for t in tasks if t.text], config.bert_layers, width,
+                        config.bert_heads, config.bert_ff, bert=True)
         self.all_states = {t.name for t in tasks
                            if t.text_states == "all" or t.name in config.all_text_states}
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
         """tokens, types, mask (B, S) -> h^t, projected to the decoder's width d (B, S or 1, d), its
-        positions (1, S or 1, d) and its padding mask (B, S) or None. One state is [CLS] alone."""
+        positions of the same shape and its padding mask (B, S) or None. One state is [CLS] alone.
+        """
         only_cls = task not in self.all_states                        # Section 3.2: [CLS] alone
-        states = self.encode(tokens, types, mask, task, only_cls and not self.training)
+        # Computing no other state saves 7% of BERT. In training dropout draws for all states.
+        states = self.bert(tokens, types, mask, task, only_cls and not self.training)
         if only_cls:                                                  # h^t, (B, S or 1, d_t^e)
             states, mask = states[:, :1], None
         # The decoder's text positions are BERT's own position embeddings 0..S-1, projected.
-        positions = self.position_embeddings.weight[None, :states.shape[1]]
-        return self.projection(states), self.position_projection(positions), mask
+        positions = self.position_projection(self.position_embeddings.weight[:states.shape[1]])
+        return self.projection(states), positions.expand(len(states), -1, -1), mask
 
-    def encode(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str,
-               only_cls: bool = False) -> Tensor:
-        """BERT, (B, S) -> (B, S, d_t^e), or (B, 1, d_t^e) if `only_cls` is wanted. The task vector
-        is put in front of the embedded tokens and has no position, type or LayerNorm of its own:
-        token positions start at 0 as usual."""
-        if tokens.shape[1] > len(self.position_embeddings.weight):
-            raise InputError(f"{task}: a text of {tokens.shape[1]} tokens; this model has "
-                             f"{len(self.position_embeddings.weight)} positions (--max_positions)")
-        embedded = (self.word_embeddings(tokens) + self.token_type_embeddings(types)
-                    + self.position_embeddings.weight[:tokens.shape[1]])
-        x = self.dropout(self.norm(embedded))                         # (B, S, d_t^e)
-        with_task = task in self.w_task
-        if with_task:
-            x, mask = put_in_front(self.w_task[task], x, mask)
-        bias = attention_bias(mask, x.dtype)
-        *layers, last = self.layers
-        for layer in layers:                                          # Eq. 3
-            x = layer(x, bias=bias)
-        if only_cls:  # 7% of BERT are saved; not in training, whose dropout draws for all states
-            return last(x, bias=bias, rows=slice(with_task, with_task + 1))
-        return last(x, bias=bias)[:, int(with_task):]
+    def bert(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str,
+             only_cls: bool = False) -> Tensor:
+        """(B, S) -> (B, S, d_t^e), or (B, 1, d_t^e) if `only_cls` is wanted. The task vector comes
+        behind the embeddings: token positions start at 0 as usual."""
+        length, places = tokens.shape[1], self.position_embeddings.weight
+        if length > len(places):
+            raise InputError(f"{task}: a text of {length} tokens; this model has {len(places)} "
+                             "positions (--max_positions)")
+        embedded = self.word_embeddings(tokens) + self.token_type_embeddings(types)
+        x = self.dropout(self.norm(embedded + places[:length]))       # (B, S, d_t^e)
+        return self.transform(x, None, mask, task, only_cls)          # Eq. 3
 
 
 OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder, what is not BERT's
@@ -493,7 +472,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)  # one, applied to every layer's output
 
     def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, q_task: Tensor):
-        """memory h^enc (B, M, d), positions (B or 1, M, d), mask (B, M), q_task (q, d)
+        """memory h^enc and its positions (B, M, d), mask (B, M), q_task (q, d)
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
@@ -591,8 +570,8 @@ class UniT(nn.Module):
         self.image_encoder = ImageEncoder(config, tasks) if any(t.image for t in tasks) else None
         self.text_encoder = TextEncoder(config, tasks) if any(t.text for t in tasks) else None
         # D^shared, or D_t^sep for each task t (Section 3.3).
-        self.decoders = nn.ModuleDict({name: Decoder(config) for name in
-                                       (["shared"] if config.shared_decoder else self.tasks)})
+        names = ["shared"] if config.shared_decoder else self.tasks
+        self.decoders = nn.ModuleDict({name: Decoder(config) for name in names})
         # q^task: for each task a learned table, a row per query, drawn from N(0, 1).
         self.queries = nn.ParameterDict({t.name: torch.randn(t.num_queries, width) for t in tasks})
         self.heads = nn.ModuleDict({
@@ -623,21 +602,17 @@ class UniT(nn.Module):
 
     def encode(self, batch: Batch, task: Task):
         """h^enc of Section 3.3: image, text, or first image then text -> (B, M, d), its positions
-        (B or 1, M, d) and its padding mask (B, M) or None."""
-        parts = []
+        (B, M, d) and its padding mask (B, M) or None."""
+        parts, mask = [], None
         if task.image:
             parts.append(self.image_encoder(batch.images, batch.image_mask, task.name))
         if task.text:
-            parts.append(self.text_encoder(
-                batch.tokens, batch.token_types, batch.text_mask, task.name))
-        if len(parts) == 1:
-            return parts[0]
+            parts.append(self.text_encoder(batch.tokens, batch.token_types, batch.text_mask,
+                                           task.name))
         states, positions, masks = zip(*parts)
-        mask = None
         if any(m is not None for m in masks):
             mask = torch.cat([h.new_zeros(h.shape[:2], dtype=torch.bool) if m is None else m
                               for h, m in zip(states, masks)], dim=1)
-        positions = [p.expand(len(states[0]), -1, -1) for p in positions]  # text: 1 for all
         return torch.cat(states, dim=1), torch.cat(positions, dim=1), mask  # concat(h^v, h^t)
 
     def losses(self, outputs: Outputs, batch: Batch, batch_size: int | None = None,
@@ -651,12 +626,10 @@ class UniT(nn.Module):
         if task.kind == "classification":
             binary = task.soft_scores and self.config.binary_vqa_loss
             return {"answer": classification_loss(outputs.logits, batch.scores, binary) / n}
-        if num_boxes is None:
-            num_boxes = sum(len(labels) for labels in batch.labels)
         terms = detection_losses(outputs, batch, self.heads[task.name])
         # DETR's normaliser is the number of boxes averaged over processes, at least 1. With one
         # image per process (Section 3.5) and averaged gradients: max(boxes of the batch, samples).
-        boxes = max(num_boxes, n)
+        boxes = max(num_boxes or sum(map(len, batch.labels)), n)
         divisor = {"class": n, "l1": boxes, "giou": boxes, "attribute": n}
         return {k: LOSS_WEIGHTS[k] / divisor[k] * v.sum() for k, v in terms.items()}
 
@@ -664,10 +637,10 @@ class UniT(nn.Module):
 def initialise(model: UniT) -> None:
     """Random weights as in the released code, where those are not PyTorch's own defaults."""
     image, text = model.image_encoder, model.text_encoder
-    xavier = [*model.decoders.values()]
-    if image is not None:
+    xavier = nn.ModuleList(model.decoders.values())
+    if image:
         xavier += [image.layers, image.projection, image.position_projection]
-    for name, p in (item for module in xavier for item in module.named_parameters()):
+    for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
             # that of each alone. (The release leaves separate decoders at PyTorch's defaults, all
@@ -676,7 +649,7 @@ def initialise(model: UniT) -> None:
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
-    if text is not None:  # replaced by pretrained weights in every run of the paper
+    if text:  # replaced by pretrained weights in every run of the paper
         for name, p in text.named_parameters():
             if name.startswith(OUR_OWN):
                 continue
@@ -684,10 +657,9 @@ def initialise(model: UniT) -> None:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-    for head in model.heads.modules():
-        if isinstance(head, AttributeHead):
-            for p in head.parameters():
-                nn.init.normal_(p, std=0.01) if p.dim() > 1 else nn.init.zeros_(p)
+    for name, p in model.heads.named_parameters():
+        if "attribute_head" in name:
+            nn.init.normal_(p, std=0.01) if p.dim() > 1 else nn.init.zeros_(p)
 
 
 # ---- Section 3.4. Losses -------------------------------------------------------------------------
@@ -708,13 +680,6 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
     return -(target * logits.log_softmax(-1)).sum()                   # Eq. 9
-
-
-def to_corners(boxes: Tensor) -> Tensor:
-    """(..., 4) cx, cy, w, h -> x0, y0, x1, y1. Sides are kept above zero, and so is every union."""
-    boxes = at_least_float32(boxes)
-    return box_convert(torch.cat([boxes[..., :2], boxes[..., 2:].clamp(min=1e-6)], -1),
-                       "cxcywh", "xyxy")
 
 
 def matching_cost(logits: Tensor, boxes: Tensor, image: Tensor, labels: Tensor, targets: Tensor):
@@ -742,8 +707,6 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     images, concatenated. More boxes than queries: the q that fit best are matched.
     """
     counts = [len(x) for x in labels]
-    if not sum(counts):
-        return (torch.zeros(0, dtype=torch.long),) * 4
     # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     image = image.to(logits.device, non_blocking=True)
@@ -754,9 +717,8 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     found, ends = [], np.cumsum(counts)
     for layer in range(len(cost)):
         for i, (start, end) in enumerate(zip(ends - counts, ends)):
-            row, query = linear_sum_assignment(cost[layer, start:end])
-            found.append(np.stack(
-                [np.full_like(row, layer), np.full_like(row, i), query, row + start]))
+            target, query = linear_sum_assignment(cost[layer, start:end])
+            found.append(np.broadcast_arrays(layer, i, query, start + target))
     return torch.from_numpy(np.concatenate(found, axis=1)).unbind()
 
 
@@ -765,11 +727,16 @@ def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
 
     torchvision's does the same, but waits for the GPU (it indexes by a mask).
     """
-    def area(low, high):
-        sides = (high - low).clamp(min=0)
-        return sides[..., 0] * sides[..., 1]
+    def corners(boxes):  # upper left and lower right; sides, and so every union, are above zero
+        centre, sides = at_least_float32(boxes).split(2, dim=-1)
+        half = 0.5 * sides.clamp(min=1e-6)
+        return centre - half, centre + half
 
-    (a0, a1), (b0, b1) = (to_corners(x).split(2, dim=-1) for x in (boxes, targets))
+    def area(low, high):
+        width, height = (high - low).clamp(min=0).unbind(-1)
+        return width * height
+
+    (a0, a1), (b0, b1) = corners(boxes), corners(targets)
     overlap = area(torch.maximum(a0, b0), torch.minimum(a1, b1))
     union = area(a0, a1) + area(b0, b1) - overlap
     hull = area(torch.minimum(a0, b0), torch.maximum(a1, b1))  # the smallest box around both
@@ -786,9 +753,8 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
     num_layers, batch_size, _, num_outputs = logits.shape
     no_object = num_outputs - 1
-    layer, image, query, target = (                                   # (K,) each
-        x.to(logits.device, non_blocking=True)
-        for x in match(logits, boxes, batch.labels, batch.boxes))
+    pairs = match(logits, boxes, batch.labels, batch.boxes)
+    layer, image, query, target = (x.to(logits.device, non_blocking=True) for x in pairs)  # (K,)
     labels = torch.cat(batch.labels)[target]                          # (K,)
     targets = torch.cat(batch.boxes)[target]                          # (K, 4)
 
@@ -856,74 +822,66 @@ class MissingFile(InputError):
     """A file that is not there and could not be fetched; the message says where to put it."""
 
 
-_BERT = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
-         "86b5e0934494bd15c9632b12f734a8a67f723594/")
+_HF = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
+       "86b5e0934494bd15c9632b12f734a8a67f723594/")
 _UNIT = "https://dl.fbaipublicfiles.com/mmf/data/models/unit_models/unit."
-# The published files by name: address, size, SHA-256 (of some only the beginning is published).
-PUBLISHED = {address.rpartition("/")[2]: (address, size, sha256) for address, size, sha256 in (
-    (_BERT + "vocab.txt", "231,508 bytes",
-     "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
-    (_BERT + "model.safetensors", "440,449,768 bytes",
-     "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
-    (_BERT + "pytorch_model.bin", "440,473,133 bytes",
-     "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
-    ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth", "159 MB", "f0fb7ef5"),
-    ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "25,557,032 parameters",
-     "0676ba61"),
-    (_UNIT + "coco.single_task.tar.gz", "size not known",
+# The published files by name: address and SHA-256 (of some only the beginning is published).
+PUBLISHED = {url.rpartition("/")[2]: (url, sha256) for url, sha256 in (
+    (_HF + "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+    (_HF + "model.safetensors", "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"),
+    (_HF + "pytorch_model.bin", "097417381d6c7230bd9e3557456d726de6e83245ec8b24f529f60198a67b203a"),
+    ("https://dl.fbaipublicfiles.com/detr/detr-r50-dc5-f0fb7ef5.pth", "f0fb7ef5"),
+    ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61"),
+    (_UNIT + "coco.single_task.tar.gz",
      "d235fe2d27b47d8f19ce82bea2b1bc6d33151b7c6c1a5558c2a501911b9f4880"),
-    (_UNIT + "coco.single_task_without_task_embedding.tar.gz", "size not known",
+    (_UNIT + "coco.single_task_without_task_embedding.tar.gz",
      "ded272f84b6fb27e3aaca3de4d494f8bbfdb1b6a870a43069b43aed6d94bd7d3"),
-    (_UNIT + "all_8_datasets.shared_dec_with_coco_init.tar.gz", "size not known",
+    (_UNIT + "all_8_datasets.shared_dec_with_coco_init.tar.gz",
      "63cd3a5cfd6728b6e529714d5dcdc5cb3d9b7d1038dbbb2351264d145e5852d4"),
     (_UNIT + "all_8_datasets.shared_dec_with_coco_init_without_task_embedding.tar.gz",
-     "size not known", "c4a3c1072f07e605de76402ff7c0e2bc8d4514561c52dc94b3d28b3d4d7f698e"))}
+     "c4a3c1072f07e605de76402ff7c0e2bc8d4514561c52dc94b3d28b3d4d7f698e"))}
 TIMEOUT = 10  # seconds without an answer, after which a machine counts as offline
 
 
 def fetch(path: Path | str) -> Path:
-    """`path`. If nothing is there and its name is a published file's, that is downloaded to it.
-
-    Raises MissingFile, which says where to get the file and where to put it.
-    """
+    """`path`. If nothing is there and its name is a published file's, that is downloaded to it."""
     path = Path(path)
     if path.exists():
         return path
     if path.name not in PUBLISHED:
         raise MissingFile(f"{path}: no such file; check the path")
-    url, size, sha256 = PUBLISHED[path.name]
-    before, turn = socket.getdefaulttimeout(), None
+    url, sha256 = PUBLISHED[path.name]
+    before = socket.getdefaulttimeout()
     try:
-        import fcntl  # not on Windows, which needs it only here
         path.parent.mkdir(exist_ok=True)
-        turn = os.open(path.parent, os.O_RDONLY)
-        fcntl.flock(turn, fcntl.LOCK_EX)   # the first process of a machine fetches, others wait
-        socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
-        if not path.exists():
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, HTTPException, ImportError) as error:
+        with open(__file__) as turn:  # a file that all processes of a machine share
+            with suppress(ImportError, OSError):  # Windows and some network drives have no locks
+                import fcntl
+                fcntl.flock(turn, fcntl.LOCK_EX)  # the first process fetches, others wait
+            socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
+            if not path.exists():
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except Exception as error:
         raise MissingFile(f"{path}: not there, and fetching it failed ({error}); get {url} "
-                          f"({size}, SHA-256 {sha256}) by other means and put it there") from None
+                          f"(SHA-256 {sha256}) by other means and put it there") from None
     finally:
         socket.setdefaulttimeout(before)
-        if turn is not None:
-            os.close(turn)                 # lets go of the lock
     return path
 
 
-def read_file(path: Path | str, fix: str = "get it again", admit=()):
+def read_file(path: Path | str, fix: str = "get it again"):
     """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
 
-    Weights only: a pickle that asks for anything but tensors, plain values and the classes in
-    `admit` is refused before any of its code runs. Nothing is written to disk. Raises InputError.
+    Weights only: a pickle that asks for anything but tensors, plain values and the classes of
+    `torch.serialization.safe_globals` is refused before any of its code runs. Nothing is written to
+    disk. Raises InputError.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
         source = read_archive(path) if path.name.endswith((".tar", ".tar.gz", ".tgz")) else path
-        with torch.serialization.safe_globals(list(admit)):
-            return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can break a reader in any way
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
@@ -931,12 +889,11 @@ def read_file(path: Path | str, fix: str = "get it again", admit=()):
         raise InputError(f"{path}: cannot be read ({reason}); {fix}") from None
 
 
-def read_weights(path: Path | str, admit=()) -> dict[str, Tensor]:
+def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors in such a file, by name. Raises InputError."""
-    found = read_file(path, admit=admit)
+    found = read_file(path)
     for key in ("model", "state_dict"):  # where training programs put the weights
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+        found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found:
         raise InputError(f"{path}: holds no weights; give a file of named tensors")
     for key, value in found.items():
@@ -953,20 +910,15 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The format: 8 bytes, the header's length (little-endian); the header, JSON, with dtype, shape
-    and data_offsets by name; the data.
-
-    Raises ValueError unless the tensors fill the data one after another, as the format demands:
-    then no two overlap, none reaches out of the file, and no name is there twice.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(file.read(length))
+    and data_offsets by name; the data. Tensors must fill the data one after another, as the format
+    demands: then no two overlap, none reaches out of the file, and no name is there twice."""
+    content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    if length > len(content) - 8:
+        raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
+    header = json.loads(content[8:8 + length].tobytes())
     header.pop("__metadata__", None)
-    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
-    tensors, end = {}, 0
+    data, tensors, end = torch.from_numpy(content[8 + length:]), {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if not end == start <= stop <= len(data):
@@ -987,10 +939,8 @@ def read_archive(path: Path) -> io.BytesIO:
         for member in archive:
             name = Path(member.name)
             if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
-                raise ValueError(f"its member {member.name} is a link or lies outside its folder")
-            if member.isfile() and name.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-                if member.size > 2 ** 33:  # the largest published model has 2 GB
-                    raise ValueError(f"its member {member.name} unpacks to {member.size} bytes")
+                raise ValueError(f"its member {name} is a link or lies outside its folder")
+            if name.suffix in (".pth", ".pt", ".ckpt", ".bin"):
                 found[member.name] = archive.extractfile(member).read()
     if len(found) != 1:
         raise ValueError(f"it should hold one checkpoint, but holds {', '.join(found) or 'none'}")
@@ -1001,15 +951,17 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
          source=lambda name: (name, None), unused: str = "$^"):
     """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
 
-    source(our name) -> the file's name and a function that takes our rows of its tensor (None: all
-    are ours). `unused`: a pattern of keys that may be left over (none). Raises InputError.
+    source(our name) -> the file's name, and (i, n) if ours is the i-th of n parts of its rows.
+    `unused`: a pattern of keys that may be left over (none). Raises InputError.
     """
     values, used = [], set()
     for name, tensor in ours.items():
-        key, rows = source(name)
+        key, part = source(name)
         if key not in theirs:
             raise InputError(f"{path}: {key} is missing; {fix}")
-        value = theirs[key] if rows is None else rows(torch.atleast_1d(theirs[key]))
+        value = theirs[key]
+        if part:
+            value = torch.atleast_1d(value).tensor_split(part[1])[part[0]]
         if value.shape != tensor.shape:
             raise InputError(f"{path}: {key} is {tuple(theirs[key].shape)}, which does not fit our "
                              f"{name} {tuple(tensor.shape)}; {fix}")
@@ -1040,9 +992,9 @@ BERT_NAMES = [
 BERT_UNUSED = r"^(cls|pooler)\.|\bposition_ids$"
 
 
-def bert_config(folder: Path | str) -> dict[str, int]:
+def bert_config(folder: Path) -> dict[str, int]:
     """The fields of Config that BERT's own config.json gives (none if there is no such file)."""
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     if not path.exists():
         return {}
     try:
@@ -1062,20 +1014,17 @@ def bert_config(folder: Path | str) -> dict[str, int]:
     return sizes
 
 
-def load_bert(model: UniT, path: Path | str) -> Path:
-    """BERT's weights, from a folder or a file. Names are old (gamma, beta) or new, with or without
-    the prefix of a pretraining model. Returns the file."""
-    path = Path(path)
-    if path.is_dir() or not path.suffix:  # a folder, or where one will be
-        files = [path / "model.safetensors", path / "pytorch_model.bin"]
-        path = next((file for file in files if file.exists()), files[0])
+def load_bert(model: UniT, folder: Path) -> Path:
+    """BERT's weights. Names are old (gamma, beta) or new, with or without the prefix of a
+    pretraining model. Returns the file."""
+    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    path = next(filter(Path.exists, files), files[0])
     fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
-    for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
-        if getattr(model.config, name) != size:
-            raise InputError(f"{path.parent / 'config.json'}: {name} is {size}, the model's is "
-                             f"{getattr(model.config, name)}; {fix}")
-    rules = [(r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")]
-    found = {rename(key, rules): value for key, value in read_weights(fetch(path)).items()}
+    for name, size in bert_config(folder).items():  # heads do not show in the weights' shapes
+        if size != (our_size := getattr(model.config, name)):
+            raise InputError(f"{folder}: {name} is {size}, the model's is {our_size}; {fix}")
+    found = {key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): value
+             for key, value in read_weights(fetch(path)).items()}
     ours = {name: tensor for name, tensor in model.text_encoder.state_dict().items()
             if not name.startswith(OUR_OWN)}
     fill(ours, found, path, fix, lambda name: (rename(name, BERT_NAMES), None), BERT_UNUSED)
@@ -1087,31 +1036,29 @@ BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj
                    r"|\.num_batches_tracked$")
 
 
-def load_backbone(model: UniT, path: Path | str) -> Path:
+def load_backbone(model: UniT, path: Path) -> Path:
     """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
-    found = read_weights(fetch(path), admit=[argparse.Namespace])  # DETR's files keep their flags
-    prefix = "backbone.0.body." if "backbone.0.body.conv1.weight" in found else ""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
+        found = read_weights(fetch(path))
+    found = {key.removeprefix("backbone.0.body."): value for key, value in found.items()}
     fill(model.image_encoder.backbone.body.state_dict(), found, path,
-         "give DETR's detr-r50-dc5 or resnet50-0676ba61", lambda name: (prefix + name, None),
-         BACKBONE_UNUSED)
-    return Path(path)
+         "give DETR's detr-r50-dc5 or resnet50-0676ba61", unused=BACKBONE_UNUSED)
+    return path
 
 
-def load_pretrained(model: UniT, data_dir: Path | str, imagenet: bool = False) -> list[str]:
+def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[str]:
     """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
     line 3) -> what was loaded, in words. What is missing is a warning there, no error."""
-    parts, lines = [], []
-    if model.text_encoder:
-        parts.append(("BERT", load_bert, "bert"))
+    def attempt(name: str, load, path: str) -> str:
+        try:
+            return f"{name}: pretrained weights of {load(model, folder / path)}"
+        except MissingFile as error:
+            return f"WARNING: {name} starts from RANDOM weights, unless --init has its: {error}"
+
+    lines = [attempt("BERT", load_bert, "bert")] if model.text_encoder else []
     if model.image_encoder and model.config.backbone == "resnet50":
         file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
-        parts.append(("backbone", load_backbone, file))
-    for name, load, path in parts:
-        try:
-            lines.append(f"{name}: pretrained weights of {load(model, Path(data_dir) / path)}")
-        except MissingFile as error:
-            lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has its: "
-                         f"{error}")
+        lines.append(attempt("backbone", load_backbone, file))
     return lines
 
 
@@ -1121,25 +1068,24 @@ RELEASED_TASKS = {
     "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
     "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
     "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
-# Rules for `rename`: our names to theirs, tasks being under theirs already. BERT's are above.
-_BASE, _TRANSFORMER = "unit_base_model.", "unit_base_model.transformer."
+RELEASED_PREFIX = r"^(unit_base|detr)_model\.(transformer\.)?"  # of some of their names; left out
+# Rules for `rename`: our names to theirs. BERT's are above.
 RELEASED_NAMES = [
-    (r"^image_encoder\.backbone", _BASE + "backbone.0"),
-    (r"^image_encoder\.input_proj", _BASE + "input_proj"),
-    (r"^image_encoder\.layers", _TRANSFORMER + "encoder.layers"),
-    (r"^image_encoder\.projection", _TRANSFORMER + "enc2dec_proj"),
-    (r"^image_encoder\.position_projection", _TRANSFORMER + "pos_embed_proj"),
-    (r"^image_encoder\.w_task.*", _TRANSFORMER + "task_embeddings_enc.weight"),
+    *((rf"^(decoders|queries|heads)\.{ours}\b", rf"\1.{theirs}")
+      for ours, (theirs, _) in RELEASED_TASKS.items()),
+    (r"^image_encoder\.backbone", "backbone.0"), (r"^image_encoder\.input_proj", "input_proj"),
+    (r"^image_encoder\.layers", "encoder.layers"), (r"^image_encoder\.projection", "enc2dec_proj"),
+    (r"^image_encoder\.position_projection", "pos_embed_proj"),
+    (r"^image_encoder\.w_task.*", "task_embeddings_enc.weight"),
     (r"^text_encoder\.projection", "bert_projection"),
     (r"^text_encoder\.position_projection", "bert_pos_projection"),
     (r"^text_encoder\.w_task.*", "task_embeddings_lang.weight"),
-    (r"^decoders\.shared", _TRANSFORMER + "decoder"), (r"^decoders\.", _TRANSFORMER + "decoders."),
-    (r"^queries\.(.*)", _BASE + r"query_embeds.\1.weight"),
+    (r"^decoders\.shared", "decoder"), (r"^queries\.(.*)", r"query_embeds.\1.weight"),
     (r"^heads\.\w+\.(\w+)\.class_head", r"class_embeds.\1"),
-    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}") for i in range(3)),
+    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}")
+      for i in range(3)),
     (r"^heads\.\w+\.(\w+)\.attribute_head", r"det_losses.\1.attribute_head"),
-    (r"attribute_head\.class_embedding", "attribute_head.cls_embed"),
-    (r"attribute_head\.linear", "attribute_head.attr_linear"),
+    (r"class_embedding", "cls_embed"), (r"(attribute_head\.)linear", r"\1attr_linear"),
     (r"^heads\.(\w+\.\w+)\.linear2", r"classifiers.\1.0.dense"),
     (r"^heads\.(\w+\.\w+)\.norm", r"classifiers.\1.0.LayerNorm"),
     (r"^heads\.(\w+\.\w+)\.linear1", r"classifiers.\1.1"),
@@ -1147,94 +1093,76 @@ RELEASED_NAMES = [
     (r"[qkv]_proj\.", "in_proj_")]
 # The same tensors under a second name.
 RELEASED_ALIASES = [(r"^bert_model\.embeddings\.", "bert_model.module.embeddings."),
-                    (r"\.transformer\.decoders\.\w+\.\w+\.", ".transformer.decoder.")]
-# Carried without use: BERT's pooler, counters, constants of the losses, query tables without a
-# head; and, where no task has a text, the text encoder that the authors' code makes all the same.
+                    (r"^decoders\.\w+\.\w+\.", "decoder.")]
+# Carried without use: BERT's pooler, counters, constants of the losses, queries without a head.
 RELEASED_UNUSED = (r"\bposition_ids$|\.pooler\.|\.num_batches_tracked$|\.empty_weight$"
-                   r"|^unit_base_model\.query_embeds\.")
-RELEASED_UNUSED_TEXT = r"|^bert_(model|projection|pos_projection)\.|^task_embeddings_lang\."
+                   r"|^query_embeds\.")
 RELEASED_FIX = "give one of the authors' files (README)"
 
 
 def released_source(name: str):
-    """Where a tensor of ours lies in the released files: key and, if it is a part, which rows."""
-    room, item, *rest = name.split(".", 2)
+    """Where a tensor of ours lies in the released files: key, and which part of its rows."""
     in_bert = name.removeprefix("text_encoder.")
-    if room == "text_encoder" and not in_bert.startswith(OUR_OWN):
+    if in_bert != name and not in_bert.startswith(OUR_OWN):
         return "bert_model.module." + rename(in_bert, BERT_NAMES), None
-    if room in ("decoders", "queries", "heads") and item in RELEASED_TASKS:
-        item = RELEASED_TASKS[item][0]
-    key = rename(".".join([room, item, *rest]), RELEASED_NAMES)
-    if item == "w_task":                              # a row of a table of 256
-        row = RELEASED_TASKS[rest[0]][1]
-        return key, lambda table: table[row:row + 1]
-    if part := re.search(r"\b([qkv])_proj\.", name):  # packed: q, k, v on top of each other
-        return key, lambda packed: packed.tensor_split(3)["qkv".index(part[1])]
-    return key, None
+    part = None
+    if found := re.search(r"w_task\.(\w+)", name):      # a row of a table of 256
+        part = RELEASED_TASKS[found[1]][1], 256
+    if found := re.search(r"\b([qkv])_proj\.", name):   # packed: q, k, v on top of each other
+        part = "qkv".index(found[1]), 3
+    return rename(name, RELEASED_NAMES), part
 
 
 def load_released(path: Path | str, **overrides) -> UniT:
-    """The authors' model in eval mode, from their archive or the file in it.
-
-    Tasks, sizes, decoders and task embeddings are those of its tensors. The number of
-    attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it.
-    """
-    found = {re.sub(r"^detr_model\.", _BASE, key): value
+    """The authors' model in eval mode, from their archive or the file in it. The number of
+    attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it."""
+    found = {re.sub(RELEASED_PREFIX, "", key): value
              for key, value in read_weights(fetch(path)).items()}
     for key in list(found):
         original = rename(key, RELEASED_ALIASES)
         if original != key and original in found:
-            a, b = found.pop(key), found[original]  # mostly one tensor in memory, too
-            if a.data_ptr() != b.data_ptr() and not torch.equal(a.double(), b.double()):
+            alias = found.pop(key)
+            if not torch.equal(alias, found[original].to(alias.dtype)):
                 raise InputError(f"{path}: {key} should equal {original}; get the file again")
-    tasks, sizes = released_settings(found, path)
+    tasks, sizes = released_settings(found)
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
-    unused = RELEASED_UNUSED + ("" if model.text_encoder else RELEASED_UNUSED_TEXT)
+    # The authors' code makes a text encoder even where no task has a text.
+    unused = RELEASED_UNUSED + ("" if model.text_encoder else r"|^bert_|^task_embeddings_lang\.")
     fill(model.state_dict(), found, path, RELEASED_FIX, released_source, unused)
     return model.eval()
 
 
-def released_settings(found: dict[str, Tensor], path) -> tuple[list[Task], dict]:
-    """Tasks and fields of Config that the names and shapes of a released file's tensors tell.
-    Raises InputError."""
-    def size(key: str, dim: int = 0) -> int:
-        if key not in found or found[key].dim() <= dim:
-            raise InputError(f"{path}: {key} is missing; {RELEASED_FIX}")
-        return found[key].shape[dim]
+def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
+    """Tasks and fields of Config that the names and shapes of a released file's tensors tell. What
+    is missing or of a strange shape tells nothing here: `fill` will name it."""
+    def rows(key: str) -> int:
+        return len(torch.atleast_1d(found.get(key, torch.empty(0))))
 
     tasks = []
     for name, (key, _) in RELEASED_TASKS.items():
         group, dataset = key.split(".")
         detection = group == "detection"
-        head = f"class_embeds.{dataset}" if detection else f"classifiers.{key}.1"
-        if f"{head}.weight" not in found:
-            continue
-        attributes = f"det_losses.{dataset}.attribute_head.attr_linear2.weight"
-        tasks.append(Task(
-            name, kind="detection" if detection else "classification",
-            image=group != "glue", text=not detection,
-            num_queries=size(f"{_BASE}query_embeds.{key}.weight"),
-            num_classes=size(f"{head}.weight") - detection,  # less no-object
-            num_attributes=size(attributes) if attributes in found else 0,
-            max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
-    if not tasks:
-        raise InputError(f"{path}: no task's head in it; {RELEASED_FIX}")
-    shared = any(key.startswith(_TRANSFORMER + "decoder.") for key in found)
-    decoder = "decoder" if shared else f"decoders.{RELEASED_TASKS[tasks[0].name][0]}"
-    parts = [("encoder", f"{_TRANSFORMER}encoder.layers.", "linear1"),
-             ("decoder", f"{_TRANSFORMER}{decoder}.layers.", "linear1")]
-    sizes = dict(shared_decoder=shared,
-                 task_embedding=f"{_TRANSFORMER}task_embeddings_enc.weight" in found)
-    if any(t.text for t in tasks):
-        parts.append(("bert", "bert_model.module.encoder.layer.", "intermediate.dense"))
-        embeddings = "bert_model.module.embeddings"
-        sizes |= dict(vocab_size=size(f"{embeddings}.word_embeddings.weight"),
-                      max_positions=size(f"{embeddings}.position_embeddings.weight"))
-    for part, prefix, linear in parts:  # a layer's first linear map has both of its sizes
-        first = f"{prefix}0.{linear}.weight"
-        layers = {key[len(prefix):].split(".")[0] for key in found if key.startswith(prefix)}
-        sizes |= {f"{part}_width": size(first, 1), f"{part}_ff": size(first),
-                  f"{part}_layers": len(layers)}
+        head = f"class_embeds.{dataset}.weight" if detection else f"classifiers.{key}.1.weight"
+        if head in found:
+            tasks.append(Task(
+                name, kind="detection" if detection else "classification", image=group != "glue",
+                text=not detection, num_queries=rows(f"query_embeds.{key}.weight"),
+                num_classes=rows(head) - detection,  # less no-object
+                num_attributes=rows(f"det_losses.{dataset}.attribute_head.attr_linear2.weight"),
+                max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
+    sizes = {"shared_decoder": "decoder.norm.weight" in found,
+             "task_embedding": "task_embeddings_enc.weight" in found}
+    for part, pattern in (
+            ("encoder", r"encoder\.layers\.(\d+)\.linear1\.weight"),
+            ("decoder", r"decoders?\..*\blayers\.(\d+)\.linear1\.weight"),
+            ("bert", r"bert_model\.module\.encoder\.layer\.(\d+)\.intermediate\.dense\.weight")):
+        layers = {match[1]: x.shape for key, x in found.items()
+                  if (match := re.fullmatch(pattern, key)) and x.dim() == 2}
+        for ff, width in layers.values():  # alike in all
+            sizes |= {f"{part}_width": width, f"{part}_ff": ff, f"{part}_layers": len(layers)}
+    for size, table in (("vocab_size", "word"), ("max_positions", "position")):
+        if (key := f"bert_model.module.embeddings.{table}_embeddings.weight") in found:
+            sizes[size] = rows(key)
     return tasks, sizes

@@ -415,10 +415,10 @@ def test_text_padding_changes_nothing(float64):
     """A sentence gives the same states alone and padded in a batch, to the last places."""
     encoder = make_model().text_encoder.eval()
     batch = text_batch(size=1)
-    alone = encoder.encode(batch.tokens, batch.token_types, None, "sentences")
+    alone = encoder.bert(batch.tokens, batch.token_types, None, "sentences")
     tokens = torch.cat([batch.tokens, torch.randint(40, (1, 3))], 1)  # whatever the padding holds
     mask = torch.tensor([[False] * 6 + [True] * 3])
-    padded = encoder.encode(tokens, nn.functional.pad(batch.token_types, (0, 3)), mask, "sentences")
+    padded = encoder.bert(tokens, nn.functional.pad(batch.token_types, (0, 3)), mask, "sentences")
     close(padded[:, :6], alone, 1e-12)
 
 
@@ -429,9 +429,9 @@ def test_image_padding_is_never_looked_at(float64):
     encoder = make_model().image_encoder.eval()
     x, positions = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
     padding = torch.tensor([[False] * 4 + [True] * 2])
-    alone = encoder.encode(x[:, :4], positions[:, :4], None, "shapes")
+    alone = encoder.transform(x[:, :4], positions[:, :4], None, "shapes")
     x[:, 4:] = 1e3
-    close(encoder.encode(x, positions, padding, "shapes")[:, :4], alone, 1e-12)
+    close(encoder.transform(x, positions, padding, "shapes")[:, :4], alone, 1e-12)
 
     images, mask = padded_images()  # and the decoder gets the mask, at the features' resolution
     _, _, padding = encoder(images, mask, "shapes")
@@ -443,12 +443,19 @@ def test_task_vector_is_put_in_front_and_stripped(float64):
     """w^task is one more position in front of both encoders' inputs. It is not in their outputs,
     but it tells: another task gives other states. Without task embeddings there is none."""
     model = make_model().eval()
-    x, mask = unit.put_in_front(torch.ones(1, 3), torch.zeros(2, 2, 3), torch.ones(2, 2) > 0)
-    assert x[:, :, 0].tolist() == [[1, 0, 0]] * 2
-    assert mask.tolist() == [[False, True, True]] * 2  # never masked
+    seen = []
+    hook = model.image_encoder.layers[0].register_forward_pre_hook(lambda _, x: seen.extend(x))
+    model.image_encoder.transform(torch.zeros(2, 2, 16), torch.ones(2, 2, 16),
+                                  torch.tensor([[False, True]] * 2), "shapes")
+    hook.remove()
+    x, positions, bias = seen
+    close(x[:, 0], model.image_encoder.w_task["shapes"].expand(2, -1))
+    assert x.shape == (2, 3, 16) and not x[:, 1:].any()
+    assert positions[..., 0].tolist() == [[0, 1, 1]] * 2  # it has no position
+    assert bias[:, 0, 0].tolist() == [[0, 0, -math.inf]] * 2  # and is never masked
 
     batch = text_batch()
-    one, other = (model.text_encoder.encode(batch.tokens, batch.token_types, None, task)
+    one, other = (model.text_encoder.bert(batch.tokens, batch.token_types, None, task)
                   for task in ("sentences", "questions"))
     assert one.shape == (2, 6, 12) and not torch.allclose(one, other)
     image = torch.randn(1, 3, 16, 24)
@@ -467,7 +474,7 @@ def test_image_encoder_adds_its_input(float64):
     positions = unit.sine_positions(torch.ones(1, *x.shape[2:], dtype=torch.bool), 16)
     x = x.flatten(2).transpose(1, 2)
     h, p, _ = encoder(images, None, "shapes")
-    close(h, encoder.projection(encoder.encode(x, positions, None, "shapes") + x))
+    close(h, encoder.projection(encoder.transform(x, positions, None, "shapes") + x))
     close(p, encoder.position_projection(positions))
 
 
@@ -491,7 +498,7 @@ def test_memory_is_image_then_text(float64):
     model = make_model().eval()
     text, memory = model.text_encoder, model.encode(batch, QUESTIONS)[0]
     assert memory.shape == (2, 4 * 5 + 1, 20)
-    states = text.encode(batch.tokens, batch.token_types, text_mask, "questions")
+    states = text.bert(batch.tokens, batch.token_types, text_mask, "questions")
     close(memory[:, -1], text.projection(states[:, 0]))  # [CLS] is the first token
     assert model.encode(batch, SENTENCES)[0].shape == (2, 1, 20)
 
@@ -750,7 +757,7 @@ def test_text_encoder_is_bert(float64):
     padding = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
     expected = theirs(batch.tokens, attention_mask=(~padding).long(),
                       token_type_ids=batch.token_types).last_hidden_state
-    states = ours.encode(batch.tokens, batch.token_types, padding, "sentences")
+    states = ours.bert(batch.tokens, batch.token_types, padding, "sentences")
     close(states[~padding], expected[~padding])
 
 
@@ -804,7 +811,7 @@ def test_encoder_decoder_and_heads_are_detrs(detr):
     positions = unit.sine_positions(valid, 16)
     x = encoder.input_proj(features).flatten(2).transpose(1, 2)
     padding = ~valid.flatten(1)
-    memory = encoder.encode(x, positions, padding, "shapes")
+    memory = encoder.transform(x, positions, padding, "shapes")
     close(memory[~padding], expected.encoder_last_hidden_state[~padding])
 
     hidden = decoder(memory, positions, padding, theirs.model.query_position_embeddings.weight)
