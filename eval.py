@@ -15,8 +15,6 @@ says otherwise: padding several to one size changes features near the padding a 
 and AP with them. Under torchrun each process predicts its share; rank 0 puts them together.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc
@@ -37,7 +35,6 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 
 import data
 import unit  # before torchvision, which it may have to mend first
@@ -120,9 +117,10 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
     who = f"{'authors' if experiment in RELEASED else 'paper'} {experiment}" if theirs else ""
     rows = [("task", "metric", "this run", who)]
     for task, metrics in results.items():
-        for n, (metric, value) in enumerate(metrics.items()):  # the paper's is the first metric
-            named = ("", "") if n else (task, theirs.get(task, "-") if theirs else "")
-            rows.append((named[0], metric, f"{value:.2f}", named[1]))
+        number = theirs.get(task, "-") if theirs else ""
+        for metric, value in metrics.items():
+            rows.append((task, metric, f"{value:.2f}", number))
+            task = number = ""  # the paper's is the first metric
     return "\n".join("{:<9} {:<18} {:>8} {:>14}".format(*row).rstrip() for row in rows)
 
 
@@ -147,9 +145,9 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
         model = UniT(Config(**checkpoint["config"]), [Task(**t) for t in checkpoint["tasks"]])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError) as e:  # TypeError: settings unknown to this version
-        why = textwrap.shorten(str(e), 200)
-        raise InputError(f"{path}: weights or settings do not fit this version ({why}); use the "
-                         "code that it was trained with") from None
+        raise InputError(f"{path}: weights or settings do not fit this version "
+                         f"({textwrap.shorten(str(e), 200)}); use the code that it was trained "
+                         "with") from None
     return model.eval(), checkpoint
 
 
@@ -216,18 +214,16 @@ def to_rows(image_id: int, found: Detections) -> np.ndarray:
 
 
 def to_annotations(rows: np.ndarray) -> list[dict]:
-    """As COCO.loadRes, but without a polygon for each box, and for zero rows too.
-
-    Ids start at 1: pycocotools takes id 0 for "not matched".
-    """
+    """As COCO.loadRes, but without a polygon for each box, and for zero rows too. Ids start at 1:
+    pycocotools takes id 0 for "not matched"."""
     return [{"id": n, "image_id": int(image), "category_id": int(label), "bbox": [x, y, w, h],
              "score": s, "area": w * h}
             for n, (image, x, y, w, h, s, label) in enumerate(rows.tolist(), 1)]
 
 
 def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, int]:
-    """(right, counted) in one image of VG. True boxes (n, 4) x0, y0, x1, y1 in pixels, labels (n,),
-    attributes (n, 16) padded with -1.
+    """(right, counted) in one image of VG. The truth: boxes (n, 4) x0, y0, x1, y1 in pixels, labels
+    (n,), attributes (n, 16) padded with -1.
 
     Counted: true boxes with attributes that a prediction of their class overlaps by an IoU of at
     least 0.5. Right: the highest attribute of the one that overlaps best is among theirs.
@@ -245,8 +241,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
              limit: int = 0, precision: str = "fp32", out=None) -> dict:
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
 
-    batch_size 0: one image, or 32 texts. `limit`: so many samples of each at most, always the same;
-    0: all.
+    batch_size 0: one image, or 32 texts. limit: at most so many of each, always the same; 0: all.
     Under torch.distributed all processes call this; rank 0 gets the results, the others {}.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -268,7 +263,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
             items = list(itertools.chain(*parts or []))
         if rank == 0:
             if out is not None:
-                write_predictions(Path(out) / "predictions", dataset, items)
+                write_predictions(out / "predictions", dataset, items)
             if metrics := score(dataset, indices, items):
                 results[name] = {k: round(float(v), 6) for k, v in metrics.items()}
     model.train(was_training)
@@ -291,7 +286,7 @@ def autocast(device, precision: str):
 def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
     """One item a sample: (id, class), or (image id, rows, (right, counted) attributes)."""
     answers = run_model(model, batch, device, precision)
-    if isinstance(answers, Tensor):
+    if isinstance(answers, torch.Tensor):
         return list(zip(batch.ids, answers.argmax(-1).tolist()))
     items = []
     for i, found in enumerate(answers):
@@ -358,9 +353,8 @@ GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
 
 
 @contextlib.contextmanager
-def whole_file(path, mode: str = "w"):
+def whole_file(path: Path, mode: str = "w"):
     """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
-    path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -386,14 +380,14 @@ def require_writable(out: Path) -> None:
             from None
 
 
-def write_json(path, value) -> None:
+def write_json(path: Path, value) -> None:
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1) + "\n")
 
 
-def read_log(path) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
     """The records of a log.jsonl, if there is one, less what a crash left half written."""
-    path, records = Path(path), []
+    records = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError):
@@ -603,8 +597,8 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
     plot = Image.new("RGB", (WIDTH, 190), "white")
     draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
     iterations, values = zip(*itertools.chain(*metrics.values()))
-    last, low, high = max(iterations), min(values) // 10 * 10, max(values) // 10 * 10 + 10
-    low, high = min(low, 90), min(high, 100)
+    low, high = min(90, min(values) // 10 * 10), min(100, max(values) // 10 * 10 + 10)
+    last = max(iterations)
 
     def at(iteration, value):
         return (np.interp(iteration, (0, last), (left, right)),
@@ -643,21 +637,17 @@ def parser() -> argparse.ArgumentParser:
     g("--released", metavar="FILE", help="the authors' published file, .tar.gz or the .pth in it")
     g = p.add_argument_group("whole data sets").add_argument
     g("--data", metavar="DIR", help="folder of the data sets [that of the training, or data]")
-    g("--tasks", type=lambda names: names.split(","), metavar="A,B",
-      help="some of the model's tasks [all]")
+    g("--tasks", type=lambda names: names.split(","), metavar="A,B", help="[all of the model's]")
     g("--split", choices=["val", "test"], default="val", help="test: for the test servers [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=between(0), default=0, metavar="INT",
-      help="at most so many of each task [0: all]")
-    g("--figures", action="store_true",
-      help="also draw predictions.png and, where there is a log.jsonl, curves.png")
-    g("--batch_size", type=between(0), default=0, metavar="INT",
-      help="samples at a time; padding images to one size changes AP a little [1 image, 32 texts]")
+    g("--eval_samples", type=between(0), default=0, metavar="INT", help="of each task [0: all]")
+    g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
+    g("--batch_size", type=between(0), default=0, metavar="INT", help="[1 image, or 32 texts]")
     g("--num_workers", type=between(0), default=2, metavar="INT", help="data workers [2]")
     g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     group = p.add_argument_group("one input (no data set needed)")
     g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    g("--image", metavar="FILE", help="a picture; alone: detection, also drawn into prediction.png")
+    g("--image", metavar="FILE", help="a picture; alone: boxes x0, y0, x1, y1 and prediction.png")
     either("--question", metavar="TEXT", help="a question about --image")
     either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
     g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
@@ -705,13 +695,9 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
 
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
     """The split's data sets, checked to have the classes that the model was trained for."""
-    there = [t.name for t in data.TASKS if t.name in tasks and split in t.dataset.files]
-    lost = [f"{t}: has no {split} split, or no row in data.TASKS" for t in tasks if t not in there]
-    if not there:
-        raise InputError("; ".join(lost))
-    if lost and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(*lost, sep="\n")
-    _, datasets = data.load(folder, there, split, tiny=is_tiny(model.config))
+    if lost := [t for t in tasks if t not in model.tasks]:
+        raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
+    _, datasets = data.load(folder, tasks, split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
         if len(names) != size or names != labels.get(name, {"classes": names})["classes"]:
@@ -726,18 +712,16 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
     for name in args.tasks or [None]:
         task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
         answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
-        if task.kind == "classification":
-            lines = [f"{a['score']:8.1%}  {a['label']}" for a in answers[:5]]
-            print(f"{task.name}:", *lines, sep="\n")
-            continue
-        sure = [a for a in answers if a["score"] >= 0.5]
-        print(f"{task.name}: {len(sure)} objects of at least 50%")
-        for a in sure:
-            print(f"  {a['score']:6.1%}  {title(a):<24} x0, y0, x1, y1 = {a['box']}")
-        picture = Image.open(args.image)
-        with whole_file(out / "prediction.png", "wb") as file:
-            draw_boxes(picture, sure, max(1, WIDTH / picture.width)).save(file, "PNG")
-        print(f"  drawn into {out / 'prediction.png'}")
+        boxes = task.kind == "detection"
+        shown = [a for a in answers if a["score"] >= 0.5] if boxes else answers[:5]
+        print(f"{task.name}:")
+        for a in shown:
+            print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
+        if boxes:
+            picture = Image.open(args.image)
+            with whole_file(out / "prediction.png", "wb") as file:
+                draw_boxes(picture, shown, max(1, WIDTH / picture.width)).save(file, "PNG")
+            print(f"{len(shown)} boxes of at least 50%, drawn into {out / 'prediction.png'}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -761,9 +745,8 @@ def run(args: argparse.Namespace) -> None:
         require_writable(out)
     if any(one_input):
         return answer_one(args, model, checkpoint, out)
-    tasks = args.tasks or list(model.tasks)
-    if lost := [t for t in tasks if t not in model.tasks]:
-        raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
+    lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]  # VG has no test
+    tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
     datasets = load_datasets(model, labels, tasks, args.split, folder)
     results = evaluate(model, datasets, device, args.batch_size, args.num_workers,
