@@ -20,7 +20,6 @@ import contextlib
 import gc
 import itertools
 import json
-import math
 import os
 import tempfile
 import textwrap
@@ -617,13 +616,13 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def between(least: float, most: float = math.inf, kind: type = int):
+def between(least: float, most: float = np.inf, kind: type = int):
     """A flag's type: a finite number from `least` to `most`."""
     def convert(text: str):
         with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most and kind(text) < math.inf:
+            if least <= kind(text) <= most and kind(text) < np.inf:
                 return kind(text)
-        limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        limits = f"from {least} to {most}" if most < np.inf else f"of at least {least}"
         what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
     return convert
@@ -640,14 +639,14 @@ def parser() -> argparse.ArgumentParser:
     g("--tasks", type=lambda names: names.split(","), metavar="A,B", help="[all of the model's]")
     g("--split", choices=["val", "test"], default="val", help="test: for the test servers [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=between(0), default=0, metavar="INT", help="of each task [0: all]")
+    g("--eval_samples", type=between(0), default=0, metavar="INT", help="of each task [all]")
     g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
-    g("--batch_size", type=between(0), default=0, metavar="INT", help="[1 image, or 32 texts]")
+    g("--batch_size", type=between(0), default=0, metavar="INT", help="at once [1 image, 32 texts]")
     g("--num_workers", type=between(0), default=2, metavar="INT", help="data workers [2]")
     g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     group = p.add_argument_group("one input (no data set needed)")
     g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    g("--image", metavar="FILE", help="a picture; alone: boxes x0, y0, x1, y1 and prediction.png")
+    g("--image", metavar="FILE", help="a picture; alone: its boxes x0, y0, x1, y1, also drawn")
     either("--question", metavar="TEXT", help="a question about --image")
     either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
     g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
@@ -694,13 +693,14 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
 
 
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
-    """The split's data sets, checked to have the classes that the model was trained for."""
+    """The split's data sets, checked to have the classes that the model was trained for; `labels`
+    are its checkpoint's, {} where they are not known."""
     if lost := [t for t in tasks if t not in model.tasks]:
         raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
     _, datasets = data.load(folder, tasks, split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
-        if len(names) != size or names != labels.get(name, {"classes": names})["classes"]:
+        if len(names) != size or (labels and names != labels[name]["classes"]):
             raise InputError(f"{folder}: {name} has other classes than the model was trained for "
                              f"({len(names)} against {size}); give the --data of its training")
     return datasets
@@ -745,7 +745,8 @@ def run(args: argparse.Namespace) -> None:
         require_writable(out)
     if any(one_input):
         return answer_one(args, model, checkpoint, out)
-    lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]  # VG has no test
+    # Unasked, VG's lack of a test split is no mistake; as the model's only task it is.
+    lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]
     tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
     datasets = load_datasets(model, labels, tasks, args.split, folder)
