@@ -417,8 +417,8 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
 def write_detections(path: Path, names: list[str], items: list) -> None:
     """COCO's result JSON, and a zip of it under the same stem. Boxes to 0.1 pixel.
 
-    From an array: test-dev makes two million records, too many to hold as dicts. A class that does
-    not exist (COCO's ids have ten gaps) is left out: the metric never looks at it.
+    test-dev makes two million records, too many to hold as dicts. Classes that do not exist (COCO's
+    ids have ten gaps) are left out: the metric never looks at them.
     """
     used = np.array([name != "" for name in names])
     rows = np.concatenate([rows for _, rows, _ in items])
@@ -529,7 +529,7 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
 
 
 def tile(picture: Image.Image, lines: list[tuple[str, str]]) -> Image.Image:
-    """A picture, and below it lines (text, colour), wrapped to the width of a tile."""
+    """A picture, and below it lines (text, colour), wrapped to a tile's width."""
     lines = [(part, colour) for text, colour in lines
              for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9)]
     top, step = picture.height + 4, SIZE + 5
