@@ -15,31 +15,25 @@ says otherwise: padding several to one size changes features near the padding a 
 and AP with them. Under torchrun each process predicts its share; rank 0 puts them together.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc
-import io
 import itertools
 import json
-import math
 import os
-import re
 import tempfile
 import textwrap
 import time
 import zipfile
-from datetime import timedelta
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 
 import data
 import unit  # before torchvision, which it may have to mend first
@@ -47,7 +41,6 @@ from unit import Batch, Config, Detections, InputError, Task, UniT
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert, box_iou
-from torchvision.transforms.functional import to_pil_image
 
 
 # ---- The paper's numbers -------------------------------------------------------------------------
@@ -123,10 +116,10 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
     who = f"{'authors' if experiment in RELEASED else 'paper'} {experiment}" if theirs else ""
     rows = [("task", "metric", "this run", who)]
     for task, metrics in results.items():
-        shown = task, theirs.get(task, "-") if theirs else ""
-        for metric, value in metrics.items():  # the paper's is the first metric
-            rows.append((shown[0], metric, f"{value:.2f}", shown[1]))
-            shown = "", ""
+        number = theirs.get(task, "-") if theirs else ""
+        for metric, value in metrics.items():
+            rows.append((task, metric, f"{value:.2f}", number))
+            task = number = ""  # the paper's is the first metric
     return "\n".join("{:<9} {:<18} {:>8} {:>14}".format(*row).rstrip() for row in rows)
 
 
@@ -151,9 +144,9 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
         model = UniT(Config(**checkpoint["config"]), [Task(**t) for t in checkpoint["tasks"]])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError) as e:  # TypeError: settings unknown to this version
-        why = textwrap.shorten(str(e), 200)
-        raise InputError(f"{path}: weights or settings do not fit this version ({why}); use the "
-                         "code that it was trained with") from None
+        raise InputError(f"{path}: weights or settings do not fit this version "
+                         f"({textwrap.shorten(str(e), 200)}); use the code that it was trained "
+                         "with") from None
     return model.eval(), checkpoint
 
 
@@ -194,14 +187,14 @@ def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int
     found, precision = COCO(), []
     gc.disable()  # it would walk millions of new dicts again and again: 6 times as slow
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            found.dataset = {"images": [], "categories": [], "annotations": to_annotations(rows)}
+        with contextlib.redirect_stdout(None):  # it prints
+            found.dataset = {"annotations": to_annotations(rows)}
             found.createIndex()
             for start in range(0, len(classes), block):
                 scorer = COCOeval(truth, found, "bbox")
-                scorer.params.imgIds, scorer.params.maxDets = image_ids, [100]
-                scorer.params.catIds = classes[start:start + block]
-                scorer.params.areaRng, scorer.params.areaRngLbl = [[0, 1e10]], ["all"]
+                vars(scorer.params).update(
+                    imgIds=image_ids, catIds=classes[start:start + block], maxDets=[100],
+                    areaRng=[[0, 1e10]], areaRngLbl=["all"])
                 scorer.evaluate()
                 scorer.accumulate()
                 # (10 IoUs, 101 recalls, classes, 1, 1)
@@ -220,24 +213,20 @@ def to_rows(image_id: int, found: Detections) -> np.ndarray:
 
 
 def to_annotations(rows: np.ndarray) -> list[dict]:
-    """As COCO.loadRes, but without a polygon for each box, and for zero rows too.
-
-    Ids start at 1: pycocotools takes id 0 for "not matched".
-    """
+    """As COCO.loadRes, but without a polygon for each box, and for zero rows too. Ids start at 1:
+    pycocotools takes id 0 for "not matched"."""
     return [{"id": n, "image_id": int(image), "category_id": int(label), "bbox": [x, y, w, h],
              "score": s, "area": w * h}
             for n, (image, x, y, w, h, s, label) in enumerate(rows.tolist(), 1)]
 
 
 def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, int]:
-    """(right, counted) in one image of VG. True boxes (n, 4) x0, y0, x1, y1 in pixels, labels (n,),
-    attributes (n, 16) padded with -1.
+    """(right, counted) in one image of VG. The truth: boxes (n, 4) x0, y0, x1, y1 in pixels, labels
+    (n,), attributes (n, 16) padded with -1.
 
     Counted: true boxes with attributes that a prediction of their class overlaps by an IoU of at
     least 0.5. Right: the highest attribute of the one that overlaps best is among theirs.
     """
-    if not len(boxes):
-        return 0, 0
     iou = box_iou(boxes.double(), found.boxes.double())               # (n, q)
     best = iou.masked_fill(labels[:, None] != found.labels, 0).max(1)
     counted = (best.values >= 0.5) & (attributes >= 0).any(1)
@@ -251,8 +240,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
              limit: int = 0, precision: str = "fp32", out=None) -> dict:
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
 
-    batch_size 0: one image, or 32 texts. `limit`: so many samples of each at most, always the same;
-    0: all.
+    batch_size 0: one image, or 32 texts. limit: at most so many of each, always the same; 0: all.
     Under torch.distributed all processes call this; rank 0 gets the results, the others {}.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -274,7 +262,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
             items = list(itertools.chain(*parts or []))
         if rank == 0:
             if out is not None:
-                write_predictions(Path(out) / "predictions", dataset, items)
+                write_predictions(out / "predictions", dataset, items)
             if metrics := score(dataset, indices, items):
                 results[name] = {k: round(float(v), 6) for k, v in metrics.items()}
     model.train(was_training)
@@ -297,7 +285,7 @@ def autocast(device, precision: str):
 def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
     """One item a sample: (id, class), or (image id, rows, (right, counted) attributes)."""
     answers = run_model(model, batch, device, precision)
-    if isinstance(answers, Tensor):
+    if isinstance(answers, torch.Tensor):
         return list(zip(batch.ids, answers.argmax(-1).tolist()))
     items = []
     for i, found in enumerate(answers):
@@ -330,20 +318,17 @@ def progress(name: str, batches, total: int):
     done = 0
     for batch in batches:
         yield batch
-        done, now = done + len(batch), time.time()
-        if now - shown > 10:
-            left = timedelta(seconds=round((now - start) / done * (total - done)))
-            print(f"  {name}: {done} of {total}, {done / (now - start):.1f} a second, ETA {left}",
-                  flush=True)
-            shown = now
+        done += len(batch)
+        if time.time() - shown > 10:
+            shown = time.time()
+            left = (shown - start) * (total / done - 1) / 60
+            print(f"  {name}: {done} of {total}, {left:.0f} minutes left", flush=True)
 
 
 def score(dataset, indices, items: list) -> dict:
     """The metrics of predictions, in percent; {} where the truth is not known (test splits)."""
     task, answers = dataset.task, [item[1] for item in items]
     if task.kind == "detection":
-        if dataset.split == "test":
-            return {}
         metrics = average_precision(dataset.ground_truth(), np.concatenate(answers),
                                     [item[0] for item in items])
         right, counted = np.sum([item[2] for item in items], axis=0)
@@ -367,9 +352,8 @@ GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
 
 
 @contextlib.contextmanager
-def whole_file(path, mode: str = "w"):
+def whole_file(path: Path, mode: str = "w"):
     """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
-    path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -389,21 +373,20 @@ def require_writable(out: Path) -> None:
     """Makes the folder --out: that nothing can be written there is said before the work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
             from None
 
 
-def write_json(path, value) -> None:
+def write_json(path: Path, value) -> None:
     with whole_file(path) as file:
         file.write(json.dumps(value, indent=1) + "\n")
 
 
-def read_log(path) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
     """The records of a log.jsonl, if there is one, less what a crash left half written."""
-    path, records = Path(path), []
+    records = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError):
@@ -414,17 +397,16 @@ def read_log(path) -> list[dict]:
 
 def write_predictions(folder: Path, dataset, items: list) -> None:
     """One data set's file for its test server; other splits and tasks in the same format."""
-    task, split = dataset.task, dataset.split
+    task, split, stem = dataset.task, dataset.split, dataset.path.stem
     if task.kind == "detection":
-        names = {("coco", "test"): "test-dev2017", ("coco", "val"): "val2017"}
-        name = names.get((task.name, split), f"{task.name}_{split}")
-        path = folder / f"detections_{name}_UniT_results.json"
+        # Of instances_val2017 or image_info_test-dev2017 the server wants the last part.
+        part = stem.rpartition("_")[2] if task.name == "coco" else f"{task.name}_{split}"
+        path = folder / f"detections_{part}_UniT_results.json"
         write_detections(path, dataset.class_names, items)
-    elif task.soft_scores:  # named after its questions: val2014, test2015 or test-dev2015
-        name = re.search("mscoco_(.*)_questions", dataset.needed(dataset.data, split)[0])
-        name = f"vqa_OpenEnded_mscoco_{name[1] if name else split}_UniT_results.json"
-        write_json(folder / name, [{"question_id": i, "answer": dataset.class_names[a]}
-                                   for i, a in items])
+    elif task.soft_scores:  # v2_OpenEnded_mscoco_test2015_questions -> vqa_..._UniT_results
+        stem = stem.replace("v2_", "vqa_").replace("questions", "UniT_results")
+        write_json(folder / f"{stem}.json", [{"question_id": i, "answer": dataset.class_names[a]}
+                                             for i, a in items])
     else:
         name, labels = GLUE_FILES.get(task.name, task.name), dataset.words or dataset.class_names
         with whole_file(folder / f"{name}{'' if split == 'test' else '_' + split}.tsv") as file:
@@ -435,18 +417,18 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
 def write_detections(path: Path, names: list[str], items: list) -> None:
     """COCO's result JSON, and a zip of it under the same stem. Boxes to 0.1 pixel.
 
-    Image by image: test-dev makes two million records, too many to hold as dicts. A class that does
-    not exist (COCO's ids have ten gaps) is left out: the metric never looks at it.
+    test-dev makes two million records, too many to hold as dicts. Classes that do not exist (COCO's
+    ids have ten gaps) are left out: the metric never looks at them.
     """
     used = np.array([name != "" for name in names])
+    rows = np.concatenate([rows for _, rows, _ in items])
+    rows = rows[used[rows[:, 6].astype(int)]][:, [0, 6, 1, 2, 3, 4, 5]]
+    record = '{"image_id":%d,"category_id":%d,"bbox":[%.1f,%.1f,%.1f,%.1f],"score":%.5f}'
     with whole_file(path) as file:
-        comma = "["
-        for _, rows, _ in items:
-            for image, x, y, w, h, s, label in rows[used[rows[:, 6].astype(int)]].tolist():
-                file.write(f'{comma}{{"image_id":{image:.0f},"category_id":{label:.0f},'
-                           f'"bbox":[{x:.1f},{y:.1f},{w:.1f},{h:.1f}],"score":{s:.5f}}}')
-                comma = ",\n"
-        file.write("[]" if comma == "[" else "]")
+        file.write("[")
+        np.savetxt(file, rows[:-1], record, newline=",\n")
+        np.savetxt(file, rows[-1:], record, newline="")
+        file.write("]")
     with whole_file(path.with_suffix(".zip"), "wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(path, path.name)
@@ -498,9 +480,12 @@ def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[di
     return found
 
 
-def choose_task(model: UniT, image: bool, text: bool, name: str | None) -> Task:
-    """The task of that name; without one, the first of the model's that takes these inputs."""
+def choose_task(model: UniT, image: bool, text: bool, name: str | None,
+                question: bool = True) -> Task:
+    """The task of that name; without one, the first of the model's that takes these inputs: of a
+    picture and a text the one with soft scores (VQA) if that is a `question`, else SNLI-VE."""
     fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
+    fit.sort(key=lambda t: t.soft_scores != question)
     named = [t for t in fit if t.name == name]
     if named or (name is None and fit and (image or len(fit) == 1)):
         return (named or fit)[0]
@@ -530,8 +515,7 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
     # A picture may be one pixel wide, or high: no side of 0, and none that fills the memory.
     scale = min(scale, 10 * WIDTH / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    smooth = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC
-    picture = picture.convert("RGB").resize(size, smooth)
+    picture = picture.convert("RGB").resize(size, Image.Resampling.BOX)  # tiny ones stay sharp
     draw, corner = ImageDraw.Draw(picture), 2 * (np.array(size) - 1).tolist()
     boxes = [(np.array(f["box"]) * scale).clip(0, corner).tolist() for f in found]
     drawn = list(zip(found, boxes, itertools.cycle(COLOURS)))[::-1]
@@ -544,30 +528,28 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
     return picture
 
 
-def tile(lines: list[tuple[str, str]], picture: Image.Image | None = None) -> Image.Image:
-    """Lines (text, colour), wrapped to the width of a tile, below a picture if there is one."""
+def tile(picture: Image.Image, lines: list[tuple[str, str]]) -> Image.Image:
+    """A picture, and below it lines (text, colour), wrapped to a tile's width."""
     lines = [(part, colour) for text, colour in lines
              for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9)]
-    top, step = picture.height + 4 if picture else 0, SIZE + 5
-    result = Image.new("RGB", (WIDTH, top + step * len(lines) + 1), "white")
-    if picture:
-        result.paste(picture)
+    top, step = picture.height + 4, SIZE + 5
+    border = 0, 0, WIDTH - picture.width, 4 + step * len(lines)  # left, above, right, below
+    result = ImageOps.expand(picture, border, "white")
     for i, (part, colour) in enumerate(lines):
         ImageDraw.Draw(result).text((0, top + step * i), part, colour, FONT)
     return result
 
 
-def save_grid(rows: list[list[Image.Image]], path) -> None:
-    """Rows of tiles, one below the other, as a PNG; none without rows."""
-    if not rows:
+def save_grid(tiles: list[Image.Image], path) -> None:
+    """Four tiles a row, as a PNG; none without tiles."""
+    if not tiles:
         return
-    heights = [max(t.height for t in tiles) + PAD for tiles in rows]
-    size = max(map(len, rows)) * (WIDTH + PAD) + PAD, sum(heights) + PAD
-    sheet, y = Image.new("RGB", size, "white"), PAD
-    for tiles, height in zip(rows, heights):
-        for i, t in enumerate(tiles):
-            sheet.paste(t, (PAD + i * (WIDTH + PAD), y))
-        y += height
+    rows = [tiles[i:i + 4] for i in range(0, len(tiles), 4)]
+    heights = [max(t.height for t in row) + PAD for row in rows]
+    size = len(rows[0]) * (WIDTH + PAD) + PAD, sum(heights) + PAD
+    sheet = Image.new("RGB", size, "white")
+    for i, t in enumerate(tiles):
+        sheet.paste(t, (PAD + i % 4 * (WIDTH + PAD), PAD + sum(heights[:i // 4])))
     with whole_file(path, "wb") as file:
         sheet.save(file, "PNG")
 
@@ -577,105 +559,97 @@ def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
     task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
     labels = {"classes": names, "attributes": dataset.attribute_names}
     answers = answers_to(model, task, sample, labels, device)
-    picture = None
+    picture, lines = Image.new("RGB", (WIDTH, 1), "white"), [(task.name, "#808080")]
     if task.image:  # boxes are in the pixels of this size
-        picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
+        pixels = dataset.picture(index).permute(1, 2, 0).numpy()                      # (H, W, 3)
+        picture = Image.fromarray(pixels).resize(sample.size[::-1])
         sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
         picture = draw_boxes(picture, sure, WIDTH / picture.width)
-    if task.kind == "detection":
-        return picture
-    answer, scores = answers[0]["label"], sample.scores
-    line = f"prediction: {answer}", "#1b7f3b"
-    if scores is not None and scores[names.index(answer)] < 0.5:
-        line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
-    return tile([*((f'"{text}"', "black") for text in dataset.texts(index)), line], picture)
+    if task.kind == "classification":
+        lines += [(f'"{text}"', "black") for text in dataset.texts(index)]
+        answer, scores = answers[0]["label"], sample.scores
+        line = f"prediction: {answer}", "#1b7f3b"
+        if scores is not None and scores[names.index(answer)] < 0.5:
+            line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
+        lines.append(line)
+    return tile(picture, lines)
 
 
 def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
     """Figures 3 and E.1: four inputs of each data set, and the answers of a model in eval mode."""
-    rows = []
-    for name, dataset in datasets.items():
-        tiles = [show_sample(model, dataset, i, device) for i in some(len(dataset), 4)]
-        rows += [[tile([(name, "black")])], tiles] if tiles else []
-    save_grid(rows, path)
+    save_grid([show_sample(model, dataset, i, device) for dataset in datasets.values()
+               for i in some(len(dataset), 4)], path)
 
 
 def curves_picture(log, path) -> None:
     """Figure D.1: each metric against iterations, a panel per task, from a run's log.jsonl."""
-    series = {}  # {task: {metric: [(iteration, value)]}}
+    series = defaultdict(lambda: defaultdict(list))  # {task: {metric: [(iteration, value)]}}
     for entry in read_log(log):
         for task, metrics in entry.get("results", {}).items():
             for metric, value in metrics.items():
-                points = series.setdefault(task, {}).setdefault(metric, [])
-                points.append((entry["iteration"], value))
-    panels = [panel(task, metrics) for task, metrics in series.items()]
-    save_grid([panels[i:i + 4] for i in range(0, len(panels), 4)], path)
+                series[task][metric].append((entry["iteration"], value))
+    save_grid([panel(task, metrics) for task, metrics in series.items()], path)
 
 
 def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
     """One plot of {metric: [(iteration, percent)]}, a line per metric."""
     plot = Image.new("RGB", (WIDTH, 190), "white")
     draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
-    iterations, values = zip(*(point for points in metrics.values() for point in points))
-    last, low = max(1, *iterations), min(90, 10 * int(min(values) // 10))
-    high = min(100, 10 * int(max(values) // 10 + 1))
+    iterations, values = zip(*itertools.chain(*metrics.values()))
+    low, high = min(90, min(values) // 10 * 10), min(100, max(values) // 10 * 10 + 10)
+    last = max(iterations)
 
     def at(iteration, value):
-        return (left + iteration / last * (right - left),
-                bottom - (value - low) / (high - low) * (bottom - top))
+        return (np.interp(iteration, (0, last), (left, right)),
+                np.interp(value, (low, high), (bottom, top)))
     for value in (low, (low + high) / 2, high):
         draw.line((at(0, value), at(last, value)), "#cccccc")
         draw.text((left - 5, at(0, value)[1]), f"{value:g}", "black", FONT, "rm")
     draw.text((right, bottom + 5), f"{last:,} iterations", "black", FONT, "ra")
     for points, colour in zip(metrics.values(), COLOURS):
-        draw.line([at(*point) for point in points], colour, 2, joint="curve")
-        for x, y in (at(*point) for point in points):
-            draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-    return tile([(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)], plot)
+        points = [at(*point) for point in points]
+        draw.line(points, colour, 2, joint="curve")
+        for point in points:
+            draw.circle(point, 2, colour)
+    return tile(plot, [(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)])
 
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def between(least: float, most: float, kind: type = int):
+def between(least: float, most: float = np.inf, kind: type = int):
     """A flag's type: a finite number from `least` to `most`."""
     def convert(text: str):
-        with contextlib.suppress(ValueError, OverflowError):
-            if least <= kind(text) <= most and math.isfinite(kind(text)):
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most and kind(text) < np.inf:
                 return kind(text)
-        limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        limits = f"from {least} to {most}" if most < np.inf else f"of at least {least}"
         what = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
     return convert
 
 
 def parser() -> argparse.ArgumentParser:
-    p = data.Parser(allow_abbrev=False, description=(
-        "Evaluate a trained model on whole data sets, or ask it about one input."))
+    p = data.Parser(description="Evaluates a model or asks it about one input.", allow_abbrev=False)
     g = p.add_argument_group("the model (one of the two)")
     g = g.add_mutually_exclusive_group(required=True).add_argument
     g("--checkpoint", metavar="FILE", help="what train.py saved, for example runs/T3.3/last.pt")
     g("--released", metavar="FILE", help="the authors' published file, .tar.gz or the .pth in it")
     g = p.add_argument_group("whole data sets").add_argument
     g("--data", metavar="DIR", help="folder of the data sets [that of the training, or data]")
-    g("--tasks", metavar="A,B", help="some of the model's tasks [all]")
-    g("--split", choices=["val", "test"], default="val",
-      help="test writes what the test servers take into OUT/predictions [val]")
+    g("--tasks", type=lambda names: names.split(","), metavar="A,B", help="[all of the model's]")
+    g("--split", choices=["val", "test"], default="val", help="test: for the test servers [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=between(0, math.inf), default=0, metavar="INT",
-      help="at most so many of each task [0: all]")
-    g("--figures", action="store_true",
-      help="also draw predictions.png and, where there is a log.jsonl, curves.png")
+    g("--eval_samples", type=between(0), default=0, metavar="INT", help="of each task [all]")
+    g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
+    g("--batch_size", type=between(0), default=0, metavar="INT", help="at once [1 image, 32 texts]")
+    g("--num_workers", type=between(0), default=2, metavar="INT", help="data workers [2]")
+    g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     group = p.add_argument_group("one input (no data set needed)")
     g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    g("--image", metavar="FILE", help="a picture; alone: detection, also drawn into prediction.png")
+    g("--image", metavar="FILE", help="a picture; alone: its boxes x0, y0, x1, y1, also drawn")
     either("--question", metavar="TEXT", help="a question about --image")
     either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
     g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
-    g = p.add_argument_group("how").add_argument
-    g("--batch_size", type=between(0, math.inf), default=0, metavar="INT",
-      help="samples at a time; padding images to one size changes AP a little [1 image, 32 texts]")
-    g("--num_workers", type=between(0, math.inf), default=2, metavar="INT", help="data workers [2]")
-    g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     return p
 
 
@@ -700,19 +674,18 @@ def start_processes() -> tuple[int, int, torch.device]:
 def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
     """The authors' model, what `predict` needs beside it, and its row of RELEASED. Their files hold
     no names: these come from `folder`; numbers stand in for what is not there."""
-    def lines(name, *first):
+    def lines(name):
         file = folder / name
-        found = data.read_lines(file) if file.exists() else map(str, range(1, 3130))
-        # VG's ids start at 1, and its lines are names with aliases behind commas.
-        return [*first, *(x.split(",")[0] if first else x for x in found)]
+        return data.read_lines(file) if file.exists() else [str(n) for n in range(1, 3130)]
+
+    def vg(name):  # ids start at 1; lines are names with aliases behind commas
+        return ["", *(line.split(",")[0] for line in lines(f"vg/{name}_vocab.txt"))]
     model = unit.load_released(path)
-    # torchvision knows COCO's names by category id.
-    coco = ["" if x in ("__background__", "N/A") else x
-            for x in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]]
     classes = {t.name: t.dataset.class_names for t in data.TASKS} | {
-        "coco": coco, "vqa2": lines("vqa2/answers_vqa.txt"),
-        "vg": lines("vg/objects_vocab.txt", "")}
-    labels = {name: {"classes": names, "attributes": lines("vg/attributes_vocab.txt", "")}
+        # torchvision knows COCO's names by category id.
+        "coco": FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"],
+        "vqa2": lines("vqa2/answers_vqa.txt"), "vg": vg("objects")}
+    labels = {name: {"classes": names, "attributes": vg("attributes")}
               for name, names in classes.items()}
     name = "released-" + ("all" if len(model.tasks) > 1 else "coco")
     name += "" if model.config.task_embedding else "-no-task"
@@ -720,17 +693,14 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
 
 
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
-    """The split's data sets, checked to have the classes that the model was trained for."""
-    there = [t.name for t in data.TASKS if t.name in tasks and split in t.dataset.files]
-    lost = [f"{t}: has no {split} split, or no row in data.TASKS" for t in tasks if t not in there]
-    if not there:
-        raise InputError("; ".join(lost))
-    if lost and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(*lost, sep="\n")
-    _, datasets = data.load(folder, there, split, tiny=is_tiny(model.config))
+    """The split's data sets, checked to have the classes that the model was trained for; `labels`
+    are its checkpoint's, {} where they are not known."""
+    if lost := [t for t in tasks if t not in model.tasks]:
+        raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
+    _, datasets = data.load(folder, tasks, split, tiny=is_tiny(model.config))
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
-        if len(names) != size or names != labels.get(name, {"classes": names})["classes"]:
+        if len(names) != size or (labels and names != labels[name]["classes"]):
             raise InputError(f"{folder}: {name} has other classes than the model was trained for "
                              f"({len(names)} against {size}); give the --data of its training")
     return datasets
@@ -739,59 +709,52 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
 def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
     """Prints what the model says about one input; detections are drawn too."""
     text = args.question or args.text
-    names = args.tasks.split(",") if args.tasks else [None]
-    if args.image and text and not args.tasks:  # VQA answers questions, SNLI-VE judges statements
-        names = [next((t.name for t in model.tasks.values() if t.image and t.text
-                       and t.soft_scores == bool(args.question)), None)]
-    for name in names:
-        task = choose_task(model, bool(args.image), bool(text), name)
+    for name in args.tasks or [None]:
+        task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
         answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
-        if task.kind == "classification":
-            lines = [f"{a['score']:8.1%}  {a['label']}" for a in answers[:5]]
-            print(f"{task.name}:", *lines, sep="\n")
-            continue
-        sure = [a for a in answers if a["score"] >= 0.5]
-        print(f"{task.name}: {len(sure)} objects of at least 50%")
-        for a in sure:
-            print(f"  {a['score']:6.1%}  {title(a):<24} x0, y0, x1, y1 = {a['box']}")
-        picture = Image.open(args.image)
-        with whole_file(out / "prediction.png", "wb") as file:
-            draw_boxes(picture, sure, max(1, WIDTH / picture.width)).save(file, "PNG")
-        print(f"  drawn into {out / 'prediction.png'}")
+        boxes = task.kind == "detection"
+        shown = [a for a in answers if a["score"] >= 0.5] if boxes else answers[:5]
+        print(f"{task.name}:")
+        for a in shown:
+            print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
+        if boxes:
+            picture = Image.open(args.image)
+            with whole_file(out / "prediction.png", "wb") as file:
+                draw_boxes(picture, shown, max(1, WIDTH / picture.width)).save(file, "PNG")
+            print(f"{len(shown)} boxes of at least 50%, drawn into {out / 'prediction.png'}")
 
 
 def run(args: argparse.Namespace) -> None:
     rank, _, device = start_processes()
     file = Path(args.checkpoint or args.released)
+    one_input = args.image, args.question, args.text, args.text_pair
     # An empty one would silently evaluate whole data sets.
-    if "" in (args.image, args.question, args.text) or (args.text_pair is not None
-                                                         and not args.text):
-        raise InputError("--image, --question and --text must not be empty, and --text_pair goes "
-                         "with one of them")
+    if "" in one_input or (args.text_pair and not args.text):
+        raise InputError("--image, --question, --text and --text_pair must not be empty, and "
+                         "--text_pair goes with --text")
     if args.released:
         folder = Path(args.data or "data")
         model, checkpoint, name = released_checkpoint(file, folder)
     else:
         model, checkpoint = load_checkpoint(file)
-        name = file.resolve().parent.name  # runs/T3.5/last.pt
         folder = Path(args.data or checkpoint.get("train", {}).get("data", "data"))
-    model.to(device).eval()
+        name = file.resolve().parent.name  # runs/T3.5/last.pt
+    model.to(device)
     out = Path(args.out or file.parent)
     if rank == 0:
         require_writable(out)
-    if args.image or args.question or args.text:
+    if any(one_input):
         return answer_one(args, model, checkpoint, out)
-    tasks = args.tasks.split(",") if args.tasks else list(model.tasks)
-    if lost := [t for t in tasks if t not in model.tasks]:
-        raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
+    # Unasked, VG's lack of a test split is no mistake; as the model's only task it is.
+    lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]
+    tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
     datasets = load_datasets(model, labels, tasks, args.split, folder)
     results = evaluate(model, datasets, device, args.batch_size, args.num_workers,
                        args.eval_samples, args.precision, out)
     if rank > 0:
         return
-    if results:
-        print(results_table(results, name, args.split))
+    print(results_table(results, name, args.split))
     at_a_time = args.batch_size or (32 if is_tiny(model.config) else 1)
     print(f"images: {at_a_time} at a time; predictions: {out / 'predictions'}")
     path = out / ("results.json" if args.split == "val" else "results_test.json")

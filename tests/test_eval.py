@@ -477,8 +477,8 @@ def test_results_of_other_tasks_stay(checkpoint, tmp_path, capsys):
 
 def test_nothing_to_evaluate_is_said_and_nothing_written(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "TASKS", [t for t in data.TASKS if t.name != "sst2"])  # a ninth's lot
-    for flags, says in ((["--tasks", "vg", "--split", "test"], "vg: has no test split"),
-                        (["--tasks", "sst2"], "sst2: has no val split, or no row in data.TASKS")):
+    for flags, says in ((["--tasks", "vg", "--split", "test"], "vg has no split 'test'"),
+                        (["--tasks", "sst2"], "unknown task 'sst2'; there are coco, vg")):
         with pytest.raises(SystemExit) as stop:
             evaluation.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path), *flags])
         assert stop.value.code == 2 and says in capsys.readouterr().err
