@@ -26,6 +26,7 @@ import textwrap
 import time
 import zipfile
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -321,8 +322,8 @@ def progress(name: str, batches, total: int):
         done += len(batch)
         if time.time() - shown > 10:
             shown = time.time()
-            left = (shown - start) * (total / done - 1) / 60
-            print(f"  {name}: {done} of {total}, {left:.0f} minutes left", flush=True)
+            left = timedelta(seconds=round((shown - start) * (total / done - 1)))
+            print(f"  {name}: {done} of {total}, ETA {left}", flush=True)
 
 
 def score(dataset, indices, items: list) -> dict:
@@ -629,19 +630,24 @@ def between(least: float, most: float = np.inf, kind: type = int):
 
 
 def parser() -> argparse.ArgumentParser:
-    p = data.Parser(description="Evaluates a model or asks it about one input.", allow_abbrev=False)
+    p = data.Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     g = p.add_argument_group("the model (one of the two)")
     g = g.add_mutually_exclusive_group(required=True).add_argument
     g("--checkpoint", metavar="FILE", help="what train.py saved, for example runs/T3.3/last.pt")
     g("--released", metavar="FILE", help="the authors' published file, .tar.gz or the .pth in it")
     g = p.add_argument_group("whole data sets").add_argument
     g("--data", metavar="DIR", help="folder of the data sets [that of the training, or data]")
-    g("--tasks", type=lambda names: names.split(","), metavar="A,B", help="[all of the model's]")
-    g("--split", choices=["val", "test"], default="val", help="test: for the test servers [val]")
+    g("--tasks", type=lambda names: names.split(","), metavar="A,B",
+      help="some of the model's tasks [all]")
+    g("--split", choices=["val", "test"], default="val",
+      help="test: writes what the test servers take into OUT/predictions [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=between(0), default=0, metavar="INT", help="of each task [all]")
+    g("--eval_samples", type=between(0), default=0, metavar="INT",
+      help="at most so many of each task [0: all]")
     g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
-    g("--batch_size", type=between(0), default=0, metavar="INT", help="at once [1 image, 32 texts]")
+    g("--batch_size", type=between(0), default=0, metavar="INT",
+      help="samples at a time [1 image, 32 texts]")
     g("--num_workers", type=between(0), default=2, metavar="INT", help="data workers [2]")
     g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     group = p.add_argument_group("one input (no data set needed)")

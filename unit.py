@@ -55,9 +55,11 @@ from torch import Tensor, nn
 
 try:
     import torchvision
-except RuntimeError:
+except RuntimeError as error:
     # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
     # at the first that it looks up. We use its Python parts alone: declaring two is enough.
+    if "torchvision::nms" not in str(error):
+        raise
     for _name in ("torchvision::nms", "torchvision::qnms"):
         torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
