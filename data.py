@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import io
 import json
 import os
 import re
@@ -38,7 +37,7 @@ import signal
 import sys
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain, compress, product
 from pathlib import Path
@@ -47,6 +46,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from unit import Batch, InputError, Task  # first: it makes `import torchvision` safe
 
@@ -64,26 +64,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def strings(texts) -> np.ndarray:
     """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
-    texts = [str(text) for text in texts]
-    try:
-        return np.array(texts, np.dtypes.StringDType())
-    except UnicodeEncodeError:  # a lone surrogate, as JSON may have, becomes "?"
-        return strings(text.encode("utf-8", "replace").decode() for text in texts)
+    # A lone surrogate, as JSON may have, becomes "?".
+    texts = [str(text).encode("utf-8", "replace").decode() for text in texts]
+    return np.array(texts, np.dtypes.StringDType())
 
 
 def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
     return InputError(f"{path}: {problem}; {fix}")
 
 
-def read_file(path: Path, parse=bytes, kind: str = ""):
+def read_file(path: Path, parse, kind: str):
     """parse(its bytes), which are of this kind."""
     try:
         return parse(path.read_bytes())
     except OSError as error:
         raise bad(path, error.strerror, "the README says where each file belongs") from None
     except (ValueError, RecursionError) as error:
-        fix = "cut short? download or unpack it again"
-        raise bad(path, f"not valid {kind} ({error})", fix) from None
+        raise bad(path, f"not valid {kind} ({error})", "cut short? unpack it again") from None
 
 
 def read_json(path: Path, hook=None):
@@ -247,12 +244,10 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
 
 def read_vocabulary(path: Path) -> list[str]:
     """BERT's vocabulary, a word piece per line."""
-    source = "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased as bert/vocab.txt"
-    if not path.exists():
-        raise bad(path, "missing; every task with text needs it", source)
-    words = read_lines(path)
+    words = read_lines(path) if path.exists() else []
     if lost := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words):
-        raise bad(path, f"no line {min(lost)}: not BERT's vocabulary", source)
+        problem = f"no line {min(lost)}: not BERT's" if words else "missing; tasks with text need it"
+        raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased")
     return words
 
 
@@ -671,6 +666,12 @@ class Classification(Dataset):
         return sample
 
 
+def answer_text(row: dict):
+    """{"answer": text, ...} -> text, each different one once: there are 6.6 million, and until a
+    file is read, each would be an object of its own."""
+    return sys.intern(str(row["answer"])) if "answer" in row else row
+
+
 class Vqa2(Classification):
     """VQAv2 with soft scores; Visual Genome's questions are further training data (Section 4.1).
 
@@ -701,41 +702,31 @@ class Vqa2(Classification):
         self.folder = self.data
         paths = [self.data / file for file in self.needed(self.data, self.split)]
         self.path = paths[0]
-        # There are 6.6 million answers: kept as objects until the file is read, they are slow to
-        # visit again. So {"answer": text, ...} becomes the text's place among the different ones.
-        different = defaultdict(lambda: len(different))
-
-        def shorten(row: dict):
-            return different[str(row["answer"])] if "answer" in row else row
-
-        answers, common = {}, Counter()  # {question id: places}, {most common answer: how many}
+        answers, common = {}, Counter()  # {question id: ten}, {most common answer: how many}
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
-            rows = table(read_json(path, shorten), "annotations", path)
+            rows = table(read_json(path, answer_text), "annotations", path)
             tens = column(rows, "answers", path, list)
-            places = range(len(different))
-            require([all([type(n) is int and n in places for n in ten]) for ten in tens],
+            require([all([isinstance(answer, str) for answer in ten]) for ten in tens],
                     "has a bad answer", path, rows)
             answers.update(zip(column(rows, "question_id", path, np.int64).tolist(), tens))
             common.update(column(rows, "multiple_choice_answer", path, str))
-        self.class_names = self.read_answers(common)
+        self.class_names = self.read_vocabulary(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
         held_out = set() if self.split == "test" else coco_val_ids(self.data)
         pictures, rows = pictures_by_id(self.data, *self.folders), []
         for path in [path for path in paths if path.name.endswith("_questions.json")]:
             questions = table(read_json(path), "questions", path)
-            numbers, images = (column(questions, name, path, np.int64).tolist()
-                               for name in ("question_id", "image_id"))
+            ids, images = (column(questions, name, path, np.int64).tolist()
+                           for name in ("question_id", "image_id"))
             texts = column(questions, "question", path, str)
             rows += [(number, -1, pictures.get(image) or f"question {number}'s", [text],
-                      answers.get(number, []))
-                     for number, image, text in zip(numbers, images, texts)
+                      answers.get(number, [])) for number, image, text in zip(ids, images, texts)
                      if (image in held_out) == (self.split == "val")]
         if self.split == "train":
-            rows += self.genome_questions(held_out, different)
-        present = self.present([row[2] for row in rows])
-        self.encode(list(compress(rows, present)), strings(different))
+            rows += self.genome_questions(held_out)
+        self.encode(list(compress(rows, self.present([row[2] for row in rows]))))
 
-    def read_answers(self, common: Counter) -> list[str]:
+    def read_vocabulary(self, common: Counter) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
         nine questions. Of those 3,129 the empty one gives its place to <unk>, as in that file."""
         path = self.data / self.vocabulary
@@ -749,7 +740,7 @@ class Vqa2(Classification):
             normal[normalise_answer(answer)] += count
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
-    def genome_questions(self, held_out: set[int], different: dict) -> list[tuple]:
+    def genome_questions(self, held_out: set[int]) -> list[tuple]:
         """VG's questions whose picture is not in val2017. Their one answer counts as ten (ours)."""
         paths = [self.data / "vg" / name for name in ("question_answers.json", "image_data.json")]
         if missing := [str(path) for path in paths if not path.exists()]:
@@ -763,28 +754,30 @@ class Vqa2(Classification):
                 if image not in coco_ids:  # nothing tells whether it is in val2017
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
-                    number, answer = np.int64(int(qa["qa_id"])), different[str(qa["answer"])]
+                    number = np.int64(int(qa["qa_id"]))
                     name = pictures.get(image) or f"question {number}'s"
-                    found.append((number, -1, name, [qa["question"]], [answer] * 10))
+                    found.append((number, -1, name, [qa["question"]], [str(qa["answer"])] * 10))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
-    def encode(self, rows: list[tuple], answers: np.ndarray) -> None:
-        """rows as for `fill`, and of each its answers' places in `answers` -> flat arrays."""
-        places = padded([row[4] for row in rows], 10)
+    def encode(self, rows: list[tuple]) -> None:
+        """rows as for `fill`, and of each its answers -> flat arrays."""
+        different = dict.fromkeys(chain.from_iterable(row[4] for row in rows))
+        place = {text: number for number, text in enumerate(different)}
+        places = padded([[place[text] for text in row[4]] for row in rows], 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        self.classes = np.array([forms.get(normalise_answer(answers[n]), -1)
-                                 for n in range(len(answers))] + [-1], np.int32)
+        self.classes = np.array([forms.get(normalise_answer(text), -1) for text in different]
+                                + [-1], np.int32)
         answered = (places >= 0).any(1) | (self.split == "test")
         known = (self.classes[places] >= 0).any(1) | (self.split != "train")  # else no loss
         self.skipped["without answers"] = int((~answered).sum())
         self.skipped["without an answer in the vocabulary"] = int((answered & ~known).sum())
         self.fill(list(compress(rows, answered & known)))
-        self.answer_places, self.answer_texts = places[answered & known], answers
+        self.answer_places, self.answer_texts = places[answered & known], strings(different)
 
     def answers(self, index: int) -> list[str]:
         """The ten answers as given; none on a test split."""
@@ -808,7 +801,7 @@ class SnliVe(Classification):
 
     def read(self) -> None:
         self.folder, rows = self.data / "snli_ve/flickr30k_images", []
-        for number, line in enumerate(io.BytesIO(read_file(self.path))):
+        for number, line in enumerate(read_lines(self.path)):
             if not line.strip():
                 continue
             try:
@@ -819,7 +812,7 @@ class SnliVe(Classification):
                 if not isinstance(text, str):
                     raise TypeError("sentence2 is not a text")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]}") from None
+                raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]!r}") from None
             name = str(name).removesuffix(".jpg") + ".jpg"
             rows.append((number, self.class_id(label, number + 1), name, [text]))
         self.fill(list(compress(rows, self.present([row[2] for row in rows]))))
@@ -900,8 +893,7 @@ def load(data: Path | str, names, split: str, tiny: bool = False):
         raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
     require_folder(data)
     tasks = [by_name[name] for name in names]
-    with_text = any(task.text for task in tasks)
-    tokenizer = Tokenizer(data / "bert/vocab.txt") if with_text else None
+    tokenizer = Tokenizer(data / "bert/vocab.txt") if any(task.text for task in tasks) else None
     datasets = {task.name: task.dataset(task, data, split, tiny, tokenizer) for task in tasks}
     return [dataset.task for dataset in datasets.values()], datasets
 
@@ -915,21 +907,21 @@ def require_folder(data: Path) -> None:
 
 def collate(task: Task, samples: list[Sample]) -> Batch:
     """Samples of one task as a `Batch`."""
-    def every(field):  # of all samples, or None
+    def every(field):  # None: the task, or the split, has none
         values = [getattr(sample, field) for sample in samples]
-        return None if any(value is None for value in values) else values
+        return None if values[0] is None else values
 
     batch = Batch(task.name, every("id"), boxes=every("boxes"), labels=every("labels"),
                   attributes=every("attributes"))
-    if images := every("image"):
-        batch.images, batch.image_mask = pad_images(images)
+    if task.image:
+        batch.images, batch.image_mask = pad_images(every("image"))
         batch.sizes = torch.tensor(every("size"))                       # (B, 2)
-    if tokens := every("tokens"):
-        longest = max(map(len, tokens))
-        tokens, types = (torch.from_numpy(padded(rows, longest)).long()     # (B, S)
-                         for rows in (tokens, every("types")))
-        batch.tokens, batch.token_types = tokens.clamp(min=0), types.clamp(min=0)  # 0 is [PAD]
-        mask = tokens < 0                                               # True = padding
+    if task.text:
+        texts, types = ([torch.tensor(x) for x in every(field)] for field in ("tokens", "types"))
+        batch.tokens = pad_sequence(texts, batch_first=True)            # (B, S); 0 is [PAD]
+        batch.token_types = pad_sequence(types, batch_first=True)
+        padding = [torch.zeros(len(text), dtype=torch.bool) for text in texts]
+        mask = pad_sequence(padding, batch_first=True, padding_value=True)
         batch.text_mask = mask if mask.any() else None
     if scores := every("scores"):
         batch.scores = torch.stack(scores)                              # (B, C)
@@ -1099,8 +1091,6 @@ def report(data: Path) -> None:
 
 def write_vg(data: Path) -> None:
     """--prepare vg: the files of `prepare_vg`, and what was dropped."""
-    if missing := [path for path in map(data.joinpath, VisualGenome.raw) if not path.exists()]:
-        raise bad(missing[0], "missing", f"--prepare vg reads {', '.join(VisualGenome.raw)}")
     splits, dropped = prepare_vg(data)
     for split, content in splits.items():
         path = data / VisualGenome.files[split][0]

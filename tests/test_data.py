@@ -892,7 +892,7 @@ def test_report_names_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "nowhere"], "error: nowhere: no such folder; name the data sets' folder"),
-    (["--data", ".", "--prepare", "vg"], "error: vg/image_data.json: missing; --prepare vg reads"),
+    (["--data", ".", "--prepare", "vg"], "error: vg/objects_vocab.txt: No such file"),
     (["--dat", "."], "unrecognized arguments: --dat ."), (["--prepare", "coco"], "invalid choice")])
 def test_command_line_errors(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
