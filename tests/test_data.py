@@ -884,9 +884,9 @@ def test_report_names_what_is_missing(tmp_path):
     run = command("--data", tmp_path)
     assert run.returncode == 0 and not run.stderr
     lines = {tuple(line.split()[:2]): line for line in run.stdout.splitlines() if line}
-    assert "missing: coco/annotations/instances_train2017.json" in lines["coco", "train"]
+    assert "coco/annotations/instances_train2017.json: missing" in lines["coco", "train"]
     assert re.search(r" 2 samples +2 pictures", lines["coco", "val"])
-    assert "missing: glue/MNLI/dev_mismatched.tsv" in lines["mnli", "val"]
+    assert "glue/MNLI/dev_mismatched.tsv: missing" in lines["mnli", "val"]
     assert "found   bert/vocab.txt" in run.stdout and "missing detr/detr-r50" in run.stdout
 
 
