@@ -37,7 +37,7 @@ import signal
 import sys
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import chain, compress, product
 from pathlib import Path
@@ -662,12 +662,6 @@ class Classification(Dataset):
         return sample
 
 
-def answer_text(row: dict):
-    """{"answer": text, ...} -> text, each different one once: there are 6.6 million, and until a
-    file is read, each would be an object of its own."""
-    return sys.intern(str(row["answer"])) if "answer" in row else row
-
-
 class Vqa2(Classification):
     """VQAv2 with soft scores; Visual Genome's questions are further training data (Section 4.1).
 
@@ -698,15 +692,23 @@ class Vqa2(Classification):
         self.folder = self.data
         paths = [self.data / file for file in self.needed(self.data, self.split)]
         self.path = paths[0]
-        answers, common = {}, []  # {question id: ten answers}, the most common one of each
+        # There are 6.6 million answers: kept as objects until the file is read, they are slow to
+        # visit again. So {"answer": text, ...} becomes the text's place among the different ones.
+        different = defaultdict(lambda: len(different))
+
+        def shorten(row: dict):
+            return different[str(row["answer"])] if "answer" in row else row
+
+        answers, common = {}, []  # {question id: places}, the most common answer of each
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
-            rows = table(read_json(path, answer_text), "annotations", path)
+            rows = table(read_json(path, shorten), "annotations", path)
             tens = column(rows, "answers", path, list)
-            require([all([isinstance(answer, str) for answer in ten]) for ten in tens],
+            places = range(len(different))
+            require([all([type(n) is int and n in places for n in ten]) for ten in tens],
                     "has a bad answer", path, rows)
             answers.update(zip(column(rows, "question_id", path, np.int64).tolist(), tens))
             common += column(rows, "multiple_choice_answer", path, str)
-        self.class_names = self.read_vocabulary(common)
+        self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
         held_out = set() if self.split == "test" else coco_val_ids(self.data)
         pictures, rows = pictures_by_id(self.data, *self.folders), []
@@ -719,10 +721,10 @@ class Vqa2(Classification):
                       answers.get(number, [])) for number, image, text in zip(ids, images, texts)
                      if (image in held_out) == (self.split == "val")]
         if self.split == "train":
-            rows += self.genome_questions(held_out)
-        self.encode(list(compress(rows, self.present([row[2] for row in rows]))))
+            rows += self.genome_questions(held_out, different)
+        self.encode(list(compress(rows, self.present([row[2] for row in rows]))), list(different))
 
-    def read_vocabulary(self, common: list[str]) -> list[str]:
+    def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
         nine questions. Of those 3,129 the empty one gives its place to <unk>, as in that file."""
         path = self.data / self.vocabulary
@@ -734,7 +736,7 @@ class Vqa2(Classification):
         normal = Counter(map(functools.cache(normalise_answer), common))
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
-    def genome_questions(self, held_out: set[int]) -> list[tuple]:
+    def genome_questions(self, held_out: set[int], different: dict) -> list[tuple]:
         """VG's questions whose picture is not in val2017. Their one answer counts as ten (ours)."""
         paths = [self.data / "vg" / name for name in ("question_answers.json", "image_data.json")]
         if missing := [str(path) for path in paths if not path.exists()]:
@@ -748,30 +750,28 @@ class Vqa2(Classification):
                 if image not in coco_ids:  # nothing tells whether it is in val2017
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
-                    number = np.int64(int(qa["qa_id"]))
+                    number, answer = np.int64(int(qa["qa_id"])), different[str(qa["answer"])]
                     name = pictures.get(image) or f"question {number}'s"
-                    found.append((number, -1, name, [qa["question"]], [str(qa["answer"])] * 10))
+                    found.append((number, -1, name, [qa["question"]], [answer] * 10))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
-    def encode(self, rows: list[tuple]) -> None:
-        """rows as for `fill`, and of each its answers -> flat arrays."""
-        different = dict.fromkeys(chain.from_iterable(row[4] for row in rows))
-        place = {text: number for number, text in enumerate(different)}
-        places = padded([[place[text] for text in row[4]] for row in rows], 10)
+    def encode(self, rows: list[tuple], texts: list[str]) -> None:
+        """rows as for `fill`, and of each its answers' places in `texts` -> flat arrays."""
+        places = padded([row[4] for row in rows], 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        self.classes = np.array([forms.get(normalise_answer(text), -1) for text in different]
-                                + [-1], np.int32)
+        self.classes = np.array([forms.get(normalise_answer(text), -1) for text in texts] + [-1],
+                                np.int32)
         answered = (places >= 0).any(1) | (self.split == "test")
         known = (self.classes[places] >= 0).any(1) | (self.split != "train")  # else no loss
         self.skipped["without answers"] = int((~answered).sum())
         self.skipped["without an answer in the vocabulary"] = int((answered & ~known).sum())
         self.fill(list(compress(rows, answered & known)))
-        self.answer_places, self.answer_texts = places[answered & known], strings(different)
+        self.answer_places, self.answer_texts = places[answered & known], strings(texts)
 
     def answers(self, index: int) -> list[str]:
         """The ten answers as given; none on a test split."""
