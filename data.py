@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import io
 import json
 import os
 import re
@@ -64,26 +63,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def strings(texts) -> np.ndarray:
     """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
-    texts = [str(text) for text in texts]
-    try:
-        return np.array(texts, np.dtypes.StringDType())
-    except UnicodeEncodeError:  # a lone surrogate, as JSON may have, becomes "?"
-        return strings(text.encode("utf-8", "replace").decode() for text in texts)
+    # A lone surrogate, as JSON may have, becomes "?".
+    texts = [str(text).encode("utf-8", "replace").decode() for text in texts]
+    return np.array(texts, np.dtypes.StringDType())
 
 
 def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
     return InputError(f"{path}: {problem}; {fix}")
 
 
-def read_file(path: Path, parse=bytes, kind: str = ""):
+def read_file(path: Path, parse, kind: str):
     """parse(its bytes), which are of this kind."""
     try:
         return parse(path.read_bytes())
     except OSError as error:
         raise bad(path, error.strerror, "the README says where each file belongs") from None
     except (ValueError, RecursionError) as error:
-        fix = "cut short? download or unpack it again"
-        raise bad(path, f"not valid {kind} ({error})", fix) from None
+        raise bad(path, f"not valid {kind} ({error})", "cut short? unpack it again") from None
 
 
 def read_json(path: Path, hook=None):
@@ -247,12 +243,10 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
 
 def read_vocabulary(path: Path) -> list[str]:
     """BERT's vocabulary, a word piece per line."""
-    source = "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased as bert/vocab.txt"
-    if not path.exists():
-        raise bad(path, "missing; every task with text needs it", source)
-    words = read_lines(path)
+    words = read_lines(path) if path.exists() else []
     if lost := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words):
-        raise bad(path, f"no line {min(lost)}: not BERT's vocabulary", source)
+        problem = f"no line {min(lost)}: not BERT's" if words else "missing; texts need it"
+        raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased")
     return words
 
 
@@ -352,8 +346,9 @@ class Dataset:
                  tokenizer: Tokenizer | None = None):
         if split not in self.files:
             raise InputError(f"{task.name} has no split {split!r}, but {', '.join(self.files)}")
-        if missing := self.missing(data, split):
-            raise bad(missing[0], f"missing; {task.name} {split} is read from it",
+        paths = [data / file for file in self.needed(data, split)]
+        if missing := [str(path) for path in paths if not path.exists()]:
+            raise bad(", ".join(missing), f"missing; {task.name} {split} is read from it",
                       "the README says where each file belongs")
         self.data, self.split, self.tiny = data, split, tiny
         self.task, self.tokenizer = task, tokenizer
@@ -370,10 +365,6 @@ class Dataset:
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
         return cls.files[split]
-
-    @classmethod
-    def missing(cls, data: Path, split: str) -> list[Path]:
-        return [data / file for file in cls.needed(data, split) if not (data / file).exists()]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -708,7 +699,7 @@ class Vqa2(Classification):
         def shorten(row: dict):
             return different[str(row["answer"])] if "answer" in row else row
 
-        answers, common = {}, Counter()  # {question id: places}, {most common answer: how many}
+        answers, common = {}, []  # {question id: places}, the most common answer of each
         for path in [path for path in paths if path.name.endswith("_annotations.json")]:
             rows = table(read_json(path, shorten), "annotations", path)
             tens = column(rows, "answers", path, list)
@@ -716,26 +707,24 @@ class Vqa2(Classification):
             require([all([type(n) is int and n in places for n in ten]) for ten in tens],
                     "has a bad answer", path, rows)
             answers.update(zip(column(rows, "question_id", path, np.int64).tolist(), tens))
-            common.update(column(rows, "multiple_choice_answer", path, str))
+            common += column(rows, "multiple_choice_answer", path, str)
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
         held_out = set() if self.split == "test" else coco_val_ids(self.data)
         pictures, rows = pictures_by_id(self.data, *self.folders), []
         for path in [path for path in paths if path.name.endswith("_questions.json")]:
             questions = table(read_json(path), "questions", path)
-            numbers, images = (column(questions, name, path, np.int64).tolist()
-                               for name in ("question_id", "image_id"))
+            ids, images = (column(questions, name, path, np.int64).tolist()
+                           for name in ("question_id", "image_id"))
             texts = column(questions, "question", path, str)
             rows += [(number, -1, pictures.get(image) or f"question {number}'s", [text],
-                      answers.get(number, []))
-                     for number, image, text in zip(numbers, images, texts)
+                      answers.get(number, [])) for number, image, text in zip(ids, images, texts)
                      if (image in held_out) == (self.split == "val")]
         if self.split == "train":
             rows += self.genome_questions(held_out, different)
-        present = self.present([row[2] for row in rows])
-        self.encode(list(compress(rows, present)), strings(different))
+        self.encode(list(compress(rows, self.present([row[2] for row in rows]))), list(different))
 
-    def read_answers(self, common: Counter) -> list[str]:
+    def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
         nine questions. Of those 3,129 the empty one gives its place to <unk>, as in that file."""
         path = self.data / self.vocabulary
@@ -744,9 +733,7 @@ class Vqa2(Classification):
             if words[:1] != ["<unk>"]:  # class 0 is never predicted
                 raise bad(path, "its first line is not <unk>", "put it there or remove the file")
             return words
-        normal = Counter()
-        for answer, count in common.items():
-            normal[normalise_answer(answer)] += count
+        normal = Counter(map(functools.cache(normalise_answer), common))
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
     def genome_questions(self, held_out: set[int], different: dict) -> list[tuple]:
@@ -770,21 +757,21 @@ class Vqa2(Classification):
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
-    def encode(self, rows: list[tuple], answers: np.ndarray) -> None:
-        """rows as for `fill`, and of each its answers' places in `answers` -> flat arrays."""
+    def encode(self, rows: list[tuple], texts: list[str]) -> None:
+        """rows as for `fill`, and of each its answers' places in `texts` -> flat arrays."""
         places = padded([row[4] for row in rows], 10)
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        self.classes = np.array([forms.get(normalise_answer(answers[n]), -1)
-                                 for n in range(len(answers))] + [-1], np.int32)
+        self.classes = np.array([forms.get(normalise_answer(text), -1) for text in texts] + [-1],
+                                np.int32)
         answered = (places >= 0).any(1) | (self.split == "test")
         known = (self.classes[places] >= 0).any(1) | (self.split != "train")  # else no loss
         self.skipped["without answers"] = int((~answered).sum())
         self.skipped["without an answer in the vocabulary"] = int((answered & ~known).sum())
         self.fill(list(compress(rows, answered & known)))
-        self.answer_places, self.answer_texts = places[answered & known], answers
+        self.answer_places, self.answer_texts = places[answered & known], strings(texts)
 
     def answers(self, index: int) -> list[str]:
         """The ten answers as given; none on a test split."""
@@ -808,7 +795,7 @@ class SnliVe(Classification):
 
     def read(self) -> None:
         self.folder, rows = self.data / "snli_ve/flickr30k_images", []
-        for number, line in enumerate(io.BytesIO(read_file(self.path))):
+        for number, line in enumerate(read_lines(self.path)):
             if not line.strip():
                 continue
             try:
@@ -819,7 +806,7 @@ class SnliVe(Classification):
                 if not isinstance(text, str):
                     raise TypeError("sentence2 is not a text")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]}") from None
+                raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]!r}") from None
             name = str(name).removesuffix(".jpg") + ".jpg"
             rows.append((number, self.class_id(label, number + 1), name, [text]))
         self.fill(list(compress(rows, self.present([row[2] for row in rows]))))
@@ -900,8 +887,7 @@ def load(data: Path | str, names, split: str, tiny: bool = False):
         raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
     require_folder(data)
     tasks = [by_name[name] for name in names]
-    with_text = any(task.text for task in tasks)
-    tokenizer = Tokenizer(data / "bert/vocab.txt") if with_text else None
+    tokenizer = Tokenizer(data / "bert/vocab.txt") if any(task.text for task in tasks) else None
     datasets = {task.name: task.dataset(task, data, split, tiny, tokenizer) for task in tasks}
     return [dataset.task for dataset in datasets.values()], datasets
 
@@ -915,42 +901,39 @@ def require_folder(data: Path) -> None:
 
 def collate(task: Task, samples: list[Sample]) -> Batch:
     """Samples of one task as a `Batch`."""
-    def every(field):  # of all samples, or None
+    def every(field):  # None: the task, or the split, has none
         values = [getattr(sample, field) for sample in samples]
-        return None if any(value is None for value in values) else values
+        return None if values[0] is None else values
 
     batch = Batch(task.name, every("id"), boxes=every("boxes"), labels=every("labels"),
                   attributes=every("attributes"))
-    if images := every("image"):
-        batch.images, batch.image_mask = pad_images(images)
+    if task.image:
+        batch.images, batch.image_mask = pad(every("image"))
         batch.sizes = torch.tensor(every("size"))                       # (B, 2)
-    if tokens := every("tokens"):
-        longest = max(map(len, tokens))
-        tokens, types = (torch.from_numpy(padded(rows, longest)).long()     # (B, S)
-                         for rows in (tokens, every("types")))
-        batch.tokens, batch.token_types = tokens.clamp(min=0), types.clamp(min=0)  # 0 is [PAD]
-        mask = tokens < 0                                               # True = padding
-        batch.text_mask = mask if mask.any() else None
+    if task.text:  # (B, S); 0 is [PAD]
+        batch.tokens, batch.text_mask = pad([torch.tensor(x) for x in every("tokens")])
+        batch.token_types, _ = pad([torch.tensor(x) for x in every("types")])
     if scores := every("scores"):
         batch.scores = torch.stack(scores)                              # (B, C)
     return batch
 
 
-def pad_images(images: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """B times (3, H_i, W_i) -> (B, 3, H, W), zeros added at the right and below, and a mask
-    (B, H, W), True = padding; None: nothing is padded.
+def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends,
+    and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
 
     As in DETR, features near the padding differ from those of the picture alone (convolutions see
     it): so the results do, a little, with the batch size. One picture a batch is exact.
     """
-    height, width = (max(image.shape[k] for image in images) for k in (1, 2))
-    if all(image.shape[1:] == (height, width) for image in images):
-        return torch.stack(images), None
-    result = torch.zeros(len(images), 3, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for row, hidden, image in zip(result, mask, images):
-        row[:, :image.shape[1], :image.shape[2]] = image
-        hidden[:image.shape[1], :image.shape[2]] = False
+    sizes = np.array([tensor.shape for tensor in tensors])
+    if (sizes == sizes[0]).all():
+        return torch.stack(tensors), None
+    result = tensors[0].new_zeros(len(tensors), *sizes.max(0))
+    mask = torch.ones(len(tensors), *sizes.max(0)[-2:], dtype=torch.bool)
+    for row, hidden, tensor in zip(result, mask, tensors):
+        place = tuple(map(slice, tensor.shape))
+        row[place] = tensor
+        hidden[place[-2:]] = False
     return result, mask
 
 
@@ -1085,10 +1068,8 @@ def report(data: Path) -> None:
     print(f"{data}: what is there, split by split\n")
     for task in TASKS:
         for split in task.dataset.files:
-            missing = [str(path.relative_to(data)) for path in task.dataset.missing(data, split)]
-            line = f"{task.name:8}{split:6}        - missing: {', '.join(missing)}"
             try:
-                print(line if missing else task.dataset(task, data, split).summary)
+                print(task.dataset(task, data, split).summary)
             except InputError as error:
                 print(f"{task.name:8}{split:6}        - {error}")
     print("\npretrained files")
@@ -1099,8 +1080,6 @@ def report(data: Path) -> None:
 
 def write_vg(data: Path) -> None:
     """--prepare vg: the files of `prepare_vg`, and what was dropped."""
-    if missing := [path for path in map(data.joinpath, VisualGenome.raw) if not path.exists()]:
-        raise bad(missing[0], "missing", f"--prepare vg reads {', '.join(VisualGenome.raw)}")
     splits, dropped = prepare_vg(data)
     for split, content in splits.items():
         path = data / VisualGenome.files[split][0]
@@ -1141,9 +1120,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description="Tells what is in the folder of the data sets, and what is missing.",
-        epilog="The README has the folder's layout.", allow_abbrev=False)
+    parser = Parser(allow_abbrev=False, description=(
+        "Tells what is in the folder of the data sets (layout: README), and what is missing."))
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR",
                         help="the folder of the data sets (default: data)")
     parser.add_argument("--prepare", choices=["vg"],
@@ -1216,17 +1194,19 @@ def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
     return pixels.clip(0, 255).astype(np.uint8), things
 
 
-def write_picture(pixels: np.ndarray, path: Path) -> None:
-    """JPEG, as the official ones, but nearly without loss: the usual settings spoil flat shapes."""
-    Image.fromarray(pixels).save(path, quality=95, subsampling=0)
+def write(path: Path, content) -> None:
+    """Text, JSON, or pixels as JPEG: as the official ones, but nearly without loss, as the usual
+    settings spoil flat shapes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, np.ndarray):
+        Image.fromarray(content).save(path, quality=95, subsampling=0)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def write_tiny(folder: Path | str, seed: int = 0) -> None:
     """Writes the eight data sets and bert/vocab.txt into `folder`, as the archives unpack."""
     folder, rng = Path(folder), np.random.default_rng(seed)
-    for name in ("coco/annotations", "coco/train2017", "coco/val2017", "vg/VG_100K", "vqa2", "bert",
-                 "snli_ve/flickr30k_images", "glue/QNLI", "glue/MNLI", "glue/QQP", "glue/SST-2"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     coco = {split: tiny_coco(folder, split, number, rng)
             for split, number in zip(("train", "val"), TINY_SIZES["coco"])}
     texts = tiny_vg(folder, coco["val"], rng) + tiny_vqa(folder, coco, rng)
@@ -1236,7 +1216,7 @@ def write_tiny(folder: Path | str, seed: int = 0) -> None:
         texts += tiny_glue(folder, reader, rng)
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (folder / "bert/vocab.txt").write_text("\n".join(special + words) + "\n")
+    write(folder / "bert/vocab.txt", "\n".join(special + words) + "\n")
 
 
 def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
@@ -1246,7 +1226,7 @@ def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
     for image in range(first, first + number):
         made[image] = pixels, things = tiny_picture(rng, most=3)
         images.append({"id": image, "file_name": f"{image:012}.jpg", "height": SIDE, "width": SIDE})
-        write_picture(pixels, folder / f"coco/{split}2017/{image:012}.jpg")
+        write(folder / f"coco/{split}2017/{image:012}.jpg", pixels)
         for shape, colour, (x, y, w, h) in things:
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image,
@@ -1255,9 +1235,9 @@ def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
                 "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
     categories = [{"supercategory": shape, "id": n, "name": f"{colour} {shape}"}
                   for (shape, colour), n in CATEGORIES.items()]
-    (folder / Coco.files[split][0]).write_text(json.dumps({
+    write(folder / Coco.files[split][0], {
         "info": {"description": "tiny"}, "licenses": [], "images": images,
-        "annotations": annotations, "categories": categories}))
+        "annotations": annotations, "categories": categories})
     return made
 
 
@@ -1268,7 +1248,7 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
     pictures += list(coco_val.items())[:TINY_SIZES["vg"][1]]
     images, attributes, questions = [], [], []
     for n, (coco_id, (pixels, things)) in enumerate(pictures, 1):
-        write_picture(pixels, folder / f"vg/VG_100K/{n}.jpg")
+        write(folder / f"vg/VG_100K/{n}.jpg", pixels)
         images.append({"image_id": n, "coco_id": coco_id, "flickr_id": None, "width": SIDE,
                        "height": SIDE,
                        "url": f"https://cs.stanford.edu/people/rak248/VG_100K/{n}.jpg"})
@@ -1283,11 +1263,11 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
         question, answer = tiny_question(things, rng)
         questions.append({"id": n, "qas": [{"qa_id": n, "image_id": n, "question": question,
                                             "answer": f"{answer.capitalize()}."}]})
-    for name, content in (("image_data", images), ("attributes", attributes),
-                          ("question_answers", questions)):
-        (folder / f"vg/{name}.json").write_text(json.dumps(content))
-    (folder / "vg/objects_vocab.txt").write_text("triangle\ncircle,disc\nsquare\n")
-    (folder / "vg/attributes_vocab.txt").write_text("\n".join(COLOURS) + "\n")
+    write(folder / "vg/image_data.json", images)
+    write(folder / "vg/attributes.json", attributes)
+    write(folder / "vg/question_answers.json", questions)
+    write(folder / "vg/objects_vocab.txt", "triangle\ncircle,disc\nsquare\n")
+    write(folder / "vg/attributes_vocab.txt", "\n".join(COLOURS) + "\n")
     return [row["qas"][0]["question"] for row in questions]
 
 
@@ -1295,8 +1275,7 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
     """A question about the picture with these things, and its answer."""
     kind = rng.choice(["colour", "shape", "yes/no", "count"], p=[0.3, 0.3, 0.3, 0.1])
     if kind == "count":
-        asked = pick(rng, "how many shapes are there?/how many things do you see?")
-        return asked, str(len(things))
+        return pick(rng, "how many shapes are there?/how many things do you see?"), str(len(things))
     # What is asked about must be one: the only circle, the only red thing.
     keys = [thing[1 if kind == "shape" else 0] for thing in things]
     single = [thing for thing, key in zip(things, keys) if keys.count(key) == 1]
@@ -1334,10 +1313,10 @@ def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
                     "question_id": number, "image_id": image, "question_type": "none of the above",
                     "answer_type": "other", "multiple_choice_answer": answer, "answers": ten})
         head = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": split}
-        (folder / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json").write_text(
-            json.dumps({**head, "task_type": "Open-Ended", "questions": questions}))
-        (folder / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(
-            json.dumps({**head, "annotations": annotations}))
+        write(folder / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json",
+              {**head, "task_type": "Open-Ended", "questions": questions})
+        write(folder / f"vqa2/v2_mscoco_{split}_annotations.json",
+              {**head, "annotations": annotations})
         texts += [row["question"] for row in questions]
     return texts
 
@@ -1354,7 +1333,7 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     for n in range(number):
         name, label = f"{first}{n:06}", SnliVe.class_names[n % 3]
         pixels, [(seen, shade, _)] = tiny_picture(rng, most=1, sides=(13, 17))
-        write_picture(pixels, folder / f"snli_ve/flickr30k_images/{name}.jpg")
+        write(folder / f"snli_ve/flickr30k_images/{name}.jpg", pixels)
         shape = another(rng, SHAPES, seen) if label == "neutral" else seen
         colour = another(rng, COLOURS, shade) if label == "contradiction" else shade
         text = pick(rng, f"The {shape} is {colour}./The color of the {shape} is {colour}.")
@@ -1362,7 +1341,7 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
                       "pairID": f"{name}.jpg#0r1{label[0]}",
                       "annotator_labels": [label], "gold_label": label, "sentence2": text,
                       "sentence1": f"A {shade} {seen}."})
-    (folder / SnliVe.files[split][0]).write_text("".join(json.dumps(x) + "\n" for x in lines))
+    write(folder / SnliVe.files[split][0], "".join(json.dumps(x) + "\n" for x in lines))
     return [line["sentence2"] for line in lines]
 
 
@@ -1468,7 +1447,7 @@ def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
             fields |= dict(zip(reader.fields, (*sentences, label)))
             lines.append("\t".join(fields.get(name, str(n)) for name in header.split()))
             texts += sentences
-        (folder / reader.files[split][0]).write_text("\n".join(lines) + "\n")
+        write(folder / reader.files[split][0], "\n".join(lines) + "\n")
     return texts
 
 

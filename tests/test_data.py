@@ -884,15 +884,15 @@ def test_report_names_what_is_missing(tmp_path):
     run = command("--data", tmp_path)
     assert run.returncode == 0 and not run.stderr
     lines = {tuple(line.split()[:2]): line for line in run.stdout.splitlines() if line}
-    assert "missing: coco/annotations/instances_train2017.json" in lines["coco", "train"]
+    assert "coco/annotations/instances_train2017.json: missing" in lines["coco", "train"]
     assert re.search(r" 2 samples +2 pictures", lines["coco", "val"])
-    assert "missing: glue/MNLI/dev_mismatched.tsv" in lines["mnli", "val"]
+    assert "glue/MNLI/dev_mismatched.tsv: missing" in lines["mnli", "val"]
     assert "found   bert/vocab.txt" in run.stdout and "missing detr/detr-r50" in run.stdout
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--data", "nowhere"], "error: nowhere: no such folder; name the data sets' folder"),
-    (["--data", ".", "--prepare", "vg"], "error: vg/image_data.json: missing; --prepare vg reads"),
+    (["--data", ".", "--prepare", "vg"], "error: vg/objects_vocab.txt: No such file"),
     (["--dat", "."], "unrecognized arguments: --dat ."), (["--prepare", "coco"], "invalid choice")])
 def test_command_line_errors(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
