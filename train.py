@@ -20,11 +20,10 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import Field, asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -88,12 +87,11 @@ TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablati
 # "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
-SEPARATE = dict(shared_decoder=False)
 
 EXPERIMENTS = {  # where no iterations are given: 500k
     # Table 1: 150k, 300k, 450k iterations for one, two, three data sets (Section 4.1)
     **{f"T1.1-{t}": dict(tasks=(t,), iterations=150_000) for t in DETECTION_VQA},
-    "T1.2": dict(tasks=DETECTION_VQA, iterations=450_000, **SEPARATE),
+    "T1.2": dict(tasks=DETECTION_VQA, iterations=450_000, shared_decoder=False),
     "T1.3": dict(tasks=DETECTION_VQA, iterations=450_000),
     "T1.4": dict(tasks=DETECTION_VQA, iterations=450_000, **COCO_INIT),
     # Table 2: shared decoders, COCO init.
@@ -104,9 +102,9 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     # Table 3: 500k (its line 1 repeats Table 1's runs for COCO, VG and VQAv2)
     **{f"T3.1-{t}": dict(tasks=(t,), iterations=150_000) for t in DETECTION_VQA},
     **{f"T3.1-{t}": dict(tasks=(t,)) for t in EIGHT[3:]},
-    "T3.2": dict(tasks=EIGHT, **SEPARATE),
+    "T3.2": dict(tasks=EIGHT, shared_decoder=False),
     "T3.3": dict(tasks=EIGHT),
-    "T3.4": dict(tasks=EIGHT, **SEPARATE, **COCO_INIT_4_2),
+    "T3.4": dict(tasks=EIGHT, shared_decoder=False, **COCO_INIT_4_2),
     "T3.5": dict(tasks=EIGHT, **COCO_INIT_4_2),
     # Appendix B: eight models fine-tuned against one. How long is not said: 150k is ours.
     **{f"T3.6-{t}": dict(tasks=(t,), iterations=150_000, init="T3.5") for t in EIGHT},
@@ -206,7 +204,7 @@ def lr_factor(iteration: int, train: TrainConfig) -> float:
     """Warm-up cosine (Section 3.5): up in `warmup` iterations, then down towards zero."""
     if iteration < train.warmup:
         return (iteration + 1) / train.warmup
-    done = (iteration - train.warmup) / max(1, train.iterations - train.warmup)
+    done = (iteration - train.warmup) / (train.iterations - train.warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -247,8 +245,7 @@ def load_newest(out: Path) -> dict:
             return state
         except InputError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
-    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt there; "
-                     f"start without --resume")
+    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt; drop --resume")
 
 
 def part_of(name: str) -> str:
@@ -271,12 +268,9 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
         raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
     unit.fill({name: ours[name] for name in sources}, theirs, path,
               "give the sizes of its training", lambda name: (sources[name], None), unused=".")
-
-    def count(names):
-        found = Counter(map(part_of, sorted(names)))
-        return ", ".join(f"{part} {n}" for part, n in found.items()) or "nothing"
-    return (f"init {path}: tensors taken: {count(sources)}; new: {count(ours.keys() - sources)}; "
-            f"dropped: {count(theirs.keys() - sources.values())}")
+    parts = sorted(set(map(part_of, sources)))
+    return (f"init {path}: tensors taken: {len(sources)} of {', '.join(parts)}; "
+            f"new: {len(ours) - len(sources)}; dropped: {len(theirs.keys() - sources.values())}")
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -287,65 +281,61 @@ class Log:
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
         self.path, self.train, self.main = out / "log.jsonl", train, main
-        self.last = start, time.time()
-        self.pending = []  # (iteration, task, ids, learning rate, loss terms, gradient's norm)
+        self.done, self.since = start, time.perf_counter()
+        self.pending = []  # (task, ids, learning rate, loss terms, gradient's norm)
         if main:
             before = evaluation.read_log(self.path)
             with evaluation.whole_file(self.path) as file:  # killed here, the log stays as it was
                 file.writelines(json.dumps(x) + "\n" for x in before if x["iteration"] <= start)
 
-    def write(self, records: list[dict]) -> None:
-        """Hands all lines to the system in one call (the usual buffer cuts them at 8 KB): a kill
-        leaves no half of one."""
+    def write(self, records: list[dict], line: str) -> None:
+        """Records, and a line for the screen. All go to the system in one call (the usual buffer
+        cuts at 8 KB): a kill leaves no half of one."""
         if self.main:
             try:
                 with open(self.path, "ab", buffering=2**20) as file:
                     file.write("".join(json.dumps(r) + "\n" for r in records).encode())
             except OSError as error:
-                raise InputError(f"{self.path}: cannot be written ({error.strerror}); make "
-                                 f"room, go on with --resume") from None
+                raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, "
+                                 "go on with --resume") from None
+        print(f"{self.done:>7}/{self.train.iterations}  {line}", flush=True)
+        self.since = time.perf_counter()
 
     def flush(self) -> None:
         """Writes what is pending. A loss that is not finite ends the run; in fp16, whose scaler
         skips such steps, only if all were skipped."""
         if not self.pending:
             return
-        (before, then), self.last = self.last, (self.pending[-1][0], time.time())
-        speed = self.train.batch_size * (self.last[0] - before) / max(self.last[1] - then, 1e-9)
-        eta = round(self.train.batch_size * (self.train.iterations - self.last[0]) / speed)
         # Each process has its share of a term; the norm is everyone's.
         shares = [x.double() for *_, terms, _ in self.pending for x in terms.values()]
-        values = iter(sum_over_processes(*torch.stack(shares).tolist()))
-        records, losses, faults = [], defaultdict(list), []
-        for iteration, task, ids, lr, terms, norm in self.pending:
-            terms = {name: next(values) for name in terms}
-            faults += [f"iteration {iteration}, task {task}, term {name}, samples {ids}"
-                       for name, value in terms.items() if not math.isfinite(value)]
+        shares = iter(sum_over_processes(*torch.stack(shares).tolist()))
+        seconds = (time.perf_counter() - self.since) / len(self.pending)  # that an iteration took
+        pace = {"samples_per_second": round(self.train.batch_size / seconds, 2),
+                "eta": round((self.train.iterations - self.done - len(self.pending)) * seconds)}
+        records, losses, faults, skipped = [], defaultdict(list), [], 0
+        for task, ids, lr, terms, norm in self.pending:
+            self.done += 1
+            terms = {name: next(shares) for name in terms}
+            # JSON has no NaN: null.
+            numbers = {"loss": sum(terms.values()), **terms, "lr": lr, "grad_norm": norm.item()}
+            numbers = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
+            records.append({"iteration": self.done, "task": task, **numbers, **pace})
             losses[task].append(sum(terms.values()))
-            numbers = {"loss": losses[task][-1], **terms, "lr": lr, "grad_norm": norm.item(),
-                       "samples_per_second": round(speed, 2), "eta": eta}
-            records.append({"iteration": iteration, "task": task} | {
-                k: v if math.isfinite(v) else None for k, v in numbers.items()})  # JSON has no NaN
+            faults += [f"iteration {self.done}, task {task}, term {name}, samples {ids}"
+                       for name, value in terms.items() if not math.isfinite(value)]
+            skipped += not norm.isfinite()  # by fp16's loss scaling
         self.pending = []
-        self.write(records)
-        skipped = sum(r["grad_norm"] is None for r in records)  # by fp16's loss scaling
+        means = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
+        self.write(records, f"{means}  lr {lr:.2e}  {pace['samples_per_second']:.1f} samples/s  "
+                   f"ETA {timedelta(seconds=pace['eta'])}" + f"  skipped {skipped}" * (skipped > 0))
         if faults and (self.train.precision != "fp16" or skipped == len(records)):
-            raise InputError(f"the loss is not finite: {faults[0]}; a lower --lr, or --precision "
-                             "fp32, may help; nothing of it was saved: the last checkpoint is "
-                             "from before")
-        self.show("  ".join(f"{task} {fmean(x):.3f}" for task, x in losses.items())
-                  + f"  lr {lr:.2e}  {speed:.1f} samples/s  ETA {timedelta(seconds=eta)}"
-                  + f"  skipped {skipped}" * bool(skipped))
+            raise InputError(f"the loss is not finite: {faults[0]}; nothing of it was saved; "
+                             "a lower --lr, or --precision fp32, may help")
 
     def add_results(self, results: dict) -> None:
         """An evaluation: its record, and a line with the first metric of each task."""
-        self.write([{"iteration": self.last[0], "results": results}])
-        self.show("held out:  " + "  ".join(f"{task} {[*metrics.values()][0]:.1f}"
-                                            for task, metrics in results.items()))
-        self.last = self.last[0], time.time()  # samples per second: of training alone
-
-    def show(self, text: str) -> None:
-        print(f"{self.last[0]:>7}/{self.train.iterations}  {text}", flush=True)
+        first = "  ".join(f"{task} {[*x.values()][0]:.1f}" for task, x in results.items())
+        self.write([{"iteration": self.done, "results": results}], f"held out:  {first}")
 
 
 # ---- The loop (Section 3.5) ----------------------------------------------------------------------
@@ -393,10 +383,10 @@ def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
     return step, optimizer, scaler
 
 
-def training_loop(model, datasets, held_out, names, train: TrainConfig, out, processes, state):
+def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state,
+                  rank: int, world_size: int, device):
     """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
     and vocabulary, go into each checkpoint."""
-    rank, world_size, device = processes
     start = state["iteration"] if state else 0
     step, optimizer, scaler = set_up(model, train, state, device)
     chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
@@ -437,10 +427,11 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, pro
                 param_group["lr"] = param_group["base_lr"] * factor
             terms, norm = update(step, optimizer, scaler, batches, train, boxes, world_size, device)
             ids = [x for b in batches for x in b.ids]
-            log.pending.append((done, batches[0].task, ids, train.lr * factor, terms, norm))
+            log.pending.append((batches[0].task, ids, train.lr * factor, terms, norm))
             if done % train.log_every == 0:
                 log.flush()
-            last, scoring = done == train.iterations, done % (train.eval_every or math.inf) == 0
+            last = done == train.iterations
+            scoring = train.eval_every and done % train.eval_every == 0
             if last or scoring or done % train.save_every == 0:
                 keep(done)  # before the evaluation: a job's time may end in one
             if scoring and not last:
@@ -485,9 +476,8 @@ def flag_type(field: Field):
 
 def written(value) -> str:
     """A setting as typed on the command line."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.lower() if isinstance(value, bool) else text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -503,8 +493,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--out", metavar="DIR", help="where everything goes [runs/EXPERIMENT, or runs/tiny]")
     flag("--resume", action="store_true", help="go on with what is in --out")
     flag("--overwrite", action="store_true", help="replace what is in --out")
-    flag("--as_released", action="store_true",
-         help="the authors' released system where it differs from the paper")
+    flag("--as_released", action="store_true", help="where the released system differs, as it does")
     for field in (*fields(TrainConfig), *fields(Config)):
         if field.name in GROUPS:
             flag = parser.add_argument_group(GROUPS[field.name]).add_argument
@@ -527,9 +516,8 @@ def scaled_to_tiny(overrides: dict) -> dict:
     paper = asdict(Config()) | asdict(TrainConfig()) | {"num_queries": 25}
     for name in set(SCALED) & set(result):
         value = SCALED[name] * result[name] / paper[name]
-        # A width must be divisible by its number of heads.
-        heads = TINY[name.replace("width", "heads")] if "width" in name else 1
-        result[name] = value if name == "lr" else max(1, round(value / heads)) * heads
+        step = 4 if "width" in name else 1  # tiny's 4 heads must divide it
+        result[name] = value if name == "lr" else max(1, round(value / step)) * step
     return result
 
 
@@ -543,15 +531,13 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     if args.tiny:
         values = TINY | scaled_to_tiny(values)
     if args.as_released:
-        states = unit.AS_RELEASED["all_text_states"] + values.get("all_text_states", ())
-        values |= unit.AS_RELEASED | {"init_parts": (),
-                                      "all_text_states": tuple(dict.fromkeys(states))}
-    chosen = values | vars(args)
-    if chosen["tasks"] != EIGHT:  # tiny's own chances are for all eight
-        values["probabilities"] = ()
-    if chosen.get("init") or "coco" not in chosen["tasks"]:
-        values["coco_first"] = 0.0
+        states = {*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ())}
+        values |= unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(sorted(states)))
     values |= vars(args)
+    if values["tasks"] != EIGHT and "probabilities" not in args:  # tiny's own are for all eight
+        values["probabilities"] = ()
+    if "coco_first" not in args and (values.get("init") or "coco" not in values["tasks"]):
+        values["coco_first"] = 0.0
     if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
         values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
     return *configs(values), out
@@ -563,13 +549,11 @@ def check(train: TrainConfig, world_size: int) -> None:
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and (len(train.probabilities) != len(train.tasks)
                                 or not sum(train.probabilities)):
-        raise InputError(f"--probabilities: give one for each of {len(train.tasks)} --tasks, in "
-                         "their order, and not all 0")
+        raise InputError("--probabilities: give one for each of --tasks, in order, and not all 0")
     if train.coco_first and "coco" not in train.tasks:
         raise InputError(f"--coco_first {train.coco_first}: coco is not among --tasks")
     if train.batch_size % world_size:
-        raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
-                         f"processes; it counts the samples of all of them")
+        raise InputError(f"--batch_size must be a multiple of {world_size} (processes)")
     if train.init and not Path(train.init).exists():
         folder = Path(train.init).parent
         name = folder.name.removeprefix("tiny-")
@@ -584,13 +568,11 @@ def resume(out: Path, args: argparse.Namespace) -> tuple[Config, TrainConfig, di
     state, given = load_newest(out), vars(args)
     saved = state["config"] | state["train"]
     if lost := (asdict(Config()) | asdict(TrainConfig())).keys() - saved.keys():
-        raise InputError(f"{out}: its checkpoint does not know the setting {min(lost)!r}; go on "
-                         "with the code that it was trained with")
+        raise InputError(f"{out}: has no setting {min(lost)!r}; use the code of its training")
     for name in given.keys() & saved.keys() - FREE_ON_RESUME:
         if given[name] != saved[name]:
             raise InputError(f"--{name} {written(given[name])}: the run in {out} has "
-                             f"{written(saved[name])}; leave the flag out, or start another run "
-                             "with another --out")
+                             f"{written(saved[name])}; leave it out, or choose another --out")
     return *configs(saved | given), state
 
 
@@ -603,8 +585,7 @@ def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
     found = [out / name for name in RESULT_FILES if (out / name).exists()]
     scratch = args.tiny and not args.out and not args.experiment
     if found and not (scratch or args.overwrite or args.resume):
-        raise InputError(f"{out}: there is a run already ({found[0].name}); go on with --resume, "
-                         f"replace it with --overwrite, or choose another --out")
+        raise InputError(f"{out}: has {found[0].name}; give --resume, --overwrite or another --out")
     return found
 
 
@@ -613,8 +594,7 @@ def write_tiny_data(folder: Path) -> None:
     if (folder / "coco").exists():
         return
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: has something else than the tiny data sets; give --tiny "
-                         f"another --data")
+        raise InputError(f"{folder}: has something else than tiny data; give another --data")
     new = f"{folder.absolute()}.{os.getpid()}"
     try:
         data.write_tiny(new)
@@ -674,12 +654,10 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         return list_experiments()
     config, train, out = settings(args)
-    rank, world_size, device = processes = evaluation.start_processes()
+    rank, world_size, device = evaluation.start_processes()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    state = None
-    if args.resume:
-        config, train, state = resume(out, args)
+    config, train, state = resume(out, args) if args.resume else (config, train, None)
     check(train, world_size)
     if tiny := evaluation.is_tiny(config):
         torch.set_num_threads(1)  # a second one costs such small matrices more than it brings
@@ -699,7 +677,8 @@ def run(args: argparse.Namespace) -> None:
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.1f}M parameters; {train.iterations} iterations of {train.batch_size} "
           f"samples on {world_size} x {device.type}; results go to {out}")
-    results = training_loop(model, datasets, held_out, names, train, out, processes, state)
+    results = training_loop(model, datasets, held_out, names, train, out, state, rank, world_size,
+                            device)
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
         # The paper's numbers only beside the paper's data sets.
