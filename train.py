@@ -261,7 +261,7 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
         source = name
         if name not in theirs and not as_released:
             # Section 4.2 with separate decoders: each starts from the single-task run's one.
-            source = re.sub(r"^decoders\.\w+", "decoders.shared", name)
+            source = re.sub(r"^decoders\.[^.]+", "decoders.shared", name)
         if source in theirs and (not parts or part_of(name) in parts):
             sources[name] = source
     if not sources:
