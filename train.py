@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import gc
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from dataclasses import Field, asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import torch.distributed as dist
@@ -36,43 +35,43 @@ import unit
 from unit import Batch, Config, InputError, UniT, option
 
 
+# The parts of a model, as the names of its parameters begin.
+PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")
+EIGHT = ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2")  # Section 4.2
+DETECTION_VQA = ("coco", "vg", "vqa2")                                    # Section 4.1
+ABLATION = ("coco", "snli_ve", "mnli")                                    # Tables 4 and C.1
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run. Defaults: Table 3 line 3 as the paper trained it."""
+    """Every setting of a run, in --help's order. Defaults: the paper's for Table 3 line 3."""
 
-    tasks: tuple[str, ...] = option(
-        ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2"), "data sets (Section 4.2)")
-    probabilities: tuple[float, ...] = option((), "chance of each of --tasks; none: Table A.2's")
+    data: str = option("data", "folder of the data sets, as README lays it out")
+    tasks: tuple[str, ...] = option(EIGHT, "data sets (Section 4.2)")
     iterations: int = option(500_000, "iterations (Section 4.2)")
     batch_size: int = option(64, "samples per iteration, over all processes (Table A.1)")
     micro_batch: int = option(0, "samples a process holds at a time; 0: one image, or all texts")
+    seed: int = option(0, "seed of weights, sampling, augmentation and dropout")
+    precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16")
+    num_workers: int = option(4, "data workers per process")
+    log_every: int = option(50, "iterations per line on the screen")
+    save_every: int = option(10_000, "iterations between checkpoints (released config)")
+    eval_every: int = option(10_000, "evaluate every so many (released config); 0: only at the end")
+    eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
+    init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
+    init_parts: tuple[str, ...] = option((), f"of it: {', '.join(PARTS)}; none given: all")
+    freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)")
+    imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
+    probabilities: tuple[float, ...] = option((), "chance of each of --tasks; none: Table A.2's")
+    coco_first: float = option(0.0, "share of the run, at its start, on COCO alone (ours)")
     lr: float = option(5e-5, "learning rate (Table A.1)")
     lr_backbone: float = option(1e-5, "learning rate of the backbone (DETR; released config)")
     warmup: int = option(2000, "warm-up iterations (Table A.1)")
     weight_decay: float = option(1e-4, "AdamW's weight decay (released config)")
     clip: float = option(0.1, "largest norm of the gradient (released config)")
-    update_unused: bool = option(
-        False, "also update parameters the task did not reach (footnote 2: it often diverges)")
-    coco_first: float = option(
-        0.0, "share of the run, at its start, on COCO alone: COCO init. in one run (ours)")
-    init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
-    init_parts: tuple[str, ...] = option(
-        (), "of it: image_encoder, text_encoder, decoder, queries, heads; none given: all")
-    freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)")
-    imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
-    precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16")
-    seed: int = option(0, "seed of weights, sampling, augmentation and dropout")
-    data: str = option("data", "folder of the data sets, as README lays it out")
-    num_workers: int = option(4, "data workers per process")
-    log_every: int = option(50, "iterations per line on the screen")
-    save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(
-        10_000, "iterations between evaluations (released config); 0: only at the end")
-    eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
+    update_unused: bool = option(False, "update what the task did not reach, too (footnote 2)")
 
 
-# The parts of a model, as the names of its parameters begin.
-PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")
 # What may differ when a run goes on. Of these only micro_batch touches the weights that come out:
 # by padding, and by the order of dropout's draws.
 FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every", "eval_samples",
@@ -80,9 +79,6 @@ FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every"
 
 # ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
 
-DETECTION_VQA = ("coco", "vg", "vqa2")          # Section 4.1, Table A.2 line 1: equal chances
-EIGHT = TrainConfig.tasks                       # Section 4.2
-ABLATION = ("coco", "snli_ve", "mnli")          # Tables 4 and C.1
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
     EIGHT: dict(coco=0.20, vg=0.07, vqa2=0.26, snli_ve=0.12,
                 qnli=0.10, mnli=0.10, qqp=0.10, sst2=0.05),
@@ -91,59 +87,54 @@ TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablati
 # "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
-SEPARATE = dict(shared_decoder=False)
 
-
-def experiment(tasks: tuple[str, ...], iterations: int, **overrides) -> dict:
-    return dict(tasks=tasks, iterations=iterations, **overrides)
-
-
-EXPERIMENTS = {
+EXPERIMENTS = {  # where no iterations are given: 500k
     # Table 1: 150k, 300k, 450k iterations for one, two, three data sets (Section 4.1)
-    **{f"T1.1-{t}": experiment((t,), 150_000) for t in DETECTION_VQA},
-    "T1.2": experiment(DETECTION_VQA, 450_000, **SEPARATE),
-    "T1.3": experiment(DETECTION_VQA, 450_000),
-    "T1.4": experiment(DETECTION_VQA, 450_000, **COCO_INIT),
+    **{f"T1.1-{t}": dict(tasks=(t,), iterations=150_000) for t in DETECTION_VQA},
+    "T1.2": dict(tasks=DETECTION_VQA, iterations=450_000, shared_decoder=False),
+    "T1.3": dict(tasks=DETECTION_VQA, iterations=450_000),
+    "T1.4": dict(tasks=DETECTION_VQA, iterations=450_000, **COCO_INIT),
     # Table 2: shared decoders, COCO init.
-    **{f"T2.1-{t}": experiment((t,), 150_000) for t in DETECTION_VQA},
-    "T2.2": experiment(("coco", "vqa2"), 300_000, **COCO_INIT),
-    "T2.3": experiment(("vg", "vqa2"), 300_000, **COCO_INIT),
-    "T2.4": experiment(DETECTION_VQA, 450_000, **COCO_INIT),
+    **{f"T2.1-{t}": dict(tasks=(t,), iterations=150_000) for t in DETECTION_VQA},
+    "T2.2": dict(tasks=("coco", "vqa2"), iterations=300_000, **COCO_INIT),
+    "T2.3": dict(tasks=("vg", "vqa2"), iterations=300_000, **COCO_INIT),
+    "T2.4": dict(tasks=DETECTION_VQA, iterations=450_000, **COCO_INIT),
     # Table 3: 500k (its line 1 repeats Table 1's runs for COCO, VG and VQAv2)
-    **{f"T3.1-{t}": experiment((t,), 150_000 if t in DETECTION_VQA else 500_000) for t in EIGHT},
-    "T3.2": experiment(EIGHT, 500_000, **SEPARATE),
-    "T3.3": experiment(EIGHT, 500_000),
-    "T3.4": experiment(EIGHT, 500_000, **SEPARATE, **COCO_INIT_4_2),
-    "T3.5": experiment(EIGHT, 500_000, **COCO_INIT_4_2),
+    **{f"T3.1-{t}": dict(tasks=(t,), iterations=150_000) for t in DETECTION_VQA},
+    **{f"T3.1-{t}": dict(tasks=(t,)) for t in EIGHT[3:]},
+    "T3.2": dict(tasks=EIGHT, shared_decoder=False),
+    "T3.3": dict(tasks=EIGHT),
+    "T3.4": dict(tasks=EIGHT, shared_decoder=False, **COCO_INIT_4_2),
+    "T3.5": dict(tasks=EIGHT, **COCO_INIT_4_2),
     # Appendix B: eight models fine-tuned against one. How long is not said: 150k is ours.
-    **{f"T3.6-{t}": experiment((t,), 150_000, init="T3.5") for t in EIGHT},
+    **{f"T3.6-{t}": dict(tasks=(t,), iterations=150_000, init="T3.5") for t in EIGHT},
     # Table 4: ablations
-    "T4.1": experiment(ABLATION, 500_000),
-    "T4.2": experiment(ABLATION, 500_000, decoder_layers=8),
-    "T4.3": experiment(ABLATION, 500_000, decoder_layers=12),
-    "T4.4": experiment(ABLATION, 500_000, decoder_width=256),
-    "T4.5": experiment(ABLATION, 500_000, all_text_states=("snli_ve", "mnli")),
-    "T4.6": experiment(ABLATION, 500_000, loss_on_all_layers=True),
-    "T4.7": experiment(ABLATION, 500_000, task_embedding=False),
-    "T4.8": experiment(ABLATION, 500_000, batch_size=32),
+    "T4.1": dict(tasks=ABLATION),
+    "T4.2": dict(tasks=ABLATION, decoder_layers=8),
+    "T4.3": dict(tasks=ABLATION, decoder_layers=12),
+    "T4.4": dict(tasks=ABLATION, decoder_width=256),
+    "T4.5": dict(tasks=ABLATION, all_text_states=("snli_ve", "mnli")),
+    "T4.6": dict(tasks=ABLATION, loss_on_all_layers=True),
+    "T4.7": dict(tasks=ABLATION, task_embedding=False),
+    "T4.8": dict(tasks=ABLATION, batch_size=32),
     # Table C.1 (Appendix C): more ablations. Line 8: footnote 3's twice as many iterations.
-    "TC.1.1": experiment(ABLATION, 500_000),
-    "TC.1.2": experiment(ABLATION, 500_000, encoder_width=768),
-    "TC.1.3": experiment(ABLATION, 500_000, imagenet_backbone=True),
-    "TC.1.4": experiment(ABLATION, 500_000, num_queries=1),
-    "TC.1.5": experiment(ABLATION, 500_000, num_queries=100),
-    "TC.1.6": experiment(ABLATION, 500_000, lr=1e-4),
-    "TC.1.7": experiment(ABLATION, 500_000, lr=1e-5),
-    "TC.1.8": experiment(ABLATION, 1_000_000),
-    "TC.1.9": experiment(ABLATION, 500_000, **COCO_INIT),
-    "TC.1.10": experiment(ABLATION, 500_000, **COCO_INIT, freeze=("image_encoder", "text_encoder")),
-    "TC.1.11": experiment(ABLATION, 500_000, init="T1.1-coco", init_parts=("image_encoder",),
+    "TC.1.1": dict(tasks=ABLATION),
+    "TC.1.2": dict(tasks=ABLATION, encoder_width=768),
+    "TC.1.3": dict(tasks=ABLATION, imagenet_backbone=True),
+    "TC.1.4": dict(tasks=ABLATION, num_queries=1),
+    "TC.1.5": dict(tasks=ABLATION, num_queries=100),
+    "TC.1.6": dict(tasks=ABLATION, lr=1e-4),
+    "TC.1.7": dict(tasks=ABLATION, lr=1e-5),
+    "TC.1.8": dict(tasks=ABLATION, iterations=1_000_000),
+    "TC.1.9": dict(tasks=ABLATION, **COCO_INIT),
+    "TC.1.10": dict(tasks=ABLATION, **COCO_INIT, freeze=("image_encoder", "text_encoder")),
+    "TC.1.11": dict(tasks=ABLATION, init="T1.1-coco", init_parts=("image_encoder",),
                           freeze=("image_encoder", "text_encoder")),
-    "TC.1.12": experiment(ABLATION, 500_000, **COCO_INIT, freeze=("image_encoder",)),
+    "TC.1.12": dict(tasks=ABLATION, **COCO_INIT, freeze=("image_encoder",)),
     # Section 4.2, "could lead to divergence in detection training", and Appendix A's two strategies
-    "S4.2-1536": experiment(ABLATION, 500_000, decoder_width=1536),
-    "A-skip": experiment(DETECTION_VQA, 450_000),
-    "A-update": experiment(DETECTION_VQA, 450_000, update_unused=True),
+    "S4.2-1536": dict(tasks=ABLATION, decoder_width=1536),
+    "A-skip": dict(tasks=DETECTION_VQA, iterations=450_000),
+    "A-update": dict(tasks=DETECTION_VQA, iterations=450_000, update_unused=True),
 }
 
 # --tiny: the same architecture and losses in other sizes, for 32-pixel pictures (ours; see README).
@@ -179,18 +170,17 @@ def sum_over_processes(*numbers: float) -> list[float]:
     return total.tolist()
 
 
-class Stop:
-    """Remembers SIGTERM (a cluster's preemption) and Ctrl-C until the iteration in hand is done."""
+def note_signals() -> list[int]:
+    """A list that SIGTERM (a cluster's preemption) and Ctrl-C go into: the iteration in hand is
+    finished first."""
+    noted = []
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, number, frame):
-        if self.signal == number == signal.SIGINT:  # a second Ctrl-C: at once
-            raise KeyboardInterrupt
-        self.signal = number
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return noted
 
 
 # ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
@@ -214,7 +204,7 @@ def lr_factor(iteration: int, train: TrainConfig) -> float:
     """Warm-up cosine (Section 3.5): up in `warmup` iterations, then down towards zero."""
     if iteration < train.warmup:
         return (iteration + 1) / train.warmup
-    done = (iteration - train.warmup) / max(1, train.iterations - train.warmup)
+    done = (iteration - train.warmup) / (train.iterations - train.warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -231,17 +221,16 @@ class Step(nn.Module):
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
-def save(out: Path, model, optimizer, scaler, iteration, train, labels, vocab) -> None:
+def save(out: Path, model, optimizer, scaler, iteration, train, names) -> None:
     """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`.
     Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "iteration": iteration,
              "config": asdict(model.config), "train": asdict(train),
              "tasks": [{k: v for k, v in vars(t).items() if k != "dataset"}
-                       for t in model.tasks.values()],
-             "labels": labels, "vocab": vocab}
+                       for t in model.tasks.values()]}
     with evaluation.whole_file(out / "last.pt", "wb") as file:
-        torch.save(state, file)
+        torch.save(state | names, file)
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "previous.pt")
 
@@ -256,8 +245,7 @@ def load_newest(out: Path) -> dict:
             return state
         except InputError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
-    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt there; "
-                     f"start without --resume")
+    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt; drop --resume")
 
 
 def part_of(name: str) -> str:
@@ -268,94 +256,86 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
     """Takes `parts` of another run's weights, whatever fits by name -> what was taken, is new, was
     dropped, in words. What the paper's COCO init. takes: see EXPERIMENTS."""
     theirs, ours = evaluation.read_checkpoint(path)["model"], model.state_dict()
-    sources = {name: name for name in ours}  # {name here: name there}
-    for name in ours.keys() - theirs.keys():
-        if name.startswith("decoders.") and not as_released:
+    sources = {}  # {name here: name there}
+    for name in ours:
+        source = name
+        if name not in theirs and not as_released:
             # Section 4.2 with separate decoders: each starts from the single-task run's one.
-            sources[name] = "decoders.shared." + name.split(".", 2)[2]
-    sources = {name: source for name, source in sources.items()
-               if source in theirs and (not parts or part_of(name) in parts)}
+            source = re.sub(r"^decoders\.[^.]+", "decoders.shared", name)
+        if source in theirs and (not parts or part_of(name) in parts):
+            sources[name] = source
     if not sources:
         raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
     unit.fill({name: ours[name] for name in sources}, theirs, path,
               "give the sizes of its training", lambda name: (sources[name], None), unused=".")
-
-    def count(names):
-        found = Counter(map(part_of, sorted(names)))
-        return ", ".join(f"{part} {n}" for part, n in found.items()) or "nothing"
-    return (f"init {path}: tensors taken: {count(sources)}; new: {count(ours.keys() - sources)}; "
-            f"dropped: {count(theirs.keys() - sources.values())}")
+    parts = sorted(set(map(part_of, sources)))
+    return (f"init {path}: tensors taken: {len(sources)} of {', '.join(parts)}; "
+            f"new: {len(ours) - len(sources)}; dropped: {len(theirs.keys() - sources.values())}")
 
 
-# ---- The log: one line per iteration in log.jsonl, one every `log_every` on the screen ----------
+# ---- The log -------------------------------------------------------------------------------------
 
 class Log:
-    """Keeps an iteration's numbers on the device until `flush`: most iterations need not wait."""
+    """A line per iteration in log.jsonl, one every `log_every` on the screen. Numbers stay on the
+    device until `flush`: most iterations need not wait for them."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
-        self.train, self.last, self.pending = train, (start, time.time()), []
-        self.path, self.main = out / "log.jsonl", main
+        self.path, self.train, self.main = out / "log.jsonl", train, main
+        self.done, self.since = start, time.perf_counter()
+        self.pending = []  # (task, ids, learning rate, loss terms, gradient's norm)
         if main:
             before = evaluation.read_log(self.path)
             with evaluation.whole_file(self.path) as file:  # killed here, the log stays as it was
                 file.writelines(json.dumps(x) + "\n" for x in before if x["iteration"] <= start)
 
-    def write(self, records: list[dict]) -> None:
-        """One JSON object per line, handed to the system in one call (the usual buffer cuts it at
-        8 KB): a kill leaves no half of one."""
+    def write(self, records: list[dict], line: str) -> None:
+        """Records, and a line for the screen. All go to the system in one call (the usual buffer
+        cuts at 8 KB): a kill leaves no half of one."""
         if self.main:
             try:
                 with open(self.path, "ab", buffering=2**20) as file:
                     file.write("".join(json.dumps(r) + "\n" for r in records).encode())
             except OSError as error:
-                raise InputError(f"{self.path}: cannot be written ({error.strerror}); make "
-                                 f"room, go on with --resume") from None
+                raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, "
+                                 "go on with --resume") from None
+        print(f"{self.done:>7}/{self.train.iterations}  {line}", flush=True)
+        self.since = time.perf_counter()
 
     def flush(self) -> None:
-        """Writes what is pending. Raises NotFinite if a loss is not finite; in fp16, whose scaler
+        """Writes what is pending. A loss that is not finite ends the run; in fp16, whose scaler
         skips such steps, only if all were skipped."""
         if not self.pending:
             return
-        shares = torch.stack([x.double() for row in self.pending for x in row[3].values()]).cpu()
-        norms = torch.stack([norm for *_, norm in self.pending]).tolist()
-        if dist.is_initialized():  # each process has its share of a term; the norm is everyone's
-            dist.all_reduce(shares)
-        (before, then), now, done = self.last, time.time(), self.pending[-1][0]
-        speed = (done - before) * self.train.batch_size / max(now - then, 1e-9)
-        eta = round((self.train.iterations - done) * self.train.batch_size / speed)
-        values, records, losses, faults = iter(shares.tolist()), [], defaultdict(list), []
-        for (iteration, task, lr, terms, _), norm in zip(self.pending, norms):
-            terms = {name: next(values) for name in terms}
-            loss = sum(terms.values())
-            losses[task].append(loss)
-            faults += [(iteration, task, k) for k, v in terms.items() if not math.isfinite(v)]
-            numbers = {"loss": loss, **terms, "lr": lr, "grad_norm": norm,
-                       "samples_per_second": round(speed, 2), "eta": eta}
-            records.append({"iteration": iteration, "task": task} | {
-                k: v if math.isfinite(v) else None for k, v in numbers.items()})  # JSON has no NaN
-        self.pending, self.last = [], (done, now)
-        self.write(records)
-        skipped = sum(r["grad_norm"] is None for r in records)  # by fp16's loss scaling
+        # Each process has its share of a term; the norm is everyone's.
+        shares = [x.double() for *_, terms, _ in self.pending for x in terms.values()]
+        shares = iter(sum_over_processes(*torch.stack(shares).tolist()))
+        seconds = (time.perf_counter() - self.since) / len(self.pending)  # that an iteration took
+        pace = {"samples_per_second": round(self.train.batch_size / seconds, 2),
+                "eta": round((self.train.iterations - self.done - len(self.pending)) * seconds)}
+        records, losses, faults, skipped = [], defaultdict(list), [], 0
+        for task, ids, lr, terms, norm in self.pending:
+            self.done += 1
+            terms = {name: next(shares) for name in terms}
+            # JSON has no NaN: null.
+            numbers = {"loss": sum(terms.values()), **terms, "lr": lr, "grad_norm": norm.item()}
+            numbers = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
+            records.append({"iteration": self.done, "task": task, **numbers, **pace})
+            losses[task].append(sum(terms.values()))
+            faults += [f"iteration {self.done}, task {task}, term {name}, samples {ids}"
+                       for name, value in terms.items() if not math.isfinite(value)]
+            skipped += not norm.isfinite()  # by fp16's loss scaling
+        self.pending = []
+        means = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
+        self.write(records, f"{means}  lr {lr:.2e}  {pace['samples_per_second']:.1f} samples/s  "
+                   f"ETA {timedelta(seconds=pace['eta'])}" + f"  skipped {skipped}" * (skipped > 0))
         if faults and (self.train.precision != "fp16" or skipped == len(records)):
-            raise NotFinite(*faults[0])
-        if self.main:
-            by_task = "  ".join(f"{task} {fmean(x):.3f}" for task, x in losses.items())
-            print(f"{done:>7}/{self.train.iterations}  {by_task}  lr {records[-1]['lr']:.2e}  "
-                  f"{speed:.1f} samples/s  ETA {timedelta(seconds=eta)}"
-                  + f"  skipped {skipped}" * bool(skipped), flush=True)
+            raise InputError(f"the loss is not finite: {faults[0]}; nothing of it was saved; "
+                             "a lower --lr, or --precision fp32, may help")
 
-    def add_results(self, iteration: int, results: dict) -> None:
+    def add_results(self, results: dict) -> None:
         """An evaluation: its record, and a line with the first metric of each task."""
-        self.write([{"iteration": iteration, "results": results}])
-        if self.main:
-            first = "  ".join(f"{task} {[*metrics.values()][0]:.1f}"
-                              for task, metrics in results.items())
-            print(f"{iteration:>7}/{self.train.iterations}  held out:  {first}", flush=True)
-        self.last = iteration, time.time()  # samples per second: of training alone
-
-
-class NotFinite(Exception):
-    """A loss term that is not finite: iteration, task, term."""
+        first = "  ".join(f"{task} {[*x.values()][0]:.1f}" for task, x in results.items())
+        self.write([{"iteration": self.done, "results": results}], f"held out:  {first}")
 
 
 # ---- The loop (Section 3.5) ----------------------------------------------------------------------
@@ -387,8 +367,8 @@ def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
     return totals, norm
 
 
-def set_up(model: UniT, datasets: dict, train: TrainConfig, state: dict | None, device):
-    """Optimiser and loss scaler as `state` left them, the step, the schedule."""
+def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
+    """The step, for all processes, and optimiser and loss scaler as `state` left them."""
     optimizer = make_optimizer(model, train)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
     if state:
@@ -400,90 +380,73 @@ def set_up(model: UniT, datasets: dict, train: TrainConfig, state: dict | None, 
         step = nn.parallel.DistributedDataParallel(
             step, find_unused_parameters=True, forward_sync_buffers=False,
             device_ids=[device] if device.type == "cuda" else None)
-    schedule = data.Schedule({t: len(datasets[t]) for t in train.tasks},
-                             dict(zip(train.tasks, train.probabilities or table_a2(train.tasks))),
-                             train.batch_size, train.iterations, train.seed,
-                             round(train.coco_first * train.iterations))
-    return optimizer, scaler, step, schedule
+    return step, optimizer, scaler
 
 
-def training_loop(model, datasets, held_out, train: TrainConfig, out, processes, state, names):
+def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state,
+                  rank: int, world_size: int, device):
     """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
     and vocabulary, go into each checkpoint."""
-    rank, world_size, device = processes
-    start, main = (state["iteration"] if state else 0), rank == 0
-    optimizer, scaler, step, schedule = set_up(model, datasets, train, state, device)
+    start = state["iteration"] if state else 0
+    step, optimizer, scaler = set_up(model, train, state, device)
+    chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
+    schedule = data.Schedule({t: len(datasets[t]) for t in train.tasks}, chances, train.batch_size,
+                             train.iterations, train.seed,
+                             round(train.coco_first * train.iterations))
     loader = data.train_loader(datasets, schedule, start, rank, world_size, train.micro_batch,
                                train.num_workers, train.seed)
-    log, stop, results = Log(out, train, start, main), Stop(), {}
+    log, signals = Log(out, train, start, rank == 0), note_signals()
 
     def keep(iteration):
         log.flush()  # first: a loss that is not finite must not reach a checkpoint
-        if main:
-            save(out, model, optimizer, scaler, iteration, train, *names)
+        if rank == 0:
+            save(out, model, optimizer, scaler, iteration, train, names)
 
-    def score(iteration):
-        log.flush()
+    def score():
         workers = 0 if evaluation.is_tiny(model.config) else train.num_workers
         results = evaluation.evaluate(model, held_out, device, num_workers=workers, out=out,
                                       limit=train.eval_samples, precision=train.precision)
-        log.add_results(iteration, results)
+        log.add_results(results)
         return results
 
     gc.freeze()  # or the first full collection copies 75 MB that the data workers share
     model.train()
-    try:
+    with contextlib.closing(loader):  # its workers would wait half a minute for more
         for i, group in itertools.groupby(loader, key=lambda item: item[0]):
             batches = [batch for _, batch in group]
             own = sum(len(x) for b in batches for x in b.labels or [])
-            boxes, stopping = sum_over_processes(own, stop.signal)
+            boxes, stopping = sum_over_processes(own, len(signals))
             if stopping:  # all processes stop before the same iteration
                 keep(i)
-                if main:
-                    print(f"stopped by a signal after iteration {i}; saved: go on with --resume")
-                sys.exit(128 + stop.signal if stop.signal else 1)
+                print(f"stopped by a signal after iteration {i}; saved: go on with --resume")
+                sys.exit(128 + signals[0] if signals else 1)
             # Dropout follows from this alone: resuming needs no generator's state.
             torch.manual_seed(((train.seed * 1_000_003 + i) * 4099 + rank) % 2**63)
-            factor = lr_factor(i, train)
+            factor, done = lr_factor(i, train), i + 1
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["base_lr"] * factor
             terms, norm = update(step, optimizer, scaler, batches, train, boxes, world_size, device)
-            log.pending.append((i + 1, batches[0].task, train.lr * factor, terms, norm))
-            last = i + 1 == train.iterations
-            if last or (i + 1) % train.log_every == 0:
+            ids = [x for b in batches for x in b.ids]
+            log.pending.append((batches[0].task, ids, train.lr * factor, terms, norm))
+            if done % train.log_every == 0:
                 log.flush()
-            evaluate = last or (train.eval_every and (i + 1) % train.eval_every == 0)
-            if evaluate or (i + 1) % train.save_every == 0:  # a job's time may end in an evaluation
-                keep(i + 1)
-            if evaluate:
-                results = score(i + 1)
-    except NotFinite as error:
-        number, task, term = error.args
-        ids = [int(datasets[task].ids[k]) for k in schedule.samples(number - 1)]
-        raise InputError(f"the loss is not finite: iteration {number}, task {task}, term {term}, "
-                         f"samples {ids}; a lower --lr, or --precision fp32, may help; nothing of "
-                         "it was saved: the last checkpoint is from before") from error
-    finally:
-        loader.close()  # its workers would wait half a minute for more
-    return results if start < train.iterations else score(start)  # complete already: as it stands
+            last = done == train.iterations
+            scoring = train.eval_every and done % train.eval_every == 0
+            if last or scoring or done % train.save_every == 0:
+                keep(done)  # before the evaluation: a job's time may end in one
+            if scoring and not last:
+                score()
+    return score()
 
 
 # ---- The command line ----------------------------------------------------------------------------
 
-# The groups of --help; a class's name stands for the rest of its fields.
-GROUPS = {
-    "every day": "data tasks iterations batch_size micro_batch seed precision num_workers "
-                 "log_every save_every eval_every eval_samples",
-    "starting from other weights (Sections 4.1, 4.2, Table C.1)":
-        "init init_parts freeze imagenet_backbone",
-    "sampling, optimiser, schedule (Section 3.5, Table A.1)": "TrainConfig",
-    "the model (Table A.1)": "Config",
-    "ablations (Tables 1-4, C.1) and the released system":
-        "shared_decoder task_embedding all_text_states num_queries loss_on_all_layers "
-        "binary_vqa_loss classifier_norm update_unused",
-}
-METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B",
-            "data": "DIR", "init": "FILE"}
+# The groups of --help after "every day": each begins at this setting.
+GROUPS = {"init": "starting from other weights (Sections 4.1, 4.2, Table C.1)",
+          "probabilities": "sampling, optimiser, schedule (Section 3.5, Table A.1)",
+          "encoder_width": "the model (Table A.1)",
+          "task_embedding": "ablations (Tables 1-4, C.1) and the released system"}
+METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
 CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.PRECISIONS),
            "backbone": ("resnet50", "small")}
 # The least and the greatest value of a flag. All other integers are at least 1, or 0 if that is
@@ -492,7 +455,7 @@ LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1), "dropout": (0, 1), "
 LIMITS |= dict.fromkeys(("warmup", "num_workers", "eval_every", "encoder_layers"), (0, math.inf))
 
 
-def flag_type(field: dataclasses.Field):
+def flag_type(field: Field):
     """How a flag's text becomes the field's value; tuples are written with commas."""
     many = isinstance(field.default, tuple)
     kind = float if "float" in field.type else str if many else type(field.default)
@@ -513,8 +476,8 @@ def flag_type(field: dataclasses.Field):
 
 def written(value) -> str:
     """A setting as typed on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(
-        value).lower() if isinstance(value, bool) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.lower() if isinstance(value, bool) else text
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -522,33 +485,28 @@ def make_parser() -> argparse.ArgumentParser:
         usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
         epilog="Order: defaults < --tiny < --experiment < flags.")
-    groups = {title: parser.add_argument_group(title) for title in GROUPS}
-    flag = groups["every day"].add_argument
-    flag("--tiny", action="store_true",
-         help="tiny data sets, written on the spot, and a model of their size")
+    flag = parser.add_argument_group("every day").add_argument
+    flag("--tiny", action="store_true", help="tiny data sets, written here, and a tiny model")
     flag("--experiment", default="", metavar="NAME",
          help="a line of the paper's tables (see --list) [T3.3; with --tiny none]")
     flag("--list", action="store_true", help="print all experiments and leave")
     flag("--out", metavar="DIR", help="where everything goes [runs/EXPERIMENT, or runs/tiny]")
     flag("--resume", action="store_true", help="go on with what is in --out")
     flag("--overwrite", action="store_true", help="replace what is in --out")
-    flag("--as_released", action="store_true",
-         help="the authors' released system where it differs from the paper")
-    titles = {name: title for title, names in GROUPS.items() for name in names.split()}
-    for config in (TrainConfig, Config):
-        for field in dataclasses.fields(config):
-            default = field.default
-            tiny = f"; tiny: {written(TINY[field.name])}" if field.name in TINY else ""
-            groups[titles.get(field.name) or titles[config.__name__]].add_argument(
-                f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
-                metavar=METAVARS.get(field.name) or METAVARS[type(default)],
-                help=f"{field.metadata['help']} [{written(default) or 'none'}{tiny}]")
+    flag("--as_released", action="store_true", help="where the released system differs, as it does")
+    for field in (*fields(TrainConfig), *fields(Config)):
+        if field.name in GROUPS:
+            flag = parser.add_argument_group(GROUPS[field.name]).add_argument
+        tiny = f"; tiny: {written(TINY[field.name])}" if field.name in TINY else ""
+        flag(f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
+             metavar=METAVARS[type(field.default)],
+             help=f"{field.metadata['help']} [{written(field.default) or 'none'}{tiny}]")
     return parser
 
 
 def configs(values: dict) -> tuple[Config, TrainConfig]:
     """Config and TrainConfig from these settings; other keys are ignored."""
-    return tuple(c(**{f.name: values[f.name] for f in dataclasses.fields(c) if f.name in values})
+    return tuple(c(**{f.name: values[f.name] for f in fields(c) if f.name in values})
                  for c in (Config, TrainConfig))
 
 
@@ -558,9 +516,8 @@ def scaled_to_tiny(overrides: dict) -> dict:
     paper = asdict(Config()) | asdict(TrainConfig()) | {"num_queries": 25}
     for name in set(SCALED) & set(result):
         value = SCALED[name] * result[name] / paper[name]
-        # A width must be divisible by its number of heads.
-        heads = TINY[name.replace("width", "heads")] if "width" in name else 1
-        result[name] = value if name == "lr" else max(1, round(value / heads)) * heads
+        step = 4 if "width" in name else 1  # tiny's 4 heads must divide it
+        result[name] = value if name == "lr" else max(1, round(value / step)) * step
     return result
 
 
@@ -569,20 +526,18 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     name = args.experiment = args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
         raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
-    values = dict(EXPERIMENTS.get(name, {}))
+    out = Path(args.out or "runs/" + "-".join(["tiny"] * args.tiny + [name] * bool(name)))
+    values = dict(EXPERIMENTS.get(name, {"tasks": EIGHT}))
     if args.tiny:
         values = TINY | scaled_to_tiny(values)
-    out = Path(args.out or "runs/" + "-".join(["tiny"] * args.tiny + [name] * bool(name)))
     if args.as_released:
-        states = (*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ()))
-        values |= unit.AS_RELEASED | {"init_parts": (),
-                                      "all_text_states": tuple(dict.fromkeys(states))}
-    chosen = {"tasks": EIGHT} | values | vars(args)
-    if chosen["tasks"] != EIGHT:  # tiny's own chances are for all eight
-        values["probabilities"] = ()
-    if chosen.get("init") or "coco" not in chosen["tasks"]:
-        values["coco_first"] = 0.0
+        states = {*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ())}
+        values |= unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(sorted(states)))
     values |= vars(args)
+    if values["tasks"] != EIGHT and "probabilities" not in args:  # tiny's own are for all eight
+        values["probabilities"] = ()
+    if "coco_first" not in args and (values.get("init") or "coco" not in values["tasks"]):
+        values["coco_first"] = 0.0
     if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
         values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
     return *configs(values), out
@@ -594,19 +549,17 @@ def check(train: TrainConfig, world_size: int) -> None:
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and (len(train.probabilities) != len(train.tasks)
                                 or not sum(train.probabilities)):
-        raise InputError(f"--probabilities: give one for each of {len(train.tasks)} --tasks, in "
-                         "their order, and not all 0")
+        raise InputError("--probabilities: give one for each of --tasks, in order, and not all 0")
     if train.coco_first and "coco" not in train.tasks:
         raise InputError(f"--coco_first {train.coco_first}: coco is not among --tasks")
     if train.batch_size % world_size:
-        raise InputError(f"--batch_size {train.batch_size} cannot be shared evenly by {world_size} "
-                         f"processes; it counts the samples of all of them")
+        raise InputError(f"--batch_size must be a multiple of {world_size} (processes)")
     if train.init and not Path(train.init).exists():
-        name = Path(train.init).parent.name
-        made_by = name.removeprefix("tiny-")
-        tiny = "--tiny " if name != made_by else ""
-        how = (f"`python train.py {tiny}--experiment {made_by} --out {Path(train.init).parent}` "
-               "makes it" if made_by in EXPERIMENTS else "check --init")
+        folder = Path(train.init).parent
+        name = folder.name.removeprefix("tiny-")
+        tiny = "--tiny " * (name != folder.name)
+        how = (f"`python train.py {tiny}--experiment {name} --out {folder}` makes it"
+               if name in EXPERIMENTS else "check --init")
         raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
 
 
@@ -614,16 +567,13 @@ def resume(out: Path, args: argparse.Namespace) -> tuple[Config, TrainConfig, di
     """Settings and state of the run in `out`. Flags may repeat its settings or change free ones."""
     state, given = load_newest(out), vars(args)
     saved = state["config"] | state["train"]
-    if lost := {f.name for c in (Config, TrainConfig) for f in dataclasses.fields(c)} - set(saved):
-        raise InputError(f"{out}: its checkpoint does not know the setting {min(lost)!r}; go on "
-                         "with the code that it was trained with")
+    if lost := (asdict(Config()) | asdict(TrainConfig())).keys() - saved.keys():
+        raise InputError(f"{out}: has no setting {min(lost)!r}; use the code of its training")
     for name in given.keys() & saved.keys() - FREE_ON_RESUME:
         if given[name] != saved[name]:
             raise InputError(f"--{name} {written(given[name])}: the run in {out} has "
-                             f"{written(saved[name])}; leave the flag out, or start another run "
-                             "with another --out")
-    free = {name: given[name] for name in given.keys() & FREE_ON_RESUME}
-    return *configs(saved | free), state
+                             f"{written(saved[name])}; leave it out, or choose another --out")
+    return *configs(saved | given), state
 
 
 RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.part",
@@ -631,12 +581,11 @@ RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.p
 
 
 def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
-    """A run's files that this one replaces. Never unasked: only --tiny's default is scratch."""
-    scratch = args.tiny and not args.out and not args.experiment
+    """The files of a run in `out`. Never replaced unasked: only --tiny's default is scratch."""
     found = [out / name for name in RESULT_FILES if (out / name).exists()]
-    if found and not (scratch or args.overwrite):
-        raise InputError(f"{out}: there is a run already ({found[0].name}); go on with --resume, "
-                         f"replace it with --overwrite, or choose another --out")
+    scratch = args.tiny and not args.out and not args.experiment
+    if found and not (scratch or args.overwrite or args.resume):
+        raise InputError(f"{out}: has {found[0].name}; give --resume, --overwrite or another --out")
     return found
 
 
@@ -645,73 +594,80 @@ def write_tiny_data(folder: Path) -> None:
     if (folder / "coco").exists():
         return
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: has something else than the tiny data sets; give --tiny "
-                         f"another --data")
-    new = folder.absolute().with_name(f"{folder.absolute().name}.{os.getpid()}")
+        raise InputError(f"{folder}: has something else than tiny data; give another --data")
+    new = f"{folder.absolute()}.{os.getpid()}"
     try:
         data.write_tiny(new)
         os.replace(new, folder)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise InputError(f"{folder}: cannot write there ({error.strerror}); give another --data") \
-            from error
+        raise InputError(f"{folder}: cannot write there ({error.strerror}); give another --data")
     print(f"tiny data sets written to {folder}")
 
 
-def build(config: Config, train: TrainConfig, args, state: dict | None, say):
-    """Data sets and model as the settings ask for: model, train sets, held-out sets, vocabulary."""
+def build(config: Config, train: TrainConfig, as_released: bool, state: dict | None):
+    """-> model, data sets to train on, held-out ones, names that go into each checkpoint."""
     folder, tiny, vocab = Path(train.data), evaluation.is_tiny(config), []
-    with_text = any(t.text for t in data.TASKS if t.name in train.tasks)
     data.require_folder(folder)
-    if with_text and not tiny:
-        unit.fetch(folder / "bert" / "vocab.txt")
-        config = dataclasses.replace(config, **unit.bert_config(folder / "bert"))
+    if any(t.text for t in data.TASKS if t.name in train.tasks):
+        if not tiny:
+            unit.fetch(folder / "bert/vocab.txt")
+            config = replace(config, **unit.bert_config(folder / "bert"))
+        vocab = data.read_vocabulary(folder / "bert/vocab.txt")
+        config = replace(config, vocab_size=len(vocab))
     tasks, datasets = data.load(folder, train.tasks, "train", tiny)
     _, held_out = data.load(folder, train.tasks, "val", tiny)
     for dataset in (*datasets.values(), *held_out.values()):
-        say(dataset.summary)
-    if with_text:
-        vocab = data.read_vocabulary(folder / "bert" / "vocab.txt")
-        config = dataclasses.replace(config, vocab_size=len(vocab))
+        print(dataset.summary)
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
         unit.fill(model.state_dict(), state["model"], f"the checkpoint and the data in {folder}",
                   "give the --data of its training")
-        say(f"going on after iteration {state['iteration']} of {train.iterations}")
+        print(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif not tiny:
-        say(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
+        print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
-        say(initialise_from(model, train.init, train.init_parts, args.as_released))
+        print(initialise_from(model, train.init, train.init_parts, as_released))
     for name, p in model.named_parameters():
         if part_of(name) in train.freeze:  # Table C.1 lines 10-12
             p.requires_grad_(False)
-    return model, datasets, held_out, vocab
+    labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
+              for name, d in datasets.items()}
+    return model, datasets, held_out, {"labels": labels, "vocab": vocab}
 
 
-def main(argv: list[str] | None = None) -> None:
-    data.command_line(make_parser(), run, argv)
+def list_experiments() -> None:
+    """Every line of the paper's tables with what it changes and the paper's numbers."""
+    form = "{:<13} {:<19} {:>10}  {:<62} {}"
+    print(form.format("name", "tasks", "iterations", "changes", "paper"))
+    for name, row in EXPERIMENTS.items():
+        tasks = "all eight" if row["tasks"] == EIGHT else ",".join(row["tasks"])
+        iterations = f"{row.get('iterations', TrainConfig.iterations):,}"
+        changes = " ".join(f"--{k} {written(v)}" for k, v in row.items()
+                           if k not in ("tasks", "iterations"))
+        paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
+        print(form.format(name, tasks, iterations, changes or "-", paper))
 
 
 def run(args: argparse.Namespace) -> None:
     if args.list:
-        return print(list_experiments())
+        return list_experiments()
     config, train, out = settings(args)
-    rank, world_size, device = processes = evaluation.start_processes()
-    say = print if rank == 0 else lambda *_, **__: None
-    if evaluation.is_tiny(config):  # a second thread costs such small matrices more than it brings
-        torch.set_num_threads(1)
-    state = None
-    if args.resume:
-        config, train, state = resume(out, args)
+    rank, world_size, device = evaluation.start_processes()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    config, train, state = resume(out, args) if args.resume else (config, train, None)
     check(train, world_size)
+    if tiny := evaluation.is_tiny(config):
+        torch.set_num_threads(1)  # a second one costs such small matrices more than it brings
     if rank == 0:
-        replaced = [] if args.resume else earlier_run(out, args)
+        replaced = earlier_run(out, args)
         evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
     sum_over_processes()  # the others wait for the files
-    model, datasets, held_out, vocab = build(config, train, args, state, say)
+    model, datasets, held_out, names = build(config, train, args.as_released, state)
     if rank == 0 and not state:
         for path in replaced:  # now that data and weights are there
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -719,16 +675,14 @@ def run(args: argparse.Namespace) -> None:
                               {"config": asdict(model.config), "train": asdict(train)})
     model.to(device)
     count = sum(p.numel() for p in model.parameters())
-    say(f"{count / 1e6:.1f}M parameters; {train.iterations} iterations of {train.batch_size} "
-        f"samples on {world_size} x {device.type}; results go to {out}")
-    labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
-              for name, d in datasets.items()}
-    names = labels, vocab
-    results = training_loop(model, datasets, held_out, train, out, processes, state, names)
+    print(f"{count / 1e6:.1f}M parameters; {train.iterations} iterations of {train.batch_size} "
+          f"samples on {world_size} x {device.type}; results go to {out}")
+    results = training_loop(model, datasets, held_out, names, train, out, state, rank, world_size,
+                            device)
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
-        tiny, name = evaluation.is_tiny(model.config), out.name if args.resume else args.experiment
         # The paper's numbers only beside the paper's data sets.
+        name = out.name if args.resume else args.experiment
         paper = not tiny and train.tasks == EXPERIMENTS.get(name, {}).get("tasks")
         print(evaluation.results_table(results, name if paper else None))
         if tiny:
@@ -737,17 +691,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")
 
 
-def list_experiments() -> str:
-    """Every line of the paper's tables with what it changes and the paper's numbers."""
-    form = "{:<13} {:<19} {:>10}  {:<62} {}"
-    lines = [form.format("name", "tasks", "iterations", "changes", "paper")]
-    for name, row in EXPERIMENTS.items():
-        changes = {k: v for k, v in row.items() if k not in ("tasks", "iterations")}
-        tasks = "all eight" if row["tasks"] == EIGHT else ",".join(row["tasks"])
-        text = " ".join(f"--{k} {written(v)}" for k, v in changes.items())
-        paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
-        lines.append(form.format(name, tasks, f"{row['iterations']:,}", text or "-", paper))
-    return "\n".join(lines)
+def main(argv: list[str] | None = None) -> None:
+    data.command_line(make_parser(), run, argv)
 
 
 if __name__ == "__main__":
