@@ -68,6 +68,9 @@ def strings(texts) -> np.ndarray:
     return np.array(texts, np.dtypes.StringDType())
 
 
+LAYOUT = "the README says where each file belongs"
+
+
 def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
     return InputError(f"{path}: {problem}; {fix}")
 
@@ -77,7 +80,7 @@ def read_file(path: Path, parse, kind: str):
     try:
         return parse(path.read_bytes())
     except OSError as error:
-        raise bad(path, error.strerror, "the README says where each file belongs") from None
+        raise bad(path, error.strerror, LAYOUT) from None
     except (ValueError, RecursionError) as error:
         raise bad(path, f"not valid {kind} ({error})", "cut short? unpack it again") from None
 
@@ -133,6 +136,24 @@ def require(good, problem: str, path: Path, rows: list) -> None:
     if not np.all(good):
         number = int(np.argmin(good))
         raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w"):
+    """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"{path} could not be written ({error}); is the disk full? What was there "
+                         "is intact: make room, repeat (a training: with --resume)") from error
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -348,8 +369,7 @@ class Dataset:
             raise InputError(f"{task.name} has no split {split!r}, but {', '.join(self.files)}")
         paths = [data / file for file in self.needed(data, split)]
         if missing := [str(path) for path in paths if not path.exists()]:
-            raise bad(", ".join(missing), f"missing; {task.name} {split} is read from it",
-                      "the README says where each file belongs")
+            raise bad(", ".join(missing), f"missing for {task.name} {split}", LAYOUT)
         self.data, self.split, self.tiny = data, split, tiny
         self.task, self.tokenizer = task, tokenizer
         if tiny:  # pictures of a few shapes; fewer queries learn faster (ours)
@@ -1071,7 +1091,8 @@ def report(data: Path) -> None:
             try:
                 print(task.dataset(task, data, split).summary)
             except InputError as error:
-                print(f"{task.name:8}{split:6}        - {error}")
+                problem = str(error).replace(f"{data}/", "").removesuffix(f"; {LAYOUT}")
+                print(f"{task.name:8}{split:6}        - {problem}")
     print("\npretrained files")
     for names, use in PRETRAINED.items():
         found = any((data / name).exists() for name in names.split(" or "))
@@ -1083,11 +1104,8 @@ def write_vg(data: Path) -> None:
     splits, dropped = prepare_vg(data)
     for split, content in splits.items():
         path = data / VisualGenome.files[split][0]
-        try:
-            path.with_suffix(".part").write_text(json.dumps(content), encoding="utf-8")
-            os.replace(path.with_suffix(".part"), path)  # never half a file under the right name
-        except OSError as error:
-            raise bad(path, error.strerror, "make room, or make the folder writable") from None
+        with whole_file(path) as file:
+            file.write(json.dumps(content))
         print(f"{path}: {len(content['images']):,} pictures, {len(content['annotations']):,} boxes")
     for reason, count in dropped.items():
         print(f"dropped: {count:,} {reason}")
@@ -1098,6 +1116,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see --help)")
+
+
+def between(least: float, most: float = np.inf, kind: type = int):
+    """A flag's type: a finite number from `least` to `most`."""
+    def convert(text: str):
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) <= most and kind(text) < np.inf:
+                return kind(text)
+        limits = f"from {least} to {most}" if most < np.inf else f"of at least {least}"
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
+    return convert
 
 
 def command_line(parser: Parser, run, argv: list[str] | None) -> None:

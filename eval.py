@@ -352,24 +352,6 @@ def score(dataset, indices, items: list) -> dict:
 GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
 
 
-@contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise InputError(f"{path} could not be written ({error}); is the disk full? What was there "
-                         "is intact: make room, repeat (a training: with --resume)") from error
-
-
 def require_writable(out: Path) -> None:
     """Makes the folder --out: that nothing can be written there is said before the work."""
     try:
@@ -381,7 +363,7 @@ def require_writable(out: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    with whole_file(path) as file:
+    with data.whole_file(path) as file:
         file.write(json.dumps(value, indent=1) + "\n")
 
 
@@ -410,7 +392,8 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
                                              for i, a in items])
     else:
         name, labels = GLUE_FILES.get(task.name, task.name), dataset.words or dataset.class_names
-        with whole_file(folder / f"{name}{'' if split == 'test' else '_' + split}.tsv") as file:
+        name += "" if split == "test" else f"_{split}"
+        with data.whole_file(folder / f"{name}.tsv") as file:
             file.write("index\tprediction\n")
             file.writelines(f"{i}\t{labels[a]}\n" for i, a in items)
 
@@ -425,12 +408,12 @@ def write_detections(path: Path, names: list[str], items: list) -> None:
     rows = np.concatenate([rows for _, rows, _ in items])
     rows = rows[used[rows[:, 6].astype(int)]][:, [0, 6, 1, 2, 3, 4, 5]]
     record = '{"image_id":%d,"category_id":%d,"bbox":[%.1f,%.1f,%.1f,%.1f],"score":%.5f}'
-    with whole_file(path) as file:
+    with data.whole_file(path) as file:
         file.write("[")
         np.savetxt(file, rows[:-1], record, newline=",\n")
         np.savetxt(file, rows[-1:], record, newline="")
         file.write("]")
-    with whole_file(path.with_suffix(".zip"), "wb") as file:
+    with data.whole_file(path.with_suffix(".zip"), "wb") as file:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.write(path, path.name)
 
@@ -551,7 +534,7 @@ def save_grid(tiles: list[Image.Image], path) -> None:
     sheet = Image.new("RGB", size, "white")
     for i, t in enumerate(tiles):
         sheet.paste(t, (PAD + i % 4 * (WIDTH + PAD), PAD + sum(heights[:i // 4])))
-    with whole_file(path, "wb") as file:
+    with data.whole_file(path, "wb") as file:
         sheet.save(file, "PNG")
 
 
@@ -617,18 +600,6 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def between(least: float, most: float = np.inf, kind: type = int):
-    """A flag's type: a finite number from `least` to `most`."""
-    def convert(text: str):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most and kind(text) < np.inf:
-                return kind(text)
-        limits = f"from {least} to {most}" if most < np.inf else f"of at least {least}"
-        what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
-    return convert
-
-
 def parser() -> argparse.ArgumentParser:
     p = data.Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -643,12 +614,12 @@ def parser() -> argparse.ArgumentParser:
     g("--split", choices=["val", "test"], default="val",
       help="test: writes what the test servers take into OUT/predictions [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=between(0), default=0, metavar="INT",
+    g("--eval_samples", type=data.between(0), default=0, metavar="INT",
       help="at most so many of each task [0: all]")
     g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
-    g("--batch_size", type=between(0), default=0, metavar="INT",
+    g("--batch_size", type=data.between(0), default=0, metavar="INT",
       help="samples at a time [1 image, 32 texts]")
-    g("--num_workers", type=between(0), default=2, metavar="INT", help="data workers [2]")
+    g("--num_workers", type=data.between(0), default=2, metavar="INT", help="data workers [2]")
     g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     group = p.add_argument_group("one input (no data set needed)")
     g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -725,7 +696,7 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
         if boxes:
             picture = Image.open(args.image)
-            with whole_file(out / "prediction.png", "wb") as file:
+            with data.whole_file(out / "prediction.png", "wb") as file:
                 draw_boxes(picture, shown, max(1, WIDTH / picture.width)).save(file, "PNG")
             print(f"{len(shown)} boxes of at least 50%, drawn into {out / 'prediction.png'}")
 

@@ -229,7 +229,7 @@ def save(out: Path, model, optimizer, scaler, iteration, train, names) -> None:
              "config": asdict(model.config), "train": asdict(train),
              "tasks": [{k: v for k, v in vars(t).items() if k != "dataset"}
                        for t in model.tasks.values()]}
-    with evaluation.whole_file(out / "last.pt", "wb") as file:
+    with data.whole_file(out / "last.pt", "wb") as file:
         torch.save(state | names, file)
         if (out / "last.pt").exists():
             os.replace(out / "last.pt", out / "previous.pt")
@@ -285,7 +285,7 @@ class Log:
         self.pending = []  # (task, ids, learning rate, loss terms, gradient's norm)
         if main:
             before = evaluation.read_log(self.path)
-            with evaluation.whole_file(self.path) as file:  # killed here, the log stays as it was
+            with data.whole_file(self.path) as file:  # killed here, the log stays as it was
                 file.writelines(json.dumps(x) + "\n" for x in before if x["iteration"] <= start)
 
     def write(self, records: list[dict], line: str) -> None:
@@ -445,7 +445,7 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
 GROUPS = {"init": "starting from other weights (Sections 4.1, 4.2, Table C.1)",
           "probabilities": "sampling, optimiser, schedule (Section 3.5, Table A.1)",
           "encoder_width": "the model (Table A.1)",
-          "task_embedding": "ablations (Tables 1-4, C.1) and the released system"}
+          "shared_decoder": "ablations (Tables 1-4, C.1) and the released system"}
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
 CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.PRECISIONS),
            "backbone": ("resnet50", "small")}
@@ -469,7 +469,7 @@ def flag_type(field: Field):
             raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(known)}")
         return text == "true" if kind is bool else text
     least = 1 if kind is int and field.default else 0
-    number = evaluation.between(*LIMITS.get(field.name, (least, math.inf)), kind)
+    number = data.between(*LIMITS.get(field.name, (least, math.inf)), kind)
     one = number if kind in (int, float) else choice
     return (lambda text: tuple(one(x) for x in text.split(",") if x)) if many else one
 
@@ -493,7 +493,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--out", metavar="DIR", help="where everything goes [runs/EXPERIMENT, or runs/tiny]")
     flag("--resume", action="store_true", help="go on with what is in --out")
     flag("--overwrite", action="store_true", help="replace what is in --out")
-    flag("--as_released", action="store_true", help="where the released system differs, as it does")
+    flag("--as_released", action="store_true",
+         help="the authors' released system where it differs from the paper")
     for field in (*fields(TrainConfig), *fields(Config)):
         if field.name in GROUPS:
             flag = parser.add_argument_group(GROUPS[field.name]).add_argument
@@ -543,7 +544,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     return *configs(values), out
 
 
-def check(train: TrainConfig, world_size: int) -> None:
+def check(train: TrainConfig, world_size: int, starting: bool = True) -> None:
     """Mistakes that show only in a combination of settings, before anything is written."""
     if not train.tasks or len(set(train.tasks)) < len(train.tasks):
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
@@ -554,7 +555,7 @@ def check(train: TrainConfig, world_size: int) -> None:
         raise InputError(f"--coco_first {train.coco_first}: coco is not among --tasks")
     if train.batch_size % world_size:
         raise InputError(f"--batch_size must be a multiple of {world_size} (processes)")
-    if train.init and not Path(train.init).exists():
+    if starting and train.init and not Path(train.init).exists():
         folder = Path(train.init).parent
         name = folder.name.removeprefix("tiny-")
         tiny = "--tiny " * (name != folder.name)
@@ -658,7 +659,7 @@ def run(args: argparse.Namespace) -> None:
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     config, train, state = resume(out, args) if args.resume else (config, train, None)
-    check(train, world_size)
+    check(train, world_size, starting=not state)
     if tiny := evaluation.is_tiny(config):
         torch.set_num_threads(1)  # a second one costs such small matrices more than it brings
     if rank == 0:

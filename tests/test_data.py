@@ -683,7 +683,7 @@ def test_glue_oddities(tmp_path):
     with pytest.raises(InputError, match="line 1: no column"):
         read("qqp", tmp_path)
     (tmp_path / "glue/QQP/dev.tsv").unlink()
-    with pytest.raises(InputError, match="dev.tsv: missing; qqp val"):
+    with pytest.raises(InputError, match="dev.tsv: missing for qqp val"):
         read("qqp", tmp_path)
 
 
