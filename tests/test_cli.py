@@ -1,4 +1,4 @@
-"""The command line as a user types it, and the README held to what it says."""
+"""The command line as a user types it."""
 import dataclasses
 import json
 import re
@@ -17,7 +17,6 @@ import train
 import unit
 from conftest import ROOT, run_python
 
-README = (ROOT / "README.md").read_text()
 REALDATA = ROOT.parent / "shared" / "realdata"
 
 
@@ -94,6 +93,9 @@ def test_the_smoke_run(tmp_path):
         assert task in output
     for name in ("config.json", "log.jsonl", "last.pt", "predictions.png", "curves.png"):
         assert (tmp_path / "run" / name).stat().st_size > 0
+    logged = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    glossary = (ROOT / "README.md").read_text().partition("## What is logged")[2]
+    assert all(f"`{key}`" in glossary for record in logged for key in record)
     evaluated = run("eval.py", "--checkpoint", tmp_path / "run/last.pt", "--tasks", "sst2,coco",
                     "--out", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "results.json").read_text())
@@ -214,48 +216,3 @@ def test_flags_have_the_last_word():
     assert settings("--init", "some/last.pt")[1].coco_first == 0
     assert settings("--init", "some/last.pt", "--coco_first", "0.1")[1].coco_first == 0.1
     assert settings("--experiment", "T1.4", "--out", "a/b")[1].init == "a/tiny-T1.1-coco/last.pt"
-
-
-# --------------------------------------------------------------------------------------------------
-# The README
-# --------------------------------------------------------------------------------------------------
-
-PARSERS = {"train.py": train.make_parser, "eval.py": evaluation.parser}
-
-
-def test_the_readme_s_commands_parse():
-    commands = re.findall(r"(?:python|=\d+) ((?:train|eval)\.py[^\n`#&|]*)", README)
-    assert len(commands) > 10
-    for command in commands:
-        script, *words = shlex.split(command)
-        PARSERS[script]().parse_args(words)  # exits on an unknown flag
-
-
-def test_the_readme_s_links_and_flags_exist():
-    anchors = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
-               for h in re.findall(r"^##+ (.+)$", README, re.M)}
-    for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
-        assert anchor in anchors
-    known = {o for p in PARSERS.values() for a in p()._actions for o in a.option_strings}
-    known |= {"--prepare", "--data", "--nproc_per_node", "--nnodes", "--index-url",
-              "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
-              "--gpus-per-node", "--cpus-per-task", "--signal", "--shutdown-timeout", "--shm-size",
-              "--quick", "--only", "--rounds"}
-    for flag in re.findall(r"(?<![\w-])(--[a-z]\w[\w-]*)", README):
-        assert flag in known, flag
-
-
-def test_the_readme_s_experiments_are_those_of_the_code():
-    rows = re.findall(r"^\| `(T[\w.-]+|S4[\w.-]+|A-\w+)` \|", README, re.M)
-    assert rows == list(train.EXPERIMENTS)
-
-
-def test_every_equation_section_and_table_of_the_paper_is_cited():
-    files = ("unit.py", "data.py", "eval.py", "train.py")
-    code = "".join((ROOT / name).read_text() for name in files)
-    for number in range(1, 10):
-        assert re.search(rf"^ +\S.*# .*Eq\. {number}\b", code, re.M), f"Eq. {number} at no line"
-    for section in ("3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2"):
-        assert f"Section {section}" in code, section
-    for table in ("1", "2", "3", "4", "A.1", "A.2", "C.1"):
-        assert re.search(rf"Tables? [^\n]*{re.escape(table)}", code), table

@@ -30,6 +30,55 @@ def test_the_ninth_task_as_printed(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# Its commands, links, flags and rows
+# --------------------------------------------------------------------------------------------------
+
+PARSERS = {"train.py": train.make_parser, "eval.py": evaluation.parser}
+
+
+def test_the_readme_s_commands_parse():
+    commands = re.findall(r"(?:python|=\d+) ((?:train|eval)\.py[^\n`#&|]*)", README)
+    assert len(commands) > 10
+    for command in commands:
+        script, *words = shlex.split(command)
+        PARSERS[script]().parse_args(words)  # exits on an unknown flag
+
+
+def test_the_readme_s_links_and_flags_exist():
+    anchors = {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+               for h in re.findall(r"^##+ (.+)$", README, re.M)}
+    for anchor in re.findall(r"\]\(#([\w-]+)\)", README):
+        assert anchor in anchors
+    known = {o for p in PARSERS.values() for a in p()._actions for o in a.option_strings}
+    known |= {"--prepare", "--data", "--nproc_per_node", "--nnodes", "--index-url",
+              "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint", "--nodes", "--ntasks-per-node",
+              "--gpus-per-node", "--cpus-per-task", "--signal", "--shutdown-timeout", "--shm-size",
+              "--quick", "--only", "--rounds"}
+    for flag in re.findall(r"(?<![\w-])(--[a-z]\w[\w-]*)", README):
+        assert flag in known, flag
+
+
+NAMES = {"coco": "COCO", "vg": "VG", "vqa2": "VQAv2", "snli_ve": "SNLI-VE", "qnli": "QNLI",
+         "mnli": "MNLI", "qqp": "QQP", "sst2": "SST-2"}
+
+
+def test_the_readme_s_experiments_are_those_of_the_code():
+    """Each row: name, data sets, iterations, flags, and the numbers that the paper has for it."""
+    rows = re.findall(r"^\| `(T[\w.-]+|S4[\w.-]+|A-\w+)` \| (.*) \|$", README, re.M)
+    expected = []
+    for name, changes in train.EXPERIMENTS.items():
+        tasks = changes["tasks"]
+        flags = [f"`--{k} {train.written(v)}`" for k, v in changes.items()
+                 if k not in ("tasks", "iterations")]
+        numbers = [f"{NAMES[t]} {x:g}" for t, x in evaluation.PAPER.get(name, {}).items()]
+        expected.append((name, " | ".join([
+            "all eight" if tasks == train.EIGHT else ", ".join(NAMES[t] for t in tasks),
+            f"{changes.get('iterations', 500_000) // 1000}k", " ".join(flags),
+            ", ".join(numbers) if name != "TC.1.6" else "diverged"])))
+    assert rows == expected
+
+
+# --------------------------------------------------------------------------------------------------
 # The paper, findable in the code and in the README's map
 # --------------------------------------------------------------------------------------------------
 
