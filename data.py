@@ -56,15 +56,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 # ---- Files and flat arrays -----------------------------------------------------------------------
-#
 # A forked worker shares memory with its parent until one of them writes to a page, and merely
 # reading a Python object writes to it (its reference count). Millions of small objects are thus
 # copied, worker by worker, page by page. Arrays are not: what stays after loading is NumPy.
 
 def strings(texts) -> np.ndarray:
     """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
-    # A lone surrogate, as JSON may have, becomes "?".
-    texts = [str(text).encode("utf-8", "replace").decode() for text in texts]
+    texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's lone surrogates: ?
     return np.array(texts, np.dtypes.StringDType())
 
 
@@ -75,8 +73,8 @@ def bad(path, problem: str, fix: str = "mend or remove the record") -> InputErro
     return InputError(f"{path}: {problem}; {fix}")
 
 
-def read_file(path: Path, parse, kind: str):
-    """parse(its bytes), which are of this kind."""
+def parse_file(path: Path, parse, kind: str):
+    """parse(the file's bytes); `kind` is what the error calls their format."""
     try:
         return parse(path.read_bytes())
     except OSError as error:
@@ -88,12 +86,12 @@ def read_file(path: Path, parse, kind: str):
 def read_json(path: Path, hook=None):
     """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
     # From bytes, not text: a byte order mark is understood.
-    return read_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
+    return parse_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
 
 
 def read_lines(path: Path) -> list[str]:
     """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
-    text = read_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
+    text = parse_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
     # str.splitlines would also split at U+2028 and others, which occur inside sentences.
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
@@ -106,9 +104,8 @@ def table(content, key: str, path: Path) -> list[dict]:
 
 
 def column(rows: list[dict], name: str, path: Path, dtype, width: int = 0, first: int = 0):
-    """Field `name` of all rows: with `dtype` str or list a list of those, or else an array (n,) or
-    (n, width) of finite numbers. The first row that does not have it (so) is an error; `first` is
-    the number of rows[0]."""
+    """Field `name` of all rows: a list if `dtype` is str or list, else an array (n,) or (n, width)
+    of finite numbers. The first row without such a value is an error; rows[0] is number `first`."""
     try:
         values = [row[name] for row in rows]
         if dtype in (str, list):
@@ -182,9 +179,7 @@ CROP_SIDES = (384, 600)                      # Section 3.5
 
 def read_image(path: Path | str) -> Tensor:
     """(3, H, W) uint8 RGB, laid out as (H, W, 3): the layout that torchvision resizes fastest.
-
-    No `draft` (decoding at a reduced size): its pixels differ from those of a full decode.
-    """
+    No `draft` (decoding at a reduced size): its pixels differ from those of a full decode."""
     try:
         # Warnings (odd metadata, very large) are not our concern; opening gives some, too.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
@@ -200,16 +195,14 @@ def read_image(path: Path | str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-# Each once per worker: 3 KB, and decoding was most of a tiny sample's time.
-read_tiny_image = functools.cache(read_image)
+read_tiny_image = functools.cache(read_image)  # 3 KB; decoding was most of a tiny sample's time
 
 
 def fitted_size(height: int, width: int, shortest: int, longest: int, floor: bool):
     """The size whose shorter side is `shortest`, unless the longer one would exceed `longest`.
 
     In whole numbers, so that 480 x (800 / 480) is 800. Detection rounds, vision and language takes
-    the floor (released config). At least 1: a picture may be 10,000 wide and 1 high.
-    """
+    the floor (released config). At least 1: a picture may be 10,000 wide and 1 high."""
     short, long = sorted((height, width))
     top, bottom = (longest, long) if long * shortest > longest * short else (shortest, short)
     half = 0 if floor else bottom // 2
@@ -239,13 +232,11 @@ def flip(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
 
 
 def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
-    """DETR's. image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture, so that
-    a resize leaves them as they are.
+    """DETR's. image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture.
 
     The paper (Section 3.5) is "following DETR" and says: resize to 480-800, then crop. DETR, which
     this and the released config follow, flips half of the time, and half of the time crops, from a
-    picture resized to 400, 500 or 600; it resizes to 480-800 last.
-    """
+    picture resized to 400, 500 or 600; it resizes to 480-800 last."""
     image, boxes = flip(image, boxes, rng)
     if rng.random() < 0.5:
         # 10,000: beyond any COCO picture; keeps a 10,000 x 10 one from becoming 400,000 wide.
@@ -272,13 +263,12 @@ def read_vocabulary(path: Path) -> list[str]:
 
 
 class Tokenizer:
-    """BERT's WordPiece, lower case: `[CLS] first [SEP]` or `[CLS] first [SEP] second [SEP]`."""
+    """BERT's WordPiece (Section 3.2): `[CLS] first [SEP]` or `[CLS] first [SEP] second [SEP]`."""
 
     def __init__(self, vocabulary: Path | list[str]):
         from tokenizers import BertWordPieceTokenizer
         words = vocabulary if isinstance(vocabulary, list) else read_vocabulary(vocabulary)
-        self.wordpiece = BertWordPieceTokenizer({word: n for n, word in enumerate(words)},
-                                                lowercase=True)
+        self.wordpiece = BertWordPieceTokenizer({x: n for n, x in enumerate(words)}, lowercase=True)
 
     def encode(self, first: str, second: str | None = None, max_length: int = 128):
         """-> (ids, types), at most max_length long; of a pair the longer text is cut first."""
@@ -289,7 +279,6 @@ class Tokenizer:
 
 # The official VQA scorer's contractions: each of these words with any one apostrophe left out
 # becomes the word. Three entries of its table are odd, and kept: a score must be the official one.
-# (Those with capitals never match, as the text is in lower case by then.)
 CONTRACTIONS = {
     word[:i] + word[i + 1:]: word for word in """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
@@ -312,8 +301,7 @@ def normalise_answer(text: str) -> str:
     """The official VQA scorer's processing of an answer, slips included: else scores differ.
 
     A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
-    between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt").
-    """
+    between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     result, thousands = text, re.search(r"\d,\d", text)
     for mark in PUNCTUATION.intersection(text):
@@ -321,8 +309,7 @@ def normalise_answer(text: str) -> str:
         result = result.replace(mark, "" if removed else " ")
     # Full stops but for decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
     result = re.sub(r"\.(?!\d)", "", result, count=32)
-    words = [NUMBERS.get(word, word) for word in result.lower().split()
-             if word not in ("a", "an", "the")]
+    words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
@@ -356,8 +343,7 @@ class Dataset:
 
     A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
-    Sample`, augmented by draws from `rng`; without one as for evaluation.
-    """
+    Sample`, augmented by draws from `rng` in training; `rng` is None in evaluation."""
 
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
@@ -399,8 +385,7 @@ class Dataset:
                  for name in list_folder(self.folder / folder)}
         present = np.array([name in there for name in names], bool)
         if not present.all():
-            # What cannot be printed is escaped.
-            first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"
+            first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"  # escaped for printing
             if not present.any():
                 raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
                           "unpack the pictures there")
@@ -410,8 +395,7 @@ class Dataset:
     def picture(self, index: int) -> Tensor:
         """(3, H, W) uint8."""
         # No Path: it interns its names, and each worker would get that whole table for its own.
-        path = f"{self.folder}/{self.names[index]}"
-        return (read_tiny_image if self.tiny else read_image)(path)
+        return (read_tiny_image if self.tiny else read_image)(f"{self.folder}/{self.names[index]}")
 
     @property
     def summary(self) -> str:
@@ -461,23 +445,20 @@ class Coco(Dataset):
         keep = np.flatnonzero(first & present)
         self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
         self.names, self.num_images = strings(names[n] for n in keep), len(keep)
-        # Test splits end after the images.
         self.read_boxes(table(content, "annotations", path) if self.split != "test" else [], ids)
 
     def names_by_id(self, content: dict, key: str, size: int) -> list[str]:
         """List `key` of ids and names -> names by id; tiny: just enough for the largest id."""
-        rows = table(content, key, self.path)
-        ids = column(rows, "id", self.path, np.int64)
+        rows, path = table(content, key, self.path), self.path
+        ids = column(rows, "id", path, np.int64)
         if self.tiny:
             size = min(size, int(ids.max(initial=0)) + 1)
-        require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", self.path,
-                rows)
-        names = dict(zip(ids.tolist(), column(rows, "name", self.path, str)))
+        require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", path, rows)
+        names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
         return [names.get(number, "") for number in range(size)]
 
     def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
-        """Annotations, from now on grouped by image; `listed`: the ids of all images, those
-        included whose picture is absent."""
+        """Annotations, grouped by image. `listed`: ids of all images, those without picture too."""
         path, owners = self.path, column(rows, "image_id", self.path, np.int64)
         self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
@@ -527,7 +508,7 @@ class Coco(Dataset):
         truth, columns = COCO(), {
             "image_id": np.repeat(self.ids, np.diff(self.starts)), "category_id": self.labels,
             "bbox": self.boxes, "area": self.areas, "iscrowd": self.crowd.astype(int)}
-        rows = zip(*(column.tolist() for column in columns.values()))
+        rows = zip(*(values.tolist() for values in columns.values()))
         truth.dataset = {
             "info": {}, "images": [{"id": number} for number in self.ids.tolist()],
             "categories": [{"id": n, "name": x} for n, x in enumerate(self.class_names) if x],
@@ -576,9 +557,7 @@ def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
 def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
     """Raw Visual Genome -> {"train": content, "val": content} in COCO's style, what was dropped.
 
-    Pictures in COCO val2017 (by `coco_id` in image_data.json; half of VG's are COCO's) go to val.
-    Names are compared in lower case, without outer spaces.
-    """
+    Pictures in COCO val2017 (by `coco_id` in image_data.json; half are COCO's) go to val."""
     objects, object_ids = read_classes(data / "vg/objects_vocab.txt")
     attributes, attribute_ids = read_classes(data / "vg/attributes_vocab.txt")
     held_out, dropped, images, row = coco_val_ids(data), Counter(), {}, None
@@ -597,8 +576,7 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
             images[number][1]["images"].append(image)
         path = data / "vg/attributes.json"
         for row in read_json(path):
-            # pop: a second row of the same image counts as unknown.
-            image, split = images.pop(row["image_id"], (None, None))
+            image, split = images.pop(row["image_id"], (None, None))  # a second row is unknown
             if image is None:
                 dropped["rows of unknown or repeated images"] += 1
                 continue
@@ -615,8 +593,7 @@ def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: di
     """One object of attributes.json as a COCO-style annotation; None (counted) if it is no use."""
     names = [name.lower().strip() for name in thing["names"]]
     label = next((object_ids[name] for name in names if name in object_ids), None)
-    # Boxes overshoot their picture by a pixel or two (1 in 200).
-    x, y = max(thing["x"], 0), max(thing["y"], 0)
+    x, y = max(thing["x"], 0), max(thing["y"], 0)  # 1 in 200 overshoots by a pixel or two
     w = min(thing["x"] + thing["w"], image["width"]) - x
     h = min(thing["y"] + thing["h"], image["height"]) - y
     if label is None:
@@ -642,7 +619,7 @@ class Classification(Dataset):
         return [texts[index] for texts in self.columns]
 
     def class_id(self, label, line: int) -> int | None:
-        """None, counted: annotators disagree. SNLI and MultiNLI have such rows."""
+        """The label's place in `words`; None, counted, for "-" (SNLI-VE, MNLI: no agreement)."""
         if label == "-":
             self.skipped["with label '-'"] += 1
             return None
@@ -658,7 +635,7 @@ class Classification(Dataset):
         ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
         self.names, self.num_images = strings(names), len({*names} - {""})
-        self.columns = [strings(column) for column in zip(*texts)]
+        self.columns = [strings(part) for part in zip(*texts)]  # all first texts, all second ones
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -686,8 +663,7 @@ class Vqa2(Classification):
     """VQAv2 with soft scores; Visual Genome's questions are further training data (Section 4.1).
 
     The 2014 files are split anew by COCO 2017: val2014's questions on val2017's pictures are held
-    out, all others train. Pictures are found by id: 2014's and 2017's are the same, renamed.
-    """
+    out, all others train. Pictures are found by id: 2014's and 2017's are the same, renamed."""
 
     parts = {"train": ["train2014", "val2014"], "val": ["val2014"], "test": ["test2015"]}
     files = {split: [f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json" for part in parts]
@@ -884,7 +860,6 @@ class Sst2(Glue):
 
 
 # The eight data sets of Section 1 and Figure 1, with the released configuration's numbers.
-# Classes in detection: the largest id + 1 (the model adds no-object).
 PAIR = dict(kind="classification", image=False, text=True, num_queries=25)
 BOTH = dict(kind="classification", image=True, text=True, num_queries=25, max_tokens=25)
 BOXES = dict(kind="detection", image=True, text=False, num_queries=100)
@@ -896,8 +871,7 @@ TASKS = [
     Task("qnli", **PAIR, num_classes=2, dataset=Qnli),
     Task("mnli", **PAIR, num_classes=3, dataset=Mnli),
     Task("qqp", **PAIR, num_classes=2, dataset=Qqp),
-    Task("sst2", **PAIR, num_classes=2, dataset=Sst2),
-]
+    Task("sst2", **PAIR, num_classes=2, dataset=Sst2)]
 
 
 def load(data: Path | str, names, split: str, tiny: bool = False):
@@ -920,7 +894,6 @@ def require_folder(data: Path) -> None:
 # ---- Batches and their order ---------------------------------------------------------------------
 
 def collate(task: Task, samples: list[Sample]) -> Batch:
-    """Samples of one task as a `Batch`."""
     def every(field):  # None: the task, or the split, has none
         values = [getattr(sample, field) for sample in samples]
         return None if values[0] is None else values
@@ -943,8 +916,7 @@ def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
 
     As in DETR, features near the padding differ from those of the picture alone (convolutions see
-    it): so the results do, a little, with the batch size. One picture a batch is exact.
-    """
+    it): so the results do, a little, with the batch size. One picture a batch is exact."""
     sizes = np.array([tensor.shape for tensor in tensors])
     if (sizes == sizes[0]).all():
         return torch.stack(tensors), None
@@ -962,8 +934,7 @@ class Schedule:
 
     So all processes agree without a word, and a run resumed at i is the run that never stopped. The
     task is drawn (Section 3.5); how often it was drawn before tells how far its data set has been
-    read; each pass through a data set is a shuffle of its own.
-    """
+    read; each pass through a data set is a shuffle of its own."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
                  iterations: int, seed: int, coco_first: int = 0):
@@ -998,7 +969,7 @@ class Schedule:
         return rng.permutation(self.sizes[name])
 
 
-class Reader(torch.utils.data.Dataset):
+class Fetcher(torch.utils.data.Dataset):
     """What a worker runs: (iteration, task, [(position, index), ...]) -> (iteration, Batch)."""
 
     def __init__(self, datasets: dict[str, Dataset], seed: int | None):
@@ -1031,13 +1002,13 @@ def start_worker(number: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def run_loader(reader: Reader, requests, num_workers: int):
+def run_loader(fetcher: Fetcher, requests, num_workers: int):
     """Yields (iteration, Batch) for each request, in order; `num_workers` processes read ahead."""
     # Fork shares the annotations; where there is none they are copied.
     context = "fork" if num_workers and sys.platform == "linux" else None
     # A generator of its own: the loader draws a seed, which must not disturb dropout's draws.
     loader = torch.utils.data.DataLoader(
-        reader, batch_size=None, sampler=requests, num_workers=num_workers,
+        fetcher, batch_size=None, sampler=requests, num_workers=num_workers,
         prefetch_factor=4 if num_workers else None, worker_init_fn=start_worker,
         multiprocessing_context=context, generator=torch.Generator())
     for iteration, batch in loader:
@@ -1047,9 +1018,8 @@ def run_loader(reader: Reader, requests, num_workers: int):
 
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
-    """The requests for these (position, index) of an iteration, `size` at a time; 0: pictures one
-    by one, which is the paper's way, and exact (see pad_images), but texts, and tiny pictures,
-    which are all of one size, `most` together."""
+    """Requests for these (position, index) of an iteration, `size` at a time. 0: pictures singly,
+    the paper's way (see `pad`), texts and tiny pictures, all of one size, `most` together."""
     size = size or (1 if dataset.task.image and not dataset.tiny else most)
     for k in range(0, len(places), size):
         yield iteration, dataset.task.name, places[k:k + size]
@@ -1057,23 +1027,22 @@ def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, mos
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
                  world_size: int = 1, micro_batch: int = 0, num_workers: int = 0, seed: int = 0):
-    """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on. The
-    batch size is a multiple of `world_size`."""
-    each = schedule.batch_size // world_size
+    """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on."""
+    each = schedule.batch_size // world_size  # without a rest: train.check
 
     def requests():
         for iteration in range(start, schedule.iterations):
             places = list(enumerate(schedule.samples(iteration).tolist()))
             yield from micro_batches(datasets[schedule.task(iteration)], iteration,
                                      places[rank * each:(rank + 1) * each], micro_batch, each)
-    return run_loader(Reader(datasets, seed), requests(), num_workers)
+    return run_loader(Fetcher(datasets, seed), requests(), num_workers)
 
 
 def eval_loader(dataset: Dataset, indices, batch_size: int = 0, num_workers: int = 0):
     """Yields a Batch for every `batch_size` of `indices`, in order; 0: one picture, or 32 texts."""
     requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), batch_size, 32)
-    reader = Reader({dataset.task.name: dataset}, None)
-    return (batch for _, batch in run_loader(reader, requests, num_workers))
+    fetcher = Fetcher({dataset.task.name: dataset}, None)
+    return (batch for _, batch in run_loader(fetcher, requests, num_workers))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1112,9 +1081,7 @@ def write_vg(data: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports mistakes in one line, like the rest of the programs."""
-
-    def error(self, message):
+    def error(self, message):  # in one line, by `command_line`
         raise InputError(f"{message} (see --help)")
 
 
@@ -1160,12 +1127,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ---- The tiny data sets --------------------------------------------------------------------------
-#
 # What eight real data sets ask of a model, in a size that a laptop learns in minutes: pictures of
 # 32 x 32 pixels with one to three coloured shapes, and sentences made of templates. They are
 # written as the official files are, and read by the readers above. Ours throughout.
 # What keeps them honest:
-#
 # * No part of the input gives the answer away. A label is a relation between two things (two
 #   sentences, a picture and a text, a word and its scope), and each of the two is about equally
 #   likely under every label: tests/baselines.py measures what is left.
@@ -1225,8 +1190,7 @@ def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
 
 
 def write(path: Path, content) -> None:
-    """Text, JSON, or pixels as JPEG: as the official ones, but nearly without loss, as the usual
-    settings spoil flat shapes."""
+    """Text, JSON, or pixels as JPEG, nearly without loss: the usual settings spoil flat shapes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, np.ndarray):
         Image.fromarray(content).save(path, quality=95, subsampling=0)
@@ -1260,9 +1224,8 @@ def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
         for shape, colour, (x, y, w, h) in things:
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image,
-                "category_id": CATEGORIES[shape, colour],
-                "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0,
-                "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+                "category_id": CATEGORIES[shape, colour], "bbox": [x, y, w, h], "area": w * h,
+                "iscrowd": 0, "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
     categories = [{"supercategory": shape, "id": n, "name": f"{colour} {shape}"}
                   for (shape, colour), n in CATEGORIES.items()]
     write(folder / Coco.files[split][0], {
@@ -1272,8 +1235,7 @@ def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
 
 
 def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
-    """Visual Genome's raw files -> its questions. Held out are COCO val2017's pictures (Section
-    4.1), as image_data.json's coco_id tells. The others are VG's own."""
+    """Visual Genome's raw files -> its questions. Held out: val2017's pictures (Section 4.1)."""
     pictures = [(None, tiny_picture(rng, most=3)) for _ in range(TINY_SIZES["vg"][0])]
     pictures += list(coco_val.items())[:TINY_SIZES["vg"][1]]
     images, attributes, questions = [], [], []
@@ -1324,9 +1286,7 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
 
 def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
     """VQAv2's questions and annotations on COCO's pictures, by 2014's split -> the questions.
-
-    val2014 has all of val2017 and some of train2017; the latter are for training (Section 4.1).
-    """
+    val2014 has all of val2017 and some of train2017; the latter are for training (Section 4.1)."""
     train, texts = list(coco["train"].items()), []
     some = len(train) // 10
     for split, pictures in (("train2014", train[some:]),
@@ -1336,7 +1296,6 @@ def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
             asked = dict(tiny_question(things, rng) for _ in range(2))  # twice the same counts once
             for number, (question, answer) in enumerate(asked.items(), image * 1000):
                 questions.append({"question_id": number, "image_id": image, "question": question})
-                # One of the ten annotators does not know.
                 ten = [{"answer_id": i, "answer": a, "answer_confidence": "yes"}
                        for i, a in enumerate([answer] * 9 + ["don't know"], 1)]
                 annotations.append({
@@ -1356,10 +1315,8 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
 
     "The circle is red" is entailed by a red circle, contradicted by a circle of another colour, and
     neutral where there is no circle. Each label finds all shapes and colours in texts and pictures
-    alike. One shape a picture, larger than COCO's: which of several is meant is VQA's business.
-    """
-    first = {"train": 10, "val": 20, "test": 30}[split]
-    lines = []
+    alike. One shape a picture, larger than COCO's: which of several is meant is VQA's business."""
+    first, lines = {"train": 10, "val": 20, "test": 30}[split], []
     for n in range(number):
         name, label = f"{first}{n:06}", SnliVe.class_names[n % 3]
         pixels, [(seen, shade, _)] = tiny_picture(rng, most=1, sides=(13, 17))
@@ -1368,9 +1325,8 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
         colour = another(rng, COLOURS, shade) if label == "contradiction" else shade
         text = pick(rng, f"The {shape} is {colour}./The color of the {shape} is {colour}.")
         lines.append({"Flickr30K_ID": name, "captionID": f"{name}.jpg#0",
-                      "pairID": f"{name}.jpg#0r1{label[0]}",
-                      "annotator_labels": [label], "gold_label": label, "sentence2": text,
-                      "sentence1": f"A {shade} {seen}."})
+                      "pairID": f"{name}.jpg#0r1{label[0]}", "annotator_labels": [label],
+                      "gold_label": label, "sentence2": text, "sentence1": f"A {shade} {seen}."})
     write(folder / SnliVe.files[split][0], "".join(json.dumps(x) + "\n" for x in lines))
     return [line["sentence2"] for line in lines]
 
@@ -1445,11 +1401,11 @@ def tiny_sst2(label: int, n: str, rng) -> tuple:
     return (pick(rng, pick(rng, REVIEWS)).format(n=n, x=x, o=o),)
 
 
-# Maker of texts, words of the two names, headers of the three files.
+# Names of columns in the official files.
 MNLI = ("index promptID pairID genre sentence1_binary_parse sentence2_binary_parse "
         "sentence1_parse sentence2_parse sentence1 sentence2")
 QNLI, QQP = "index question sentence", "question1 question2"
-TINY_GLUE = {
+TINY_GLUE = {  # maker of texts, the two lists that {n} is made of, headers of the three files
     Qnli: (tiny_qnli, (FIRST, LAST), (f"{QNLI} label", f"{QNLI} label", QNLI)),
     Mnli: (tiny_mnli, (FIRST, LAST), (
         f"{MNLI} label1 gold_label",

@@ -100,8 +100,7 @@ TC.1.12           37.87    -           -       68.70          -      81.11      
 """
 PAPER, PAPER_TEST = _table(TABLES), _table(TABLES, after_slash=True)
 
-# The validation scores that the authors give for their published checkpoints: COCO alone and all
-# eight tasks, with and without task embeddings.
+# The validation scores that the authors give for their published checkpoints (README).
 RELEASED = _table("""
 line                     coco    vg   vqa2  snli_ve   qnli   mnli    qqp   sst2
 released-coco           40.54     -      -        -      -      -      -      -
@@ -157,8 +156,7 @@ def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
     """Agreement with ten annotators in 0..1, as the official evaluation (footnote 1) has it.
 
     Leave one annotator out, count who of the other nine agrees: three make the answer right. The
-    mean over the ten is 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who agree.
-    """
+    mean over the ten is 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who agree."""
     answer, *ten = (x.replace("\n", " ").replace("\t", " ").strip() for x in [answer, *ten_answers])
     # A trap: where all ten answers are one string, the official script compares them as they are.
     if len(set(ten)) > 1:
@@ -174,13 +172,12 @@ def f1_score(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int = 200) -> dict:
-    """AP (mean over IoU 0.50..0.95) and AP50 in percent on these images; rows as of `to_rows`.
+    """AP (Section 4.1's mAP, mean over IoU 0.50..0.95) and AP50 in percent; rows as of `to_rows`.
 
     pycocotools keeps a record for each class x area x image: gigabytes with VG's 1,600 classes and
     2,000 images. Classes don't see each other, so they go through it block by block, and for all
     areas in one, which is all that AP needs: the same numbers in a third of the time. A class that
-    these images have no box of (but crowds) has no part in the mean, here as there. {}: no box.
-    """
+    these images have no box of (but crowds) has no part in the mean, here as there. {}: no box."""
     boxes = truth.loadAnns(truth.getAnnIds(imgIds=image_ids, iscrowd=False))
     classes = sorted({box["category_id"] for box in boxes})
     if not classes:
@@ -198,8 +195,7 @@ def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int
                     areaRng=[[0, 1e10]], areaRngLbl=["all"])
                 scorer.evaluate()
                 scorer.accumulate()
-                # (10 IoUs, 101 recalls, classes, 1, 1)
-                precision.append(scorer.eval["precision"][..., 0, 0])
+                precision.append(scorer.eval["precision"][..., 0, 0])  # (10 IoUs, recalls, classes)
     finally:
         gc.enable()
     precision = np.concatenate(precision, axis=2)
@@ -214,8 +210,7 @@ def to_rows(image_id: int, found: Detections) -> np.ndarray:
 
 
 def to_annotations(rows: np.ndarray) -> list[dict]:
-    """As COCO.loadRes, but without a polygon for each box, and for zero rows too. Ids start at 1:
-    pycocotools takes id 0 for "not matched"."""
+    """As COCO.loadRes, without polygons, and for zero rows too. Ids from 1: 0 is "not matched"."""
     return [{"id": n, "image_id": int(image), "category_id": int(label), "bbox": [x, y, w, h],
              "score": s, "area": w * h}
             for n, (image, x, y, w, h, s, label) in enumerate(rows.tolist(), 1)]
@@ -226,8 +221,7 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
     (n,), attributes (n, 16) padded with -1.
 
     Counted: true boxes with attributes that a prediction of their class overlaps by an IoU of at
-    least 0.5. Right: the highest attribute of the one that overlaps best is among theirs.
-    """
+    least 0.5. Right: the highest attribute of the one that overlaps best is among theirs."""
     iou = box_iou(boxes.double(), found.boxes.double())               # (n, q)
     best = iou.masked_fill(labels[:, None] != found.labels, 0).max(1)
     counted = (best.values >= 0.5) & (attributes >= 0).any(1)
@@ -242,8 +236,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
 
     batch_size 0: one image, or 32 texts. limit: at most so many of each, always the same; 0: all.
-    Under torch.distributed all processes call this; rank 0 gets the results, the others {}.
-    """
+    Under torch.distributed all processes call this; rank 0 gets the results, the others {}."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training, results = model.training, {}
     model.eval()
@@ -358,8 +351,7 @@ def require_writable(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out") \
-            from None
+        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out")
 
 
 def write_json(path: Path, value) -> None:
@@ -399,11 +391,9 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
 
 
 def write_detections(path: Path, names: list[str], items: list) -> None:
-    """COCO's result JSON, and a zip of it under the same stem. Boxes to 0.1 pixel.
-
-    test-dev makes two million records, too many to hold as dicts. Classes that do not exist (COCO's
-    ids have ten gaps) are left out: the metric never looks at them.
-    """
+    """COCO's result JSON, boxes to 0.1 pixel, and a zip of it. test-dev makes two million records,
+    too many for dicts. Classes that do not exist (COCO's ten gaps) are left out, as the metric
+    never looks at them."""
     used = np.array([name != "" for name in names])
     rows = np.concatenate([rows for _, rows, _ in items])
     rows = rows[used[rows[:, 6].astype(int)]][:, [0, 6, 1, 2, 3, 4, 5]]
@@ -425,8 +415,7 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
     """The model's answers about a picture (its path), a text, or both, the likeliest first.
 
     Detection: {"label", "score", "box": [x0, y0, x1, y1] in pixels}, and "attribute" where the task
-    has them; else {"label", "score"}. Names and word pieces are the checkpoint's: no data needed.
-    """
+    has them; else {"label", "score"}. Names and word pieces: the checkpoint's, no data needed."""
     task = choose_task(model, image is not None, text is not None, task)
     sample = data.Sample(id=0)
     if image is not None:
@@ -464,8 +453,7 @@ def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[di
     return found
 
 
-def choose_task(model: UniT, image: bool, text: bool, name: str | None,
-                question: bool = True) -> Task:
+def choose_task(model: UniT, image: bool, text: bool, name: str | None, question=True) -> Task:
     """The task of that name; without one, the first of the model's that takes these inputs: of a
     picture and a text the one with soft scores (VQA) if that is a `question`, else SNLI-VE."""
     fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
@@ -609,8 +597,7 @@ def parser() -> argparse.ArgumentParser:
     g("--released", metavar="FILE", help="the authors' published file, .tar.gz or the .pth in it")
     g = p.add_argument_group("whole data sets").add_argument
     g("--data", metavar="DIR", help="folder of the data sets [that of the training, or data]")
-    g("--tasks", type=lambda names: names.split(","), metavar="A,B",
-      help="some of the model's tasks [all]")
+    g("--tasks", type=lambda x: x.split(","), metavar="A,B", help="some of the model's tasks [all]")
     g("--split", choices=["val", "test"], default="val",
       help="test: writes what the test servers take into OUT/predictions [val]")
     g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
@@ -634,8 +621,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     """rank, number of processes, device; joins torchrun's group if there is one (train.py's too).
 
     CPU tensors travel by gloo even where gradients go by NCCL: what the processes tell each other
-    between iterations (boxes counted, stop?) then costs the GPU no synchronisation.
-    """
+    between iterations (boxes counted, stop?) then costs the GPU no synchronisation."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -662,16 +648,14 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
         # torchvision knows COCO's names by category id.
         "coco": FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"],
         "vqa2": lines("vqa2/answers_vqa.txt"), "vg": vg("objects")}
-    labels = {name: {"classes": names, "attributes": vg("attributes")}
-              for name, names in classes.items()}
+    labels = {name: {"classes": x, "attributes": vg("attributes")} for name, x in classes.items()}
     name = "released-" + ("all" if len(model.tasks) > 1 else "coco")
     name += "" if model.config.task_embedding else "-no-task"
     return model, {"labels": labels, "vocab": folder / "bert" / "vocab.txt"}, name
 
 
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
-    """The split's data sets, checked to have the classes that the model was trained for; `labels`
-    are its checkpoint's, {} where they are not known."""
+    """The split's data sets, checked to have the model's classes (`labels`; {}: not known)."""
     if lost := [t for t in tasks if t not in model.tasks]:
         raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
     _, datasets = data.load(folder, tasks, split, tiny=is_tiny(model.config))
@@ -689,12 +673,12 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
     for name in args.tasks or [None]:
         task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
         answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
-        boxes = task.kind == "detection"
-        shown = [a for a in answers if a["score"] >= 0.5] if boxes else answers[:5]
+        detection = task.kind == "detection"
+        shown = [a for a in answers if a["score"] >= 0.5] if detection else answers[:5]
         print(f"{task.name}:")
         for a in shown:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
-        if boxes:
+        if detection:
             picture = Image.open(args.image)
             with data.whole_file(out / "prediction.png", "wb") as file:
                 draw_boxes(picture, shown, max(1, WIDTH / picture.width)).save(file, "PNG")

@@ -35,8 +35,7 @@ import unit
 from unit import Batch, Config, InputError, UniT, option
 
 
-# The parts of a model, as the names of its parameters begin.
-PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")
+PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")  # parameter names begin so
 EIGHT = ("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2")  # Section 4.2
 DETECTION_VQA = ("coco", "vg", "vqa2")                                    # Section 4.1
 ABLATION = ("coco", "snli_ve", "mnli")                                    # Tables 4 and C.1
@@ -80,10 +79,8 @@ FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every"
 # ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
 
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
-    EIGHT: dict(coco=0.20, vg=0.07, vqa2=0.26, snli_ve=0.12,
-                qnli=0.10, mnli=0.10, qqp=0.10, sst2=0.05),
-    ABLATION: dict(coco=0.30, snli_ve=0.50, mnli=0.20),
-}
+    EIGHT: dict(coco=.20, vg=.07, vqa2=.26, snli_ve=.12, qnli=.10, mnli=.10, qqp=.10, sst2=.05),
+    ABLATION: dict(coco=.30, snli_ve=.50, mnli=.20)}
 # "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
@@ -133,12 +130,10 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "TC.1.12": dict(tasks=ABLATION, **COCO_INIT, freeze=("image_encoder",)),
     # Section 4.2, "could lead to divergence in detection training", and Appendix A's two strategies
     "S4.2-1536": dict(tasks=ABLATION, decoder_width=1536),
-    "A-skip": dict(tasks=DETECTION_VQA, iterations=450_000),
-    "A-update": dict(tasks=DETECTION_VQA, iterations=450_000, update_unused=True),
-}
+    "A-skip": dict(tasks=DETECTION_VQA, iterations=450_000),  # the same run as T1.3
+    "A-update": dict(tasks=DETECTION_VQA, iterations=450_000, update_unused=True)}
 
-# --tiny: the same architecture and losses in other sizes, for 32-pixel pictures (ours; see README).
-TINY = dict(
+TINY = dict(  # --tiny: same model and losses in other sizes, for 32-pixel pictures (ours; README)
     encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2, backbone="small",
     bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, max_positions=64,
     decoder_width=64, decoder_heads=4, decoder_ff=128, decoder_layers=2, dropout=0.0,
@@ -156,7 +151,7 @@ SCALED = {name: TINY[name] for name in ("encoder_width", "decoder_width", "decod
 def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
     """Table A.2: the sampling probabilities of these tasks, from the line that they belong to."""
     if set(tasks) <= set(DETECTION_VQA):
-        return (1.0,) * len(tasks)                 # line 1: equal chances
+        return (1.0,) * len(tasks)                 # line 1: equal chances (Section 4.1)
     line = TABLE_A2[ABLATION if set(tasks) == set(ABLATION) else EIGHT]
     return tuple(line.get(t, 0.1) for t in tasks)  # 0.1: a ninth task
 
@@ -171,8 +166,7 @@ def sum_over_processes(*numbers: float) -> list[float]:
 
 
 def note_signals() -> list[int]:
-    """A list that SIGTERM (a cluster's preemption) and Ctrl-C go into: the iteration in hand is
-    finished first."""
+    """A list that SIGTERM (a cluster's) and Ctrl-C go into: the iteration is finished first."""
     noted = []
 
     def note(number, frame):
@@ -189,8 +183,7 @@ def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
 
     PyTorch's AdamW adds eps after the bias correction, the released code's before. Gradients
-    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6.
-    """
+    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
@@ -253,8 +246,7 @@ def part_of(name: str) -> str:
 
 
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> str:
-    """Takes `parts` of another run's weights, whatever fits by name -> what was taken, is new, was
-    dropped, in words. What the paper's COCO init. takes: see EXPERIMENTS."""
+    """Takes `parts` of another run's weights, whatever fits by name -> what it did, in words."""
     theirs, ours = evaluation.read_checkpoint(path)["model"], model.state_dict()
     sources = {}  # {name here: name there}
     for name in ours:
@@ -340,7 +332,7 @@ class Log:
 
 # ---- The loop (Section 3.5) ----------------------------------------------------------------------
 
-def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
+def update(step, optimizer, scaler, batches, train, num_boxes, world_size, device):
     """One update from this process's micro-batches -> its shares of the loss terms (a dict), and
     the gradient's norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -349,7 +341,7 @@ def update(step, optimizer, scaler, batches, train, boxes, world_size, device):
         wait = k < len(batches) - 1 and dist.is_initialized()
         with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once per iteration
             with evaluation.autocast(device, train.precision):
-                terms = step(batch.to(device, parameters[0].dtype), train.batch_size, boxes)
+                terms = step(batch.to(device, parameters[0].dtype), train.batch_size, num_boxes)
             # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
             scaler.scale(sum(terms.values()) * world_size).backward()
         for name, value in terms.items():
@@ -449,8 +441,7 @@ GROUPS = {"init": "starting from other weights (Sections 4.1, 4.2, Table C.1)",
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
 CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.PRECISIONS),
            "backbone": ("resnet50", "small")}
-# The least and the greatest value of a flag. All other integers are at least 1, or 0 if that is
-# the default; all other numbers at least 0.
+# The least and the greatest value of a flag; of all others see `flag_type`.
 LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1), "dropout": (0, 1), "coco_first": (0, 1)}
 LIMITS |= dict.fromkeys(("warmup", "num_workers", "eval_every", "encoder_layers"), (0, math.inf))
 
@@ -639,7 +630,6 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
 
 
 def list_experiments() -> None:
-    """Every line of the paper's tables with what it changes and the paper's numbers."""
     form = "{:<13} {:<19} {:>10}  {:<62} {}"
     print(form.format("name", "tasks", "iterations", "changes", "paper"))
     for name, row in EXPERIMENTS.items():

@@ -15,22 +15,21 @@
 
 Where this differs from the paper's text:
 * Section 3.1: positions are added to the queries and keys of every layer (DETR), not to the map.
-* Eq. 2: the encoder's input is added to its output. The paper does not say so; the released weights
-  need it.
+* Eq. 2: the encoder's input is added to its output: unsaid, but the released weights need it.
 * Eq. 7: in training the attribute head is fed the class of the matched target (as in BUTD, which
   the paper cites), at test the highest-scoring class of c^l.
 * Table A.1 names one learning rate; the backbone has its own, DETR's (see train.py).
 
 Where the paper is silent, the authors' released system decides: how d_v^e and d_t^e become d_t^d (a
 linear map of the states, and one of their positions), task vectors without position or LayerNorm,
-initialisation, loss weights, normalisers. In three places that system contradicts the paper, which
-is the default here (`AS_RELEASED` switches them): VQAv2's loss (Eq. 9) and text states (Section
-3.2), and the classifier's LayerNorm and the place of its dropout (Eq. 8).
+initialisation, loss weights, normalisers. In three places that system contradicts the paper: in
+VQAv2's loss (Eq. 9), in VQAv2's text states (Section 3.2), and in the classifier's LayerNorm and
+dropout (Eq. 8). There the paper is the default; `AS_RELEASED` holds the system's values.
 
-Shapes: B batch, H x W image, L = H_v W_v image positions, S text tokens, M = L, S or L + S memory
-positions, n positions of any sequence, q queries, d width, C classes (the paper's c_t), A
-attributes, N_d decoder layers, T boxes of a batch, K matched pairs. Batch comes first. Masks are
-True at padding. "No-object" is the paper's background.
+Shapes: B batch, H x W image, L = H_v W_v image positions, S text tokens, M memory positions (of an
+image L, of a text 1, or S if all are seen, of both the sum), n positions of any sequence, q
+queries, d width, C classes (the paper's c_t), A attributes, N_d decoder layers, T true boxes of a
+batch, K matched pairs. Batch first; masks are True at padding; "no-object": the paper's background.
 """
 
 from __future__ import annotations
@@ -68,16 +67,14 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 
 class InputError(Exception):
-    """A mistake in what the user gave (a file, a record, a flag). The message names it and the fix.
-
-    The command lines print it as one line and exit with status 2; everything else is a bug of ours.
-    """
+    """A mistake in what the user gave (a file, a record, a flag). The message names it and the fix;
+    the command lines print it and exit with status 2. All else is a bug of ours."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, the paper's task t: COCO and VG, both detection, have a w^task, q^task and head
-    each. The eight are `data.TASKS`; a ninth is a row."""
+    """One data set, which is what the paper calls task t: COCO and VG, both of them detection, have
+    each a w^task, q^task and head of their own. The eight are `data.TASKS`; a ninth is a row."""
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -157,7 +154,6 @@ class Config:
     classifier_norm: bool = option(False, "LayerNorm, early dropout, as released; else as in Eq. 8")
 
     def __post_init__(self):
-        """Raises InputError for widths that cannot be split."""
         for part in ("encoder", "bert", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             if width % heads:
@@ -182,8 +178,7 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Padding mask (B, S), True = padding -> (B, 1, 1, S), what attention adds to its scores.
 
     Trap: `scaled_dot_product_attention` reads a boolean mask the other way round (True = attend),
-    and copies it to the full (B, heads, S, S). A float bias that broadcasts is taken as it is.
-    """
+    and copies it to the full (B, heads, S, S). A float bias that broadcasts is taken as it is."""
     if mask is None:
         return None
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -191,8 +186,7 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class Attention(nn.Module):
-    """Multi-head attention. PyTorch's fused kernels work tile by tile and never hold the L x L
-    matrix (but for attention dropout on CPUs)."""
+    """Multi-head attention. PyTorch's kernels hold no L x L matrix (but with dropout on CPUs)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -204,15 +198,15 @@ class Attention(nn.Module):
         """query (B, n, d), key and value (B, M, d), bias (B, 1, 1, M) -> (B, n, d)"""
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        bias = None if bias is None else bias.to(q.dtype)
+        bias = None if bias is None else bias.to(q.dtype)  # under autocast q's is the lower one
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout)  # (B, heads, n, d / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm transformer layer, DETR's and BERT's alike. DETR's: ReLU, epsilon 1e-5, dropout
-    inside the feed-forward, positions added to queries and keys. BERT's: GELU, 1e-12, neither."""
+    """Post-norm transformer layer. DETR's: ReLU, epsilon 1e-5, dropout in the feed-forward as well,
+    and positions added to queries and keys. BERT's: GELU, epsilon 1e-12, without these two."""
 
     def __init__(self, width: int, heads: int, ff: int, dropout: float, bert: bool):
         super().__init__()
@@ -237,16 +231,14 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What both encoders share: transformer layers with the task vector in front, and linear maps
-    of the states, and of their positions, to the decoder's width.
+    """What both encoders share: layers, task vectors, linear maps of states and positions to d_t^d.
 
     w^task is a learned (1, d) vector for each task, drawn from N(0, 1), and a parameter of its own:
-    rows of one table would all get a gradient (zeros) and drift in the optimiser.
-    """
+    rows of one table would all get a gradient (zeros) and drift in the optimiser."""
 
     def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
                    ff: int, bert: bool):
-        """The last part of `__init__`: the order in which modules are made is that of the draws."""
+        """Called last in `__init__`: modules draw their weights from the seed in the order made."""
         self.layers = nn.ModuleList(
             EncoderLayer(width, heads, ff, config.dropout, bert) for _ in range(depth))
         self.projection = nn.Linear(width, config.decoder_width)
@@ -257,11 +249,9 @@ class Encoder(nn.Module):
     def transform(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, task: str,
                   only_first: bool = False) -> Tensor:
         """x, positions (B, n, d), mask (B, n) -> (B, n, d), or (B, 1, d): the first state alone.
-
-        The task vector is put in front, without position, LayerNorm or mask, and stripped again.
-        """
-        first = int(task in self.w_task)
-        if first:
+        The task vector is put in front, without position, LayerNorm or mask, and stripped again."""
+        front = int(task in self.w_task)                              # positions in front: 1 or 0
+        if front:
             x = torch.cat([self.w_task[task].expand(len(x), 1, -1), x], dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=False)
             positions = None if positions is None else F.pad(positions, (0, 0, 1, 0))
@@ -270,8 +260,8 @@ class Encoder(nn.Module):
         for layer in layers:                                          # E_v of Eq. 2, BERT of Eq. 3
             x = layer(x, positions, bias)
         if only_first:
-            return last(x, positions, bias, rows=slice(first, first + 1))
-        return last(x, positions, bias)[:, first:]
+            return last(x, positions, bias, rows=slice(front, front + 1))
+        return last(x, positions, bias)[:, front:]
 
 
 # ---- Section 3.1. Image encoder ------------------------------------------------------------------
@@ -284,8 +274,6 @@ def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
 
 
 class FoldedBottleneck(Bottleneck):
-    """torchvision's, batch norms folded."""
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, 4 x planes, H', W')"""
         out = F.relu_(folded(self.conv1, self.bn1, x))
@@ -347,8 +335,7 @@ def sine_positions(valid: Tensor, width: int) -> Tensor:
     """2-D sine positions of DETR: (B, H_v, W_v) bool, True where there is image -> (B, L, width).
 
     The first half of the features encodes y, the second x. Counts run over unpadded positions and
-    are scaled so that the last one is 2 pi: positions are relative to the image, not the batch.
-    """
+    are scaled so that the last one is 2 pi: positions are relative to the image, not the batch."""
     half = width // 2
     index = torch.arange(half, device=valid.device) // 2 * 2
     wavelength = 10000.0 ** (index / half)                            # (half,)
@@ -375,11 +362,7 @@ class ImageEncoder(Encoder):
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
         """images (B, 3, H, W), image_mask (B, H, W) -> h^v, projected to the decoder's width d
-        (B, L, d), its positions (B, L, d) and its padding mask (B, L) or None.
-
-        Padding several images to one size changes the features near the padding (convolutions reach
-        across), as in DETR: images taken one at a time are the paper's run, and exact.
-        """
+        (B, L, d), its positions (B, L, d) and its padding mask (B, L) or None."""
         x = self.backbone(images)                                     # Eq. 1, (B, d_v^b, H_v, W_v)
         x = self.input_proj(x)                                 # P_{b->e}(x^v), (B, d_v^e, H_v, W_v)
         padding, valid = None, torch.ones_like(x[:, 0], dtype=torch.bool)  # (B, L), (B, H_v, W_v)
@@ -412,13 +395,12 @@ class TextEncoder(Encoder):
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
         """tokens, types, mask (B, S) -> h^t, projected to the decoder's width d (B, S or 1, d), its
-        positions of the same shape and its padding mask (B, S) or None. One state is [CLS] alone.
-        """
+        positions of that shape and its padding mask (B, S) or None. One state: [CLS] alone."""
         only_cls = task not in self.all_states                        # Section 3.2: [CLS] alone
-        # Computing no other state saves 7% of BERT. In training dropout draws for all states.
+        # Not computing the others saves 7% of BERT; in training it would shift dropout's draws.
         states = self.bert(tokens, types, mask, task, only_cls and not self.training)
-        if only_cls:                                                  # h^t, (B, S or 1, d_t^e)
-            states, mask = states[:, :1], None
+        if only_cls:
+            states, mask = states[:, :1], None                        # of h^t, (B, 1, d_t^e)
         # The decoder's text positions are BERT's own position embeddings 0..S-1, projected.
         positions = self.position_projection(self.position_embeddings.weight[:states.shape[1]])
         return self.projection(states), positions.expand(len(states), -1, -1), mask
@@ -434,9 +416,6 @@ class TextEncoder(Encoder):
         embedded = self.word_embeddings(tokens) + self.token_type_embeddings(types)
         x = self.dropout(self.norm(embedded + places[:length]))       # (B, S, d_t^e)
         return self.transform(x, None, mask, task, only_cls)          # Eq. 3
-
-
-OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder, what is not BERT's
 
 
 # ---- Section 3.3. Domain-agnostic decoder --------------------------------------------------------
@@ -479,8 +458,7 @@ class Decoder(nn.Module):
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
         So the first self-attention sees no content and all its values are its value bias: its
-        query, key and value matrices get a gradient of zero (the first two some from dropout).
-        """
+        query, key and value matrices get a gradient of zero (the first two some from dropout)."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = torch.zeros_like(q_task), []
@@ -493,8 +471,7 @@ class Decoder(nn.Module):
 # ---- Section 3.4. Task-specific output heads -----------------------------------------------------
 
 class AttributeHead(nn.Module):
-    """BUTD's: a^l from the state and the object's class. As in the released system it ends in a
-    ReLU and has none between its two linear layers."""
+    """BUTD's: a^l from state and class. As released it ends in a ReLU and has none between."""
 
     def __init__(self, width: int, task: Task):
         super().__init__()
@@ -530,8 +507,7 @@ class DetectionHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Two layers on the first query's state, numbered as in Eq. 8: linear2 (W_2, b_2) comes first.
-    As released it has a LayerNorm, and dropout first."""
+    """Two layers on the first query's state. As in Eq. 8, linear2 (W_2, b_2) comes first."""
 
     def __init__(self, width: int, num_classes: int, dropout: float, as_released: bool):
         super().__init__()
@@ -559,7 +535,7 @@ class Outputs:
 
 
 class UniT(nn.Module):
-    """The whole of Figure 2 for the given tasks. Parts that no task needs are not made."""
+    """Figure 2, for the given tasks alone; all eight make 201M parameters (Section 4.2)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
         super().__init__()
@@ -583,14 +559,12 @@ class UniT(nn.Module):
         initialise(self)
 
     def forward(self, batch: Batch) -> Outputs:
-        """Encoders, decoder and head, those of the batch's task."""
         task = self.tasks[batch.task]
         memory, positions, mask = self.encode(batch, task)
         q_task = self.queries[task.name]
         if not self.training and memory.shape[1] == 1:
-            # One memory position ([CLS] alone): attention returns the same vector whatever the
-            # query, so all queries compute the same state, and one is enough. Not in training,
-            # where dropout tells them apart.
+            # One memory position ([CLS] alone): attention returns the same to every query, so one
+            # query computes what all would. In training dropout tells them apart.
             q_task = q_task[:1]
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
         hidden = decoder(memory, positions, mask, q_task)             # Eq. 4, (N_d, B, q, d)
@@ -599,7 +573,7 @@ class UniT(nn.Module):
         head = self.heads[task.name]
         if task.kind == "detection":
             return Outputs(hidden, *head(hidden))
-        layers = hidden if self.config.loss_on_all_layers else hidden[-1:]
+        layers = hidden if self.config.loss_on_all_layers else hidden[-1:]  # all: Table 4 line 6
         return Outputs(hidden, head(layers[:, :, 0]))                 # h_1, the first query's state
 
     def encode(self, batch: Batch, task: Task):
@@ -622,8 +596,7 @@ class UniT(nn.Module):
         """The weighted terms whose sum is the loss of this part of a batch (Section 3.4).
 
         A batch of `batch_size` samples with `num_boxes` boxes may be spread over micro-batches and
-        processes: the terms of all parts add up to the batch's. Default: this part is the batch.
-        """
+        processes: the terms of all parts add up to the batch's. Default: this part is the batch."""
         task, n = self.tasks[batch.task], batch_size or len(batch)
         if task.kind == "classification":
             binary = task.soft_scores and self.config.binary_vqa_loss
@@ -651,14 +624,13 @@ def initialise(model: UniT) -> None:
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
-    if text:  # replaced by pretrained weights in every run of the paper
-        for name, p in text.named_parameters():
-            if name.startswith(OUR_OWN):
-                continue
-            if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
-                nn.init.normal_(p, std=p.shape[1] ** -0.5)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+    for name, p in text.named_parameters() if text else ():  # pretrained in the paper's runs
+        if name.startswith(OUR_OWN):
+            continue
+        if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
+            nn.init.normal_(p, std=p.shape[1] ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
     for name, p in model.heads.named_parameters():
         if "attribute_head" in name:
             nn.init.normal_(p, std=0.01) if p.dim() > 1 else nn.init.zeros_(p)
@@ -675,8 +647,7 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
     """logits p (N_d or 1, B, C), scores t (B, C) -> (), summed over layers and samples.
 
     One class per sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
-    released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, summed over the answers.
-    """
+    released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, summed over the answers."""
     logits, target = at_least_float32(logits), at_least_float32(scores).expand_as(logits)
     if binary:
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
@@ -685,12 +656,10 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
 
 
 def matching_cost(logits: Tensor, boxes: Tensor, image: Tensor, labels: Tensor, targets: Tensor):
-    """What it costs to match box t with each query of its image: logits (N_d, B, q, C + 1), boxes
-    (N_d, B, q, 4); of each box its image (T,), label (T,) and place (T, 4) -> (N_d, T, q).
+    """What it costs to match each true box with each query of its image: logits (N_d, B, q, C + 1),
+    boxes (N_d, B, q, 4); of the true boxes image (T,), label (T,) and target (T, 4) -> (N_d, T, q).
 
-    It takes -p(class), not -log p as the loss does: like the box terms it is then bounded, which
-    DETR found to work better.
-    """
+    It takes -p(class), not the loss's -log p: bounded like the box terms (better, says DETR)."""
     probability = at_least_float32(logits).softmax(-1)                # (N_d, B, q, C + 1)
     class_cost = -probability[:, image, :, labels].transpose(0, 1)    # indexing puts T first
     candidates, wanted = boxes[:, image], targets[None, :, None]      # (N_d, T, q, 4), (1, T, 1, 4)
@@ -706,8 +675,7 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
 
     logits (N_d, B, q, C + 1), boxes (N_d, B, q, 4), labels B x (n,), targets B x (n, 4)
     -> layer, image, query, target, each (K,) on the CPU: `target` indexes the boxes of all
-    images, concatenated. More boxes than queries: the q that fit best are matched.
-    """
+    images, concatenated. More boxes than queries: the q that fit best are matched."""
     counts = [len(x) for x in labels]
     # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
@@ -726,9 +694,7 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
 
 def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
     """Generalised IoU of boxes that broadcast against each other, (..., 4) cx, cy, w, h -> (...).
-
-    torchvision's does the same, but waits for the GPU (it indexes by a mask).
-    """
+    torchvision's does the same, but waits for the GPU (it indexes by a mask)."""
     def corners(boxes):  # upper left and lower right; sides, and so every union, are above zero
         centre, sides = at_least_float32(boxes).split(2, dim=-1)
         half = 0.5 * sides.clamp(min=1e-6)
@@ -750,8 +716,7 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
 
     class: sum over images of each image's weighted mean over its queries; l1, giou: sums over
     matched boxes; attribute: sum over images of each image's mean over its boxes with attributes.
-    With one image per process, as the paper trained, these are the released system's terms.
-    """
+    With one image per process, as the paper trained, these are the released system's terms."""
     logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
     num_layers, batch_size, _, num_outputs = logits.shape
     no_object = num_outputs - 1
@@ -780,11 +745,11 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
             scores = at_least_float32(head.attribute_head(hidden, labels))  # Eq. 7, (K, A)
         count = (attributes >= 0).sum(-1)                             # (K,) attributes of each box
         log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))  # (K, 16)
-        each = -0.5 * (log_p * (attributes >= 0)).sum(-1) / count.clamp(min=1)  # BUTD's factor 0.5
+        loss = -0.5 * (log_p * (attributes >= 0)).sum(-1) / count.clamp(min=1)  # BUTD's factor 0.5
         group = layer * batch_size + image                            # (K,) one image in one layer
-        described = (count > 0).to(each.dtype)                        # (K,) has attributes
-        per_group = each.new_zeros(num_layers * batch_size).index_add(0, group, described)
-        terms["attribute"] = per_layer(each / per_group.clamp(min=1)[group])
+        described = (count > 0).to(loss.dtype)                        # (K,) has attributes
+        per_group = loss.new_zeros(num_layers * batch_size).index_add(0, group, described)
+        terms["attribute"] = per_layer(loss / per_group.clamp(min=1)[group])
     return terms
 
 
@@ -875,9 +840,7 @@ def read_file(path: Path | str, fix: str = "get it again"):
     """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes of
-    `torch.serialization.safe_globals` is refused before any of its code runs. Nothing is written to
-    disk. Raises InputError.
-    """
+    `torch.serialization.safe_globals` is refused before any of its code runs."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -954,8 +917,7 @@ def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
     """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
 
     source(our name) -> the file's name, and (i, n) if ours is the i-th of n parts of its rows.
-    `unused`: a pattern of keys that may be left over (none). Raises InputError.
-    """
+    `unused`: a pattern of keys that may be left over (none)."""
     values, used = [], set()
     for name, tensor in ours.items():
         key, part = source(name)
@@ -982,8 +944,7 @@ def rename(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-# Rules for `rename`: our names to BERT's.
-BERT_NAMES = [
+BERT_NAMES = [  # rules for `rename`: our names to BERT's
     (r"^(word|position|token_type)_embeddings", r"embeddings.\1_embeddings"),
     (r"^norm\.", "embeddings.LayerNorm."), (r"^layers\.", "encoder.layer."),
     (r"attention\.q_proj", "attention.self.query"), (r"attention\.k_proj", "attention.self.key"),
@@ -992,6 +953,7 @@ BERT_NAMES = [
     (r"linear1", "intermediate.dense"), (r"linear2", "output.dense"),
     (r"norm2", "output.LayerNorm")]
 BERT_UNUSED = r"^(cls|pooler)\.|\bposition_ids$"
+OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder, what is not BERT's
 
 
 def bert_config(folder: Path) -> dict[str, int]:
@@ -1017,8 +979,7 @@ def bert_config(folder: Path) -> dict[str, int]:
 
 
 def load_bert(model: UniT, folder: Path) -> Path:
-    """BERT's weights. Names are old (gamma, beta) or new, with or without the prefix of a
-    pretraining model. Returns the file."""
+    """BERT's weights -> their file. Names: old (gamma, beta) or new, with a prefix or without."""
     files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
     path = next(filter(Path.exists, files), files[0])
     fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
@@ -1064,15 +1025,13 @@ def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[s
     return lines
 
 
-# Our tasks: group and name in the released files, and the row of their tables of task vectors.
-RELEASED_TASKS = {
+RELEASED_TASKS = {  # our tasks: group and name in the released files, row of their w^task tables
     "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
     "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
     "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
     "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
-RELEASED_PREFIX = r"^(unit_base|detr)_model\.(transformer\.)?"  # of some of their names; left out
-# Rules for `rename`: our names to theirs. BERT's are above.
-RELEASED_NAMES = [
+RELEASED_PREFIX = r"^(unit_base|detr)_model\.(transformer\.)?"  # some of their names begin so: cut
+RELEASED_NAMES = [  # rules for `rename`: our names to theirs; BERT's are above
     *((rf"^(decoders|queries|heads)\.{ours}\b", rf"\1.{theirs}")
       for ours, (theirs, _) in RELEASED_TASKS.items()),
     (r"^image_encoder\.backbone", "backbone.0"), (r"^image_encoder\.input_proj", "input_proj"),
@@ -1084,8 +1043,7 @@ RELEASED_NAMES = [
     (r"^text_encoder\.w_task.*", "task_embeddings_lang.weight"),
     (r"^decoders\.shared", "decoder"), (r"^queries\.(.*)", r"query_embeds.\1.weight"),
     (r"^heads\.\w+\.(\w+)\.class_head", r"class_embeds.\1"),
-    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}")
-      for i in range(3)),
+    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}") for i in range(3)),
     (r"^heads\.\w+\.(\w+)\.attribute_head", r"det_losses.\1.attribute_head"),
     (r"class_embedding", "cls_embed"), (r"(attribute_head\.)linear", r"\1attr_linear"),
     (r"^heads\.(\w+\.\w+)\.linear2", r"classifiers.\1.0.dense"),
@@ -1118,8 +1076,7 @@ def released_source(name: str):
 def load_released(path: Path | str, **overrides) -> UniT:
     """The authors' model in eval mode, from their archive or the file in it. The number of
     attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it."""
-    found = {re.sub(RELEASED_PREFIX, "", key): value
-             for key, value in read_weights(fetch(path)).items()}
+    found = {re.sub(RELEASED_PREFIX, "", key): x for key, x in read_weights(fetch(path)).items()}
     for key in list(found):
         original = rename(key, RELEASED_ALIASES)
         if original != key and original in found:
