@@ -169,7 +169,6 @@ def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone knows it
 SHORTEST, LONGEST = 800, 1333                # Section 3.5; the limit: released config
 SCALES = tuple(range(480, 801, 32))          # Section 3.5, "between 480 and 800"; steps: DETR
@@ -252,7 +251,6 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
 
 
 # ---- Texts ---------------------------------------------------------------------------------------
-
 def read_vocabulary(path: Path) -> list[str]:
     """BERT's vocabulary, a word piece per line."""
     words = read_lines(path) if path.exists() else []
@@ -314,7 +312,6 @@ def normalise_answer(text: str) -> str:
 
 
 # ---- Readers -------------------------------------------------------------------------------------
-
 MAX_ATTRIBUTES = 16  # per object (released config)
 
 
@@ -892,7 +889,6 @@ def require_folder(data: Path) -> None:
 
 
 # ---- Batches and their order ---------------------------------------------------------------------
-
 def collate(task: Task, samples: list[Sample]) -> Batch:
     def every(field):  # None: the task, or the split, has none
         values = [getattr(sample, field) for sample in samples]
@@ -1003,7 +999,8 @@ def start_worker(number: int) -> None:
 
 
 def run_loader(fetcher: Fetcher, requests, num_workers: int):
-    """Yields (iteration, Batch) for each request, in order; `num_workers` processes read ahead."""
+    """Yields (iteration, Batch, or the InputError that prevents it) for each request, in order;
+    `num_workers` processes read ahead."""
     # Fork shares the annotations; where there is none they are copied.
     context = "fork" if num_workers and sys.platform == "linux" else None
     # A generator of its own: the loader draws a seed, which must not disturb dropout's draws.
@@ -1012,9 +1009,8 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
         prefetch_factor=4 if num_workers else None, worker_init_fn=start_worker,
         multiprocessing_context=context, generator=torch.Generator())
     for iteration, batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield iteration, convert_lists(batch, torch.from_numpy)
+        broken = isinstance(batch, InputError)
+        yield iteration, batch if broken else convert_lists(batch, torch.from_numpy)
 
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
@@ -1042,11 +1038,13 @@ def eval_loader(dataset: Dataset, indices, batch_size: int = 0, num_workers: int
     """Yields a Batch for every `batch_size` of `indices`, in order; 0: one picture, or 32 texts."""
     requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), batch_size, 32)
     fetcher = Fetcher({dataset.task.name: dataset}, None)
-    return (batch for _, batch in run_loader(fetcher, requests, num_workers))
+    for _, batch in run_loader(fetcher, requests, num_workers):
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
 PRETRAINED = {"bert/vocab.txt": "all tasks with text",
               "bert/pytorch_model.bin or bert/model.safetensors": "weights of the text encoder",
               "detr/detr-r50-dc5-f0fb7ef5.pth": "weights of the backbone"}

@@ -45,7 +45,6 @@ from torchvision.ops import box_convert, box_iou
 
 
 # ---- The paper's numbers -------------------------------------------------------------------------
-
 def _table(text: str, after_slash: bool = False) -> dict[str, dict[str, float]]:
     """{row: {task: number}}; "-": none; A,B: lines of the same runs; A-*: a run for each task."""
     (_, *tasks), *rows = (line.split() for line in text.strip().splitlines())
@@ -124,7 +123,6 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 
 
 # ---- A trained model from its file ---------------------------------------------------------------
-
 def read_checkpoint(path) -> dict:
     """What train.py saved: plain values and tensors only, anything else is refused, not run."""
     if not Path(path).is_file():
@@ -151,7 +149,6 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
-
 def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
     """Agreement with ten annotators in 0..1, as the official evaluation (footnote 1) has it.
 
@@ -230,7 +227,6 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-
 def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_workers: int = 0,
              limit: int = 0, precision: str = "fp32", out=None) -> dict:
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
@@ -273,6 +269,8 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 def autocast(device, precision: str):
     kind = torch.device(device).type
+    if (kind, precision) == ("cuda", "bf16") and not torch.cuda.is_bf16_supported(False):
+        raise InputError("--precision bf16: this GPU has none; take fp16")
     return torch.autocast(kind, PRECISIONS[precision], enabled=precision != "fp32")
 
 
@@ -339,7 +337,6 @@ def score(dataset, indices, items: list) -> dict:
 
 
 # ---- Files: results, and what the test servers take ----------------------------------------------
-
 # GLUE's server: names of files. Its zip has eleven, four of which are ours (whether it takes fewer
 # is not known); VQA's wants all of test2015, also to score test-dev.
 GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
@@ -409,7 +406,6 @@ def write_detections(path: Path, names: list[str], items: list) -> None:
 
 
 # ---- One input -----------------------------------------------------------------------------------
-
 def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
             text_pair: str | None = None, task: str | None = None) -> list[dict]:
     """The model's answers about a picture (its path), a text, or both, the likeliest first.
@@ -462,8 +458,8 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
     if named or (name is None and fit and (image or len(fit) == 1)):
         return (named or fit)[0]
     given = " and ".join(["an image"] * image + ["a text"] * text)
-    raise InputError(f"--tasks {name or '?'}: of this model's tasks, those that take {given} are: "
-                     f"{', '.join(t.name for t in fit) or 'none'}; give one of them")
+    raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take {given} "
+                     f"are: {', '.join(t.name for t in fit) or 'none'}; give one of them")
 
 
 def is_tiny(config: Config) -> bool:
@@ -471,7 +467,6 @@ def is_tiny(config: Config) -> bool:
 
 
 # ---- Pictures (Figures 3, E.1 and D.1; Appendices D and E) ---------------------------------------
-
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
 FONT = ImageFont.load_default(SIZE)
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
@@ -587,7 +582,6 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
 
 
 # ---- The command line ----------------------------------------------------------------------------
-
 def parser() -> argparse.ArgumentParser:
     p = data.Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -680,9 +674,10 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
         if detection:
             picture = Image.open(args.image)
-            with data.whole_file(out / "prediction.png", "wb") as file:
+            path = out / f"prediction_{task.name}.png"
+            with data.whole_file(path, "wb") as file:
                 draw_boxes(picture, shown, max(1, WIDTH / picture.width)).save(file, "PNG")
-            print(f"{len(shown)} boxes of at least 50%, drawn into {out / 'prediction.png'}")
+            print(f"{len(shown)} boxes of at least 50%, drawn into {path}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -690,6 +685,8 @@ def run(args: argparse.Namespace) -> None:
     file = Path(args.checkpoint or args.released)
     one_input = args.image, args.question, args.text, args.text_pair
     # An empty one would silently evaluate whole data sets.
+    if args.question and not args.image:
+        raise InputError("--question is about a picture: give --image, too")
     if "" in one_input or (args.text_pair and not args.text):
         raise InputError("--image, --question, --text and --text_pair must not be empty, and "
                          "--text_pair goes with --text")
@@ -698,6 +695,7 @@ def run(args: argparse.Namespace) -> None:
         model, checkpoint, name = released_checkpoint(file, folder)
     else:
         model, checkpoint = load_checkpoint(file)
+        checkpoint.pop("optimizer", None)  # twice the model's memory
         folder = Path(args.data or checkpoint.get("train", {}).get("data", "data"))
         name = file.resolve().parent.name  # runs/T3.5/last.pt
     model.to(device)

@@ -77,7 +77,6 @@ FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every"
                   "micro_batch"}
 
 # ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
-
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
     EIGHT: dict(coco=.20, vg=.07, vqa2=.26, snli_ve=.12, qnli=.10, mnli=.10, qqp=.10, sst2=.05),
     ABLATION: dict(coco=.30, snli_ve=.50, mnli=.20)}
@@ -157,7 +156,6 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
 
 
 # ---- Processes -----------------------------------------------------------------------------------
-
 def sum_over_processes(*numbers: float) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     if dist.is_initialized():
@@ -178,7 +176,6 @@ def note_signals() -> list[int]:
 
 
 # ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
-
 def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
 
@@ -213,7 +210,6 @@ class Step(nn.Module):
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
-
 def save(out: Path, model, optimizer, scaler, iteration, train, names) -> None:
     """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`.
     Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
@@ -225,6 +221,8 @@ def save(out: Path, model, optimizer, scaler, iteration, train, names) -> None:
     with data.whole_file(out / "last.pt", "wb") as file:
         torch.save(state | names, file)
         if (out / "last.pt").exists():
+            file.flush()
+            os.fsync(file.fileno())  # the new one is on the disk before the old one moves
             os.replace(out / "last.pt", out / "previous.pt")
 
 
@@ -238,7 +236,8 @@ def load_newest(out: Path) -> dict:
             return state
         except InputError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
-    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt; drop --resume")
+    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt; give the "
+                     "--out (or --tiny, --experiment) of the run")
 
 
 def part_of(name: str) -> str:
@@ -247,7 +246,8 @@ def part_of(name: str) -> str:
 
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> str:
     """Takes `parts` of another run's weights, whatever fits by name -> what it did, in words."""
-    theirs, ours = evaluation.read_checkpoint(path)["model"], model.state_dict()
+    checkpoint, ours = evaluation.read_checkpoint(path), model.state_dict()
+    theirs, length = checkpoint["model"], checkpoint.get("train", {}).get("iterations")
     sources = {}  # {name here: name there}
     for name in ours:
         source = name
@@ -261,12 +261,12 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
     unit.fill({name: ours[name] for name in sources}, theirs, path,
               "give the sizes of its training", lambda name: (sources[name], None), unused=".")
     parts = sorted(set(map(part_of, sources)))
-    return (f"init {path}: tensors taken: {len(sources)} of {', '.join(parts)}; "
-            f"new: {len(ours) - len(sources)}; dropped: {len(theirs.keys() - sources.values())}")
+    return (f"init {path}, iteration {checkpoint.get('iteration')} of {length}: tensors taken: "
+            f"{len(sources)} of {', '.join(parts)}; new: {len(ours) - len(sources)}; "
+            f"dropped: {len(theirs.keys() - sources.values())}")
 
 
 # ---- The log -------------------------------------------------------------------------------------
-
 class Log:
     """A line per iteration in log.jsonl, one every `log_every` on the screen. Numbers stay on the
     device until `flush`: most iterations need not wait for them."""
@@ -331,7 +331,6 @@ class Log:
 
 
 # ---- The loop (Section 3.5) ----------------------------------------------------------------------
-
 def update(step, optimizer, scaler, batches, train, num_boxes, world_size, device):
     """One update from this process's micro-batches -> its shares of the loss terms (a dict), and
     the gradient's norm before clipping."""
@@ -371,6 +370,7 @@ def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
     if dist.is_initialized():
         step = nn.parallel.DistributedDataParallel(
             step, find_unused_parameters=True, forward_sync_buffers=False,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
             device_ids=[device] if device.type == "cuda" else None)
     return step, optimizer, scaler
 
@@ -406,18 +406,23 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
     with contextlib.closing(loader):  # its workers would wait half a minute for more
         for i, group in itertools.groupby(loader, key=lambda item: item[0]):
             batches = [batch for _, batch in group]
-            own = sum(len(x) for b in batches for x in b.labels or [])
-            boxes, stopping = sum_over_processes(own, len(signals))
+            broken = next((x for x in batches if isinstance(x, InputError)), None)  # a picture
+            own = 0 if broken else sum(len(x) for b in batches for x in b.labels or [])
+            num_boxes, stopping = sum_over_processes(own, len(signals) + bool(broken))
             if stopping:  # all processes stop before the same iteration
                 keep(i)
-                print(f"stopped by a signal after iteration {i}; saved: go on with --resume")
+                sum_over_processes(0)  # until it is saved: torchrun kills all once one has left
+                print(f"stopped after iteration {i}; saved in {out}: go on with --resume")
+                if broken:
+                    raise broken
                 sys.exit(128 + signals[0] if signals else 1)
             # Dropout follows from this alone: resuming needs no generator's state.
             torch.manual_seed(((train.seed * 1_000_003 + i) * 4099 + rank) % 2**63)
             factor, done = lr_factor(i, train), i + 1
             for param_group in optimizer.param_groups:
                 param_group["lr"] = param_group["base_lr"] * factor
-            terms, norm = update(step, optimizer, scaler, batches, train, boxes, world_size, device)
+            terms, norm = update(step, optimizer, scaler, batches, train, num_boxes, world_size,
+                                 device)
             ids = [x for b in batches for x in b.ids]
             log.pending.append((batches[0].task, ids, train.lr * factor, terms, norm))
             if done % train.log_every == 0:
@@ -432,7 +437,6 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
 
 
 # ---- The command line ----------------------------------------------------------------------------
-
 # The groups of --help after "every day": each begins at this setting.
 GROUPS = {"init": "starting from other weights (Sections 4.1, 4.2, Table C.1)",
           "probabilities": "sampling, optimiser, schedule (Section 3.5, Table A.1)",
@@ -532,6 +536,7 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
         values["coco_first"] = 0.0
     if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
         values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
+        vars(args).update({"init": values["init"]} if "init" in args else {})
     return *configs(values), out
 
 
@@ -550,7 +555,8 @@ def check(train: TrainConfig, world_size: int, starting: bool = True) -> None:
         folder = Path(train.init).parent
         name = folder.name.removeprefix("tiny-")
         tiny = "--tiny " * (name != folder.name)
-        how = (f"`python train.py {tiny}--experiment {name} --out {folder}` makes it"
+        how = (f"`python train.py {tiny}--experiment {name} --out {folder}` makes it; with "
+               "this run's --iterations and --seed, if it has its own"
                if name in EXPERIMENTS else "check --init")
         raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
 
@@ -626,7 +632,10 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
             p.requires_grad_(False)
     labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
               for name, d in datasets.items()}
-    return model, datasets, held_out, {"labels": labels, "vocab": vocab}
+    samples = {name: len(d) for name, d in datasets.items()}
+    if state and samples != state.get("samples", samples):
+        print(f"WARNING: there were {state['samples']} samples, now {samples}: their order changes")
+    return model, datasets, held_out, {"labels": labels, "vocab": vocab, "samples": samples}
 
 
 def list_experiments() -> None:
@@ -648,6 +657,9 @@ def run(args: argparse.Namespace) -> None:
     rank, world_size, device = evaluation.start_processes()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    if args.resume and (out / "config.json").exists() and not [*out.glob("*.pt")]:
+        print(f"{out}: nothing was saved before the run ended; it starts anew")
+        args.resume, args.overwrite = False, True
     config, train, state = resume(out, args) if args.resume else (config, train, None)
     check(train, world_size, starting=not state)
     if tiny := evaluation.is_tiny(config):
@@ -657,10 +669,12 @@ def run(args: argparse.Namespace) -> None:
         evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
-    sum_over_processes()  # the others wait for the files
+    sum_over_processes(0)  # the others wait for the files
     model, datasets, held_out, names = build(config, train, args.as_released, state)
     if rank == 0 and not state:
-        for path in replaced:  # now that data and weights are there
+        if replaced:  # now that data and weights are there
+            print(f"the earlier run in {out} is replaced (another --out keeps it)")
+        for path in replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         evaluation.write_json(out / "config.json",
                               {"config": asdict(model.config), "train": asdict(train)})

@@ -38,6 +38,7 @@ import argparse
 import io
 import json
 import math
+import os
 import re
 import socket
 import tarfile
@@ -173,7 +174,6 @@ LOSS_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0, "attribute": 1.0}
 
 
 # ---- Attention, and the one encoder layer of both encoders ---------------------------------------
-
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Padding mask (B, S), True = padding -> (B, 1, 1, S), what attention adds to its scores.
 
@@ -265,7 +265,6 @@ class Encoder(nn.Module):
 
 
 # ---- Section 3.1. Image encoder ------------------------------------------------------------------
-
 def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)). A frozen batch norm is linear: scaling the weights costs less than the map."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -376,7 +375,6 @@ class ImageEncoder(Encoder):
 
 
 # ---- Section 3.2. Text encoder -------------------------------------------------------------------
-
 class TextEncoder(Encoder):
     """Section 3.2: BERT without its pooler. w_t^task is (1, d_t^e)."""
 
@@ -419,7 +417,6 @@ class TextEncoder(Encoder):
 
 
 # ---- Section 3.3. Domain-agnostic decoder --------------------------------------------------------
-
 class DecoderLayer(nn.Module):
     """DETR's: self-attention among the queries, cross-attention to the memory, feed-forward."""
 
@@ -469,7 +466,6 @@ class Decoder(nn.Module):
 
 
 # ---- Section 3.4. Task-specific output heads -----------------------------------------------------
-
 class AttributeHead(nn.Module):
     """BUTD's: a^l from state and class. As released it ends in a ReLU and has none between."""
 
@@ -523,7 +519,6 @@ class Classifier(nn.Module):
 
 
 # ---- The model -----------------------------------------------------------------------------------
-
 @dataclass
 class Outputs:
     """What the model says about a batch. The last layer is the answer; eval mode has no other.
@@ -585,6 +580,8 @@ class UniT(nn.Module):
         if task.text:
             parts.append(self.text_encoder(batch.tokens, batch.token_types, batch.text_mask,
                                            task.name))
+        if len(parts) == 1:
+            return parts[0]
         states, positions, masks = zip(*parts)
         if any(m is not None for m in masks):
             mask = torch.cat([h.new_zeros(h.shape[:2], dtype=torch.bool) if m is None else m
@@ -637,7 +634,6 @@ def initialise(model: UniT) -> None:
 
 
 # ---- Section 3.4. Losses -------------------------------------------------------------------------
-
 def at_least_float32(x: Tensor) -> Tensor:
     """Losses and boxes are in full precision under autocast, too."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -754,7 +750,6 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
 
 
 # ---- From outputs to detections (Section 3.4: "post-processed into object bounding boxes") -------
-
 @dataclass
 class Detections:
     """One image's predictions, one for each query, on the CPU; no threshold, no suppression."""
@@ -821,7 +816,7 @@ def fetch(path: Path | str) -> Path:
     before = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(exist_ok=True)
-        with open(__file__) as turn:  # a file that all processes of a machine share
+        with open(f"{path}.lock", "w") as turn:
             with suppress(ImportError, OSError):  # Windows and some network drives have no locks
                 import fcntl
                 fcntl.flock(turn, fcntl.LOCK_EX)  # the first process fetches, others wait
@@ -833,6 +828,8 @@ def fetch(path: Path | str) -> Path:
                           f"(SHA-256 {sha256}) by other means and put it there") from None
     finally:
         socket.setdefaulttimeout(before)
+        with suppress(OSError):
+            os.unlink(f"{path}.lock")
     return path
 
 

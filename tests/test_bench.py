@@ -114,6 +114,7 @@ def test_the_gpu_part_runs(monkeypatch, capsys):
         monkeypatch.setattr(bench.data, name, value)
     for name in ("empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
         monkeypatch.setattr(torch.cuda, name, nothing)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 ** 30)
     bench.gpu(argparse.Namespace(peak_tflops=None, workers=1))

@@ -407,7 +407,7 @@ def test_one_input_on_the_command_line(checkpoint, folder, tmp_path, capsys):
     assert re.search(r"snli_ve:\n +\d+\.\d%  (entail|neutral|contra)", capsys.readouterr().out)
     evaluation.main([*command, "--image", image])
     assert "coco:" in capsys.readouterr().out
-    assert Image.open(tmp_path / "prediction.png").width == 320
+    assert Image.open(tmp_path / "prediction_coco.png").width == 320
     evaluation.main([*command, "--text", "a cat", "--text_pair", "a dog", "--tasks", "mnli,qqp"])
     assert re.search(r"mnli:\n.*entailment|qqp:\n.*duplicate", capsys.readouterr().out)
 

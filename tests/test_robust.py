@@ -991,6 +991,7 @@ def test_a_broken_picture_ends_the_run_in_one_line(workers, as_found, tmp_path, 
     line = mistake(capsys, "train.py", "--tiny", "--data", root, "--out", tmp_path / "run", *SMALL,
                    "--tasks", "coco", "--iterations", 3, "--num_workers", workers)
     assert re.search(r"train2017/\d+\.jpg: cannot be read as a picture .*; fetch it again", line)
+    assert (tmp_path / "run/last.pt").exists()  # what was trained before is kept
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.jpg",

@@ -230,7 +230,7 @@ def test_resuming_is_exact(tmp_path, small_tiny_data, uninterrupted, number, wor
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 128 + number and "saved: go on with --resume" in rest
+        assert process.returncode == 128 + number and "go on with --resume" in rest
     for line in (out / "log.jsonl").read_text().splitlines():
         json.loads(line)
     output = command(out, *INTERRUPTED, "--resume", data_dir=small_tiny_data)
@@ -257,6 +257,27 @@ def test_resuming_at_another_number_of_processes_keeps_the_schedule(tmp_path, sm
              for o in (out, other)]
     assert tasks[0] == tasks[1]
     assert farthest(weights(out), weights(other))[0] < 1e-4
+
+
+def test_processes_wait_for_the_tiny_data(tmp_path):
+    """Those that do not write them find them whole."""
+    few = ("import data; data.TINY_SIZES.update(coco=(48, 12), vg=(40, 8), snli_ve=(36, 12), "
+           "glue=(60, 24))")
+    output = command(tmp_path / "run", "--iterations", 2, data_dir=tmp_path / "data", processes=2,
+                     first=few)
+    assert "tiny data sets written" in output and (tmp_path / "run/results.json").exists()
+
+
+def test_a_run_that_saved_nothing_starts_anew(small_tiny_data, tmp_path):
+    """A cluster's job that always gives --resume must not fail for ever because it once died
+    before its first save."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text('{"iteration": 1, "task": "coco"}\n')
+    output = command(tmp_path, "--iterations", 2, "--tasks", "sst2", "--resume",
+                     data_dir=small_tiny_data)
+    assert "starts anew" in output
+    records = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [x["iteration"] for x in records] == [1, 2, 2]  # the last is the evaluation's
 
 
 def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, small_tiny_data):

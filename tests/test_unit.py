@@ -153,16 +153,6 @@ def test_detection_losses_by_hand():
     assert losses["giou"].item() == pytest.approx(2 * ((1 - 1) + (1 - 0.5)) / 2, rel=1e-5)
 
 
-def test_answer_loss_by_hand():
-    """Eq. 9 with VQAv2's soft scores. Ten people were asked: 7 say answer 0, 2 say answer 1, one
-    answer 2. Four and more make a score of 1, two of .6, one of .3 (leave-one-out accuracy)."""
-    scores = torch.tensor([[1.0, 0.6, 0.3, 0.0]])
-    logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
-    # Normalised, the targets are 1, .6, .3 of 1.9; and -log p = log 2 times 1, 2, 3, 3.
-    expected = math.log(2) * (1 * 1 + 0.6 * 2 + 0.3 * 3) / 1.9
-    assert unit.classification_loss(logits, scores).item() == pytest.approx(expected, rel=1e-5)
-
-
 def test_matching_is_not_greedy():
     """The closest pair is not always a match: what counts is the sum over all boxes of an image.
 
@@ -225,8 +215,18 @@ def test_a_diverged_model_is_matched_and_told_by_its_loss():
 
 
 # ------------------------------------------------------------------------------------------------
-# Losses, against slow loops written from the paper
+# Losses, by hand and against slow loops written from the paper
 # ------------------------------------------------------------------------------------------------
+
+def test_answer_loss_by_hand():
+    """Eq. 9 with VQAv2's soft scores. Ten people were asked: 7 say answer 0, 2 say answer 1, one
+    answer 2. Four and more make a score of 1, two of .6, one of .3 (leave-one-out accuracy)."""
+    scores = torch.tensor([[1.0, 0.6, 0.3, 0.0]])
+    logits = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]]).log()
+    # Normalised, the targets are 1, .6, .3 of 1.9; and -log p = log 2 times 1, 2, 3, 3.
+    expected = math.log(2) * (1 * 1 + 0.6 * 2 + 0.3 * 3) / 1.9
+    assert unit.classification_loss(logits, scores).item() == pytest.approx(expected, rel=1e-5)
+
 
 def slow_log_softmax(logits):
     return logits - logits.exp().sum().log()
