@@ -316,6 +316,8 @@ def training(flags) -> None:
                 assert_same(norm_a, norm_b)
             compare(f"the authors' way, dropout {dropout}, {device.type}", *steps, flags.rounds,
                     least, device)
+            if not dropout:
+                row("  convolutions/products/attention of a step", *map(shares, steps))
             del ours, steps
     for dropout, least in ((0.0, 2.0), (0.1, None))[:1 if flags.quick else 2]:
         peaks = [in_child(training_peak, size, dropout, authors) for authors in (False, True)]
@@ -323,6 +325,20 @@ def training(flags) -> None:
         target = (f">= {least}", ratio >= least) if least else ()
         row(f"peak memory, dropout {dropout}, cpu", *(f"{p:.0f} MiB" for p in peaks),
             f"{ratio:.2f}", *target)
+
+
+def shares(step) -> str:
+    """Percent of a step's time in convolutions / other matrix products / attention's kernel and
+    softmax (attention's own products count as matrix products where there is no kernel)."""
+    with torch.profiler.profile() as profile:
+        step()
+    spent = [(event.key, event.self_cpu_time_total) for event in profile.key_averages()]
+    total = sum(time for _, time in spent)
+
+    def share(*parts):
+        return 100 * sum(time for key, time in spent if any(x in key for x in parts)) / total
+    return (f"{share('convolution'):.0f}/{share('::mm', '::addmm', '::bmm', '::baddbmm'):.0f}/"
+            f"{share('dot_product', 'softmax'):.0f} %")
 
 
 def training_peak(size: tuple, dropout: float, authors: bool) -> float:
