@@ -458,8 +458,8 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
     if named or (name is None and fit and (image or len(fit) == 1)):
         return (named or fit)[0]
     given = " and ".join(["an image"] * image + ["a text"] * text)
-    raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take {given} "
-                     f"are: {', '.join(t.name for t in fit) or 'none'}; give one of them")
+    raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take "
+                     f"{given} are: {', '.join(t.name for t in fit) or 'none'}; give one of them")
 
 
 def is_tiny(config: Config) -> bool:
