@@ -170,6 +170,7 @@ def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
 
 # ---- Pictures ------------------------------------------------------------------------------------
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone knows it
+# Lengths in pixels at the paper's image size; at any other they keep their ratio to it (`scaled`).
 SHORTEST, LONGEST = 800, 1333                # Section 3.5; the limit: released config
 SCALES = tuple(range(480, 801, 32))          # Section 3.5, "between 480 and 800"; steps: DETR
 CROP_SCALES = (400, 500, 600)                # DETR: the size before the crop
@@ -194,7 +195,9 @@ def read_image(path: Path | str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-read_tiny_image = functools.cache(read_image)  # 3 KB; decoding was most of a tiny sample's time
+def scaled(length: int, image_size: int) -> int:
+    """A length of the table above at this --image_size."""
+    return max(1, round(length * image_size / SHORTEST))
 
 
 def fitted_size(height: int, width: int, shortest: int, longest: int, floor: bool):
@@ -210,7 +213,12 @@ def fitted_size(height: int, width: int, shortest: int, longest: int, floor: boo
 
 def resize(image: Tensor, shortest: int, longest: int, floor: bool = False) -> Tensor:
     """(3, H, W) -> (3, H', W'), uint8, bilinear with antialiasing (within 1/255 of PIL's)."""
-    return F.resize(image, fitted_size(*image.shape[1:], int(shortest), longest, floor))
+    return F.resize(image, fitted_size(*image.shape[1:], shortest, longest, floor))
+
+
+def resize_for_evaluation(image: Tensor, image_size: int, floor: bool = False) -> Tensor:
+    """(3, H, W) -> (3, H', W'), the shorter side `image_size` (Section 3.5)."""
+    return resize(image, image_size, scaled(LONGEST, image_size), floor)
 
 
 def normalise(image: Tensor) -> Tensor:
@@ -230,7 +238,20 @@ def flip(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
     return image, boxes
 
 
-def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
+def crop(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size: int):
+    """A part of the picture, from a size smaller than usual. Boxes are clipped to it."""
+    # 10,000: beyond any COCO picture; keeps a 10,000 x 10 one from becoming 400,000 wide.
+    image = resize(image, scaled(rng.choice(CROP_SCALES), image_size), longest=10_000)
+    sides = np.array(image.shape[1:])
+    low, high = (np.minimum(sides, scaled(side, image_size)) for side in CROP_SIDES)
+    h, w = rng.integers(low, high, endpoint=True)
+    y, x = rng.integers(0, sides - (h, w), endpoint=True)
+    scale = np.tile(sides[::-1], 2)  # width, height, width, height
+    boxes = ((boxes * scale - (x, y, x, y)) / (w, h, w, h)).clip(0, 1)
+    return image[:, y:y + h, x:x + w], boxes
+
+
+def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size: int):
     """DETR's. image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture.
 
     The paper (Section 3.5) is "following DETR" and says: resize to 480-800, then crop. DETR, which
@@ -238,16 +259,9 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
     picture resized to 400, 500 or 600; it resizes to 480-800 last."""
     image, boxes = flip(image, boxes, rng)
     if rng.random() < 0.5:
-        # 10,000: beyond any COCO picture; keeps a 10,000 x 10 one from becoming 400,000 wide.
-        image = resize(image, rng.choice(CROP_SCALES), longest=10_000)
-        sides = np.array(image.shape[1:])
-        low, high = np.minimum(sides, CROP_SIDES[0]), np.minimum(sides, CROP_SIDES[1])
-        h, w = rng.integers(low, high, endpoint=True)
-        y, x = rng.integers(0, sides - (h, w), endpoint=True)
-        scale = np.tile(sides[::-1], 2)  # width, height, width, height
-        boxes = ((boxes * scale - (x, y, x, y)) / (w, h, w, h)).clip(0, 1)
-        image = image[:, y:y + h, x:x + w]
-    return resize(image, rng.choice(SCALES), LONGEST), boxes
+        image, boxes = crop(image, boxes, rng, image_size)
+    shortest = scaled(rng.choice(SCALES), image_size)
+    return resize(image, shortest, scaled(LONGEST, image_size)), boxes
 
 
 # ---- Texts ---------------------------------------------------------------------------------------
@@ -312,7 +326,8 @@ def normalise_answer(text: str) -> str:
 
 
 # ---- Readers -------------------------------------------------------------------------------------
-MAX_ATTRIBUTES = 16  # per object (released config)
+MAX_ATTRIBUTES = 16   # per object (released config)
+MAX_CLASSES = 2 ** 15  # ids are kept as int16
 
 
 @dataclass
@@ -336,7 +351,8 @@ def padded(rows: list[list[int]], width: int) -> np.ndarray:
 
 
 class Dataset:
-    """What all readers share. `split` is train, val or test; `data` the folder of all data sets.
+    """What all readers share. `split` is train, val or test; `data` the folder of all data sets;
+    `image_size` and `augment` are the settings of those names.
 
     A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
@@ -346,17 +362,15 @@ class Dataset:
     class_names: list[str] = []       # index = class id, "" for ids that are not used
     attribute_names: list[str] = []
 
-    def __init__(self, task: Task, data: Path, split: str, tiny: bool = False,
-                 tokenizer: Tokenizer | None = None):
+    def __init__(self, task: Task, data: Path, split: str, tokenizer: Tokenizer | None = None,
+                 image_size: int = SHORTEST, augment: str = "full"):
         if split not in self.files:
             raise InputError(f"{task.name} has no split {split!r}, but {', '.join(self.files)}")
         paths = [data / file for file in self.needed(data, split)]
         if missing := [str(path) for path in paths if not path.exists()]:
             raise bad(", ".join(missing), f"missing for {task.name} {split}", LAYOUT)
-        self.data, self.split, self.tiny = data, split, tiny
-        self.task, self.tokenizer = task, tokenizer
-        if tiny:  # pictures of a few shapes; fewer queries learn faster (ours)
-            self.task = replace(task, num_queries=8 if task.kind == "detection" else 4)
+        self.task, self.data, self.split, self.tokenizer = task, data, split, tokenizer
+        self.image_size, self.augment = image_size, augment
         self.path = data / self.files[split][0]   # of the annotations
         self.skipped, self.notes = Counter(), []  # {reason: how many}; what else the summary tells
         gc.disable()  # it would visit millions of objects just parsed, again and again
@@ -392,7 +406,7 @@ class Dataset:
     def picture(self, index: int) -> Tensor:
         """(3, H, W) uint8."""
         # No Path: it interns its names, and each worker would get that whole table for its own.
-        return (read_tiny_image if self.tiny else read_image)(f"{self.folder}/{self.names[index]}")
+        return read_image(f"{self.folder}/{self.names[index]}")
 
     @property
     def summary(self) -> str:
@@ -416,7 +430,8 @@ def not_empty(boxes: np.ndarray) -> np.ndarray:
 
 
 class Coco(Dataset):
-    """COCO 2017. Category ids are used as they are: 1..90 with ten gaps, hence 91 classes."""
+    """COCO 2017. Category ids are used as they are: 1..90 with ten gaps, hence 91 classes; any
+    other file with ids from 0 on does as well."""
 
     files = {"train": ["coco/annotations/instances_train2017.json"],
              "val": ["coco/annotations/instances_val2017.json"],
@@ -427,9 +442,9 @@ class Coco(Dataset):
         """From `content` in place of the file's, if given."""
         content, path = content or read_json(self.path), self.path
         self.folder = self.data / self.folders[self.split]
-        self.class_names = self.names_by_id(content, "categories", self.task.num_classes)
-        if size := self.task.num_attributes:
-            self.attribute_names = self.names_by_id(content, "attributes", size)
+        self.class_names = self.names_by_id(content, "categories")
+        if self.task.num_attributes:
+            self.attribute_names = self.names_by_id(content, "attributes")
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
         images = table(content, "images", path)
@@ -444,15 +459,15 @@ class Coco(Dataset):
         self.names, self.num_images = strings(names[n] for n in keep), len(keep)
         self.read_boxes(table(content, "annotations", path) if self.split != "test" else [], ids)
 
-    def names_by_id(self, content: dict, key: str, size: int) -> list[str]:
-        """List `key` of ids and names -> names by id; tiny: just enough for the largest id."""
+    def names_by_id(self, content: dict, key: str) -> list[str]:
+        """List `key` of ids and names -> names by id, up to the largest id; "" where there is none.
+        The length is the number of classes: 91, 1601 and 401 on the official files."""
         rows, path = table(content, key, self.path), self.path
         ids = column(rows, "id", path, np.int64)
-        if self.tiny:
-            size = min(size, int(ids.max(initial=0)) + 1)
-        require((ids > 0) & (ids < size), f"of {key} has an id outside 1..{size - 1}", path, rows)
+        require((ids >= 0) & (ids < MAX_CLASSES),
+                f"of {key} has an id outside 0..{MAX_CLASSES - 1}", path, rows)
         names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
-        return [names.get(number, "") for number in range(size)]
+        return [names.get(number, "") for number in range(max(names, default=0) + 1)]
 
     def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
         """Annotations, grouped by image. `listed`: ids of all images, those without picture too."""
@@ -476,18 +491,20 @@ class Coco(Dataset):
         self.skipped["crowd boxes (no training; the metric keeps them)"] = int(self.crowd.sum())
         if size := self.task.num_attributes:
             lists = column(rows, "attribute_ids", path, list)
-            require([all(type(n) is int and 0 < n < size for n in x) for x in lists],
-                    f"has attribute_ids outside 1..{size - 1}", path, rows)
+            require([all(type(n) is int and 0 <= n < size for n in x) for x in lists],
+                    f"has attribute_ids outside 0..{size - 1}", path, rows)
             self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         image, size = self.picture(index), self.sizes[index]
         own = slice(self.starts[index], self.starts[index + 1])
         boxes = clipped(self.boxes[own], size)
-        if rng is not None:  # tiny pictures stay as they are: 32 x 32 has no scales (ours)
-            image, boxes = (flip if self.tiny else augment)(image, boxes, rng)
-        elif not self.tiny:
-            image = resize(image, SHORTEST, LONGEST)
+        if rng is not None and self.augment == "full":
+            image, boxes = augment(image, boxes, rng, self.image_size)
+        else:
+            if rng is not None and self.augment == "flip":
+                image, boxes = flip(image, boxes, rng)
+            image = resize_for_evaluation(image, self.image_size)
         # The size is the annotation file's, as its boxes are given in those pixels.
         sample = Sample(int(self.ids[index]), normalise(image), tuple(size.tolist()))
         if self.split != "test":
@@ -532,9 +549,8 @@ class VisualGenome(Coco):
         content = None
         if not self.path.exists():
             content = prepare_vg(self.data)[0][self.split]
-            if not self.tiny:
-                self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
-                                  f"{self.data} --prepare vg` makes it once")
+            self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
+                              f"{self.data} --prepare vg` makes it once")
         super().read(content)
 
 
@@ -648,8 +664,7 @@ class Classification(Dataset):
         if self.task.image:
             image = self.picture(index)
             sample.size = tuple(image.shape[1:])
-            sample.image = normalise(image if self.tiny else
-                                     resize(image, SHORTEST, LONGEST, floor=True))
+            sample.image = normalise(resize_for_evaluation(image, self.image_size, floor=True))
         if self.task.text:
             sample.tokens, sample.types = self.tokenizer.encode(*self.texts(index),
                                                                 max_length=self.task.max_tokens)
@@ -857,9 +872,9 @@ class Sst2(Glue):
 
 
 # The eight data sets of Section 1 and Figure 1, with the released configuration's numbers.
-PAIR = dict(kind="classification", image=False, text=True, num_queries=25)
-BOTH = dict(kind="classification", image=True, text=True, num_queries=25, max_tokens=25)
-BOXES = dict(kind="detection", image=True, text=False, num_queries=100)
+PAIR = dict(kind="classification", image=False, text=True)
+BOTH = dict(kind="classification", image=True, text=True, max_tokens=25)
+BOXES = dict(kind="detection", image=True, text=False)
 TASKS = [
     Task("coco", **BOXES, num_classes=91, dataset=Coco),
     Task("vg", **BOXES, num_classes=1601, num_attributes=401, dataset=VisualGenome),
@@ -871,15 +886,16 @@ TASKS = [
     Task("sst2", **PAIR, num_classes=2, dataset=Sst2)]
 
 
-def load(data: Path | str, names, split: str, tiny: bool = False):
-    """-> the named tasks, in the sizes of the files (VQAv2: its vocabulary's), {name: Dataset}."""
+def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augment: str = "full"):
+    """-> the named tasks, with as many classes as the files have, {name: Dataset}."""
     data, by_name = Path(data), {task.name: task for task in TASKS}
     if unknown := [name for name in names if name not in by_name]:
         raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
     require_folder(data)
     tasks = [by_name[name] for name in names]
     tokenizer = Tokenizer(data / "bert/vocab.txt") if any(task.text for task in tasks) else None
-    datasets = {task.name: task.dataset(task, data, split, tiny, tokenizer) for task in tasks}
+    datasets = {task.name: task.dataset(task, data, split, tokenizer, image_size, augment)
+                for task in tasks}
     return [dataset.task for dataset in datasets.values()], datasets
 
 
@@ -942,7 +958,7 @@ class Schedule:
         # One draw an iteration: a longer run begins as a shorter one does.
         self.choices = np.random.default_rng([seed, 0]).choice(
             len(weights), iterations, p=weights / weights.sum())
-        if coco_first:  # COCO initialisation within one run (ours: tiny mode)
+        if coco_first:  # COCO initialisation within one run (ours)
             self.choices[:coco_first] = self.names.index("coco")
         # (iterations, tasks): how often each was drawn so far, this iteration included.
         self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(weights)), 0, np.int32)
@@ -1015,8 +1031,8 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
     """Requests for these (position, index) of an iteration, `size` at a time. 0: pictures singly,
-    the paper's way (see `pad`), texts and tiny pictures, all of one size, `most` together."""
-    size = size or (1 if dataset.task.image and not dataset.tiny else most)
+    the paper's way (see `pad`), and `most` texts together."""
+    size = size or (1 if dataset.task.image else most)
     for k in range(0, len(places), size):
         yield iteration, dataset.task.name, places[k:k + size]
 
@@ -1034,9 +1050,9 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
     return run_loader(Fetcher(datasets, seed), requests(), num_workers)
 
 
-def eval_loader(dataset: Dataset, indices, batch_size: int = 0, num_workers: int = 0):
-    """Yields a Batch for every `batch_size` of `indices`, in order; 0: one picture, or 32 texts."""
-    requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), batch_size, 32)
+def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
+    """Yields a Batch for every `micro_batch` of `indices`, in order; 0: 1 picture, or 32 texts."""
+    requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), micro_batch, 32)
     fetcher = Fetcher({dataset.task.name: dataset}, None)
     for _, batch in run_loader(fetcher, requests, num_workers):
         if isinstance(batch, InputError):

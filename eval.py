@@ -10,8 +10,8 @@
 | vqa2       | accuracy           | `vqa_accuracy`: the official scorer's rule             |
 | all others | accuracy           | share of right labels; qqp also F1 of "duplicate"      |
 
-Results are in percent, as in the paper's tables. Images are taken one at a time unless --batch_size
-says otherwise: padding several to one size changes features near the padding a little (as in DETR),
+Results are in percent, as in the paper's tables. Images are taken as --micro_batch says, by default
+as in training: padding several to one size changes features near the padding a little (as in DETR),
 and AP with them. Under torchrun each process predicts its share; rank 0 puts them together.
 """
 
@@ -227,11 +227,12 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_workers: int = 0,
+def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_workers: int = 0,
              limit: int = 0, precision: str = "fp32", out=None) -> dict:
     """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
 
-    batch_size 0: one image, or 32 texts. limit: at most so many of each, always the same; 0: all.
+    micro_batch: samples at a time; 0: one image, or 32 texts. limit: at most so many of each task,
+    always the same; 0: all.
     Under torch.distributed all processes call this; rank 0 gets the results, the others {}."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training, results = model.training, {}
@@ -243,7 +244,7 @@ def evaluate(model: UniT, datasets: dict, device, batch_size: int = 0, num_worke
                 print(f"{name}: no samples")
             continue
         mine = np.array_split(indices, world)[rank]
-        batches = data.eval_loader(dataset, mine, batch_size, num_workers)
+        batches = data.eval_loader(dataset, mine, micro_batch, num_workers)
         batches = progress(name, batches, len(mine)) if rank == 0 else batches
         items = [item for batch in batches for item in predictions(model, batch, device, precision)]
         if world > 1:
@@ -419,9 +420,8 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
             raise InputError(f"{image}: no such picture; check --image")
         pixels = data.read_image(image)
         sample.size = tuple(pixels.shape[1:])
-        # As for evaluation: floored sizes for vision and language; tiny pictures are 32 x 32.
-        shortest, longest = (32, 64) if is_tiny(model.config) else (data.SHORTEST, data.LONGEST)
-        sample.image = data.normalise(data.resize(pixels, shortest, longest, floor=task.text))
+        pixels = data.resize_for_evaluation(pixels, model.config.image_size, floor=task.text)
+        sample.image = data.normalise(pixels)
     if text is not None:  # letters that are no UTF-8, as a terminal may give, become "?"
         text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))
         tokenizer = data.Tokenizer(checkpoint["vocab"])
@@ -462,10 +462,6 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
                      f"{given} are: {', '.join(t.name for t in fit) or 'none'}; give one of them")
 
 
-def is_tiny(config: Config) -> bool:
-    return config.backbone == "small"
-
-
 # ---- Pictures (Figures 3, E.1 and D.1; Appendices D and E) ---------------------------------------
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
 FONT = ImageFont.load_default(SIZE)
@@ -477,12 +473,12 @@ def title(found: dict) -> str:
 
 
 def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
-    """A copy of the picture, `scale` times as large (tiny ones have no room for letters), with what
-    `predict` found drawn in; the first of `found` on top."""
+    """A copy of the picture, `scale` times as large (small ones have no room for letters), with
+    what `predict` found drawn in; the first of `found` on top."""
     # A picture may be one pixel wide, or high: no side of 0, and none that fills the memory.
     scale = min(scale, 10 * WIDTH / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    picture = picture.convert("RGB").resize(size, Image.Resampling.BOX)  # tiny ones stay sharp
+    picture = picture.convert("RGB").resize(size, Image.Resampling.BOX)  # small ones stay sharp
     draw, corner = ImageDraw.Draw(picture), 2 * (np.array(size) - 1).tolist()
     boxes = [(np.array(f["box"]) * scale).clip(0, corner).tolist() for f in found]
     drawn = list(zip(found, boxes, itertools.cycle(COLOURS)))[::-1]
@@ -598,8 +594,8 @@ def parser() -> argparse.ArgumentParser:
     g("--eval_samples", type=data.between(0), default=0, metavar="INT",
       help="at most so many of each task [0: all]")
     g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
-    g("--batch_size", type=data.between(0), default=0, metavar="INT",
-      help="samples at a time [1 image, 32 texts]")
+    g("--micro_batch", type=data.between(0), metavar="INT",
+      help="samples at a time; 0: one image, or 32 texts [that of the training, or 0]")
     g("--num_workers", type=data.between(0), default=2, metavar="INT", help="data workers [2]")
     g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     group = p.add_argument_group("one input (no data set needed)")
@@ -652,7 +648,7 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
     """The split's data sets, checked to have the model's classes (`labels`; {}: not known)."""
     if lost := [t for t in tasks if t not in model.tasks]:
         raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
-    _, datasets = data.load(folder, tasks, split, tiny=is_tiny(model.config))
+    _, datasets = data.load(folder, tasks, split, model.config.image_size)
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
         if len(names) != size or (labels and names != labels[name]["classes"]):
@@ -709,13 +705,15 @@ def run(args: argparse.Namespace) -> None:
     tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
     datasets = load_datasets(model, labels, tasks, args.split, folder)
-    results = evaluate(model, datasets, device, args.batch_size, args.num_workers,
+    micro_batch = args.micro_batch
+    if micro_batch is None:
+        micro_batch = checkpoint.get("train", {}).get("micro_batch", 0)
+    results = evaluate(model, datasets, device, micro_batch, args.num_workers,
                        args.eval_samples, args.precision, out)
     if rank > 0:
         return
     print(results_table(results, name, args.split))
-    at_a_time = args.batch_size or (32 if is_tiny(model.config) else 1)
-    print(f"images: {at_a_time} at a time; predictions: {out / 'predictions'}")
+    print(f"images: {micro_batch or 1} at a time; predictions: {out / 'predictions'}")
     path = out / ("results.json" if args.split == "val" else "results_test.json")
     with contextlib.suppress(OSError, ValueError, TypeError):  # of other tasks, from before
         results = json.loads(path.read_text()) | results

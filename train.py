@@ -21,9 +21,10 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -49,32 +50,43 @@ class TrainConfig:
     tasks: tuple[str, ...] = option(EIGHT, "data sets (Section 4.2)")
     iterations: int = option(500_000, "iterations (Section 4.2)")
     batch_size: int = option(64, "samples per iteration, over all processes (Table A.1)")
-    micro_batch: int = option(0, "samples a process holds at a time; 0: one image, or all texts")
-    seed: int = option(0, "seed of weights, sampling, augmentation and dropout")
-    precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16")
-    num_workers: int = option(4, "data workers per process")
+    micro_batch: int = option(0, "samples a process holds at a time, in evaluation as well; "
+                                 "0: one image (the paper's way), or all texts")
+    seed: int = option(0, "seed of weights, sampling, augmentation and dropout", most=2**63 - 1)
+    precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16",
+                            choices=tuple(evaluation.PRECISIONS))
+    augment: str = option("full", "of detection's pictures in training: full (flips, scales and "
+                                  "crops, Section 3.5), flip or none",
+                          choices=("full", "flip", "none"))
+    num_workers: int = option(4, "data workers per process", least=0)
+    threads: int = option(0, "threads of a process on the CPU; 0: as PyTorch chooses")
     log_every: int = option(50, "iterations per line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(10_000, "evaluate every so many (released config); 0: only at the end")
+    eval_every: int = option(10_000, "iterations between evaluations (released config); 0: "
+                                     "evaluate only at the end", least=0)
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
-    init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
-    init_parts: tuple[str, ...] = option((), f"of it: {', '.join(PARTS)}; none given: all")
-    freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)")
+    pretrained: bool = option(True, "start from the published BERT (Section 3.2) and backbone "
+                                    "(Section 3.1; of small there is none)")
     imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
+    init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
+    init_parts: tuple[str, ...] = option((), f"of it: {', '.join(PARTS)}; none given: all",
+                                         choices=PARTS)
+    freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)",
+                                     choices=PARTS)
     probabilities: tuple[float, ...] = option((), "chance of each of --tasks; none: Table A.2's")
-    coco_first: float = option(0.0, "share of the run, at its start, on COCO alone (ours)")
+    coco_first: float = option(0.0, "share of the run, at its start, on COCO alone (ours)", most=1)
     lr: float = option(5e-5, "learning rate (Table A.1)")
     lr_backbone: float = option(1e-5, "learning rate of the backbone (DETR; released config)")
-    warmup: int = option(2000, "warm-up iterations (Table A.1)")
+    warmup: int = option(2000, "warm-up iterations (Table A.1)", least=0)
     weight_decay: float = option(1e-4, "AdamW's weight decay (released config)")
-    clip: float = option(0.1, "largest norm of the gradient (released config)")
+    clip: float = option(0.1, "largest norm of the gradient (released config)", least=1e-6)
     update_unused: bool = option(False, "update what the task did not reach, too (footnote 2)")
 
 
 # What may differ when a run goes on. Of these only micro_batch touches the weights that come out:
 # by padding, and by the order of dropout's draws.
-FREE_ON_RESUME = {"data", "num_workers", "log_every", "save_every", "eval_every", "eval_samples",
-                  "micro_batch"}
+FREE_ON_RESUME = {"data", "num_workers", "threads", "log_every", "save_every", "eval_every",
+                  "eval_samples", "micro_batch"}
 
 # ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
@@ -133,18 +145,21 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "A-update": dict(tasks=DETECTION_VQA, iterations=450_000, update_unused=True)}
 
 TINY = dict(  # --tiny: same model and losses in other sizes, for 32-pixel pictures (ours; README)
-    encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2, backbone="small",
+    data="runs/tiny-data", image_size=32, augment="flip", backbone="small", pretrained=False,
+    encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2,
     bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, max_positions=64,
     decoder_width=64, decoder_heads=4, decoder_ff=128, decoder_layers=2, dropout=0.0,
+    detection_queries=8, num_queries=4,  # pictures of a few shapes; fewer queries learn faster
     # One [CLS] among 16 picture positions is noticed late, the words at once (as Table 4 line 5).
     all_text_states=("vqa2", "snli_ve"),
     # From scratch, two detection sets starve each other: COCO comes first (the paper's COCO init.).
     coco_first=0.22, probabilities=(.17, .13, .21, .19, .07, .08, .07, .08),
     iterations=5400, batch_size=32, lr=9e-4, lr_backbone=1.2e-3, warmup=200, clip=1.0,
-    num_workers=1, log_every=250, save_every=1000, eval_every=1350, data="runs/tiny-data")
-# What an experiment changes is scaled to tiny's sizes: a decoder of 1536 is twice tiny's width.
-SCALED = {name: TINY[name] for name in ("encoder_width", "decoder_width", "decoder_layers", "lr",
-                                        "batch_size")} | {"num_queries": 4}  # for 25 (data.py)
+    micro_batch=32,  # the pictures are all of one size: nothing is padded
+    threads=1,       # a second one costs such small matrices more than it brings
+    num_workers=1, log_every=250, save_every=1000, eval_every=1350)
+# Under --tiny these settings of an experiment keep their ratio to the paper's default.
+SCALED = ("encoder_width", "decoder_width", "decoder_layers", "num_queries", "lr", "batch_size")
 
 
 def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
@@ -395,9 +410,8 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
             save(out, model, optimizer, scaler, iteration, train, names)
 
     def score():
-        workers = 0 if evaluation.is_tiny(model.config) else train.num_workers
-        results = evaluation.evaluate(model, held_out, device, num_workers=workers, out=out,
-                                      limit=train.eval_samples, precision=train.precision)
+        results = evaluation.evaluate(model, held_out, device, train.micro_batch,
+                                      train.num_workers, train.eval_samples, train.precision, out)
         log.add_results(results)
         return results
 
@@ -437,36 +451,25 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
 
 
 # ---- The command line ----------------------------------------------------------------------------
-# The groups of --help after "every day": each begins at this setting.
-GROUPS = {"init": "starting from other weights (Sections 4.1, 4.2, Table C.1)",
-          "probabilities": "sampling, optimiser, schedule (Section 3.5, Table A.1)",
-          "encoder_width": "the model (Table A.1)",
-          "shared_decoder": "ablations (Tables 1-4, C.1) and the released system"}
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
-CHOICES = {"init_parts": PARTS, "freeze": PARTS, "precision": tuple(evaluation.PRECISIONS),
-           "backbone": ("resnet50", "small")}
-# The least and the greatest value of a flag; of all others see `flag_type`.
-LIMITS = {"clip": (1e-6, math.inf), "seed": (0, 2**63 - 1), "dropout": (0, 1), "coco_first": (0, 1)}
-LIMITS |= dict.fromkeys(("warmup", "num_workers", "eval_every", "encoder_layers"), (0, math.inf))
 
 
-def flag_type(field: Field):
-    """How a flag's text becomes the field's value; tuples are written with commas."""
-    many = isinstance(field.default, tuple)
-    kind = float if "float" in field.type else str if many else type(field.default)
-    known = ("true", "false") if kind is bool else CHOICES.get(field.name)
-    if field.name in ("tasks", "all_text_states"):
-        known = [t.name for t in data.TASKS]
+def flag_type(kind: type, limits: dict):
+    """A function from a flag's text to a value of this kind, within the limits of its `option`."""
+    if kind is tuple[str, ...] or kind is tuple[float, ...]:
+        one = flag_type(get_args(kind)[0], limits)
+        return lambda text: tuple(one(part) for part in text.split(",") if part)
+    if kind in (int, float):
+        return data.between(limits["least"], limits["most"], kind)
+    choices = ("true", "false") if kind is bool else limits["choices"]
 
-    def choice(text):
-        text = text.lower() if known else text
-        if known and text not in known:
-            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(known)}")
-        return text == "true" if kind is bool else text
-    least = 1 if kind is int and field.default else 0
-    number = data.between(*LIMITS.get(field.name, (least, math.inf)), kind)
-    one = number if kind in (int, float) else choice
-    return (lambda text: tuple(one(x) for x in text.split(",") if x)) if many else one
+    def word(text):
+        if choices and text.lower() not in choices:
+            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
+        if kind is bool:
+            return text.lower() == "true"
+        return text.lower() if choices else text
+    return word
 
 
 def written(value) -> str:
@@ -480,8 +483,9 @@ def make_parser() -> argparse.ArgumentParser:
         usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
         epilog="Order: defaults < --tiny < --experiment < flags.")
-    flag = parser.add_argument_group("every day").add_argument
-    flag("--tiny", action="store_true", help="tiny data sets, written here, and a tiny model")
+    flag = parser.add_argument_group("what to run").add_argument
+    flag("--tiny", action="store_true", help="a laptop's preset: tiny data sets, written here, and "
+         "the values marked tiny below")
     flag("--experiment", default="", metavar="NAME",
          help="a line of the paper's tables (see --list) [T3.3; with --tiny none]")
     flag("--list", action="store_true", help="print all experiments and leave")
@@ -490,13 +494,14 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--overwrite", action="store_true", help="replace what is in --out")
     flag("--as_released", action="store_true",
          help="the authors' released system where it differs from the paper")
-    for field in (*fields(TrainConfig), *fields(Config)):
-        if field.name in GROUPS:
-            flag = parser.add_argument_group(GROUPS[field.name]).add_argument
-        tiny = f"; tiny: {written(TINY[field.name])}" if field.name in TINY else ""
-        flag(f"--{field.name}", type=flag_type(field), default=argparse.SUPPRESS,
-             metavar=METAVARS[type(field.default)],
-             help=f"{field.metadata['help']} [{written(field.default) or 'none'}{tiny}]")
+    for title, settings_class in (("the run (Section 3.5, Appendix A)", TrainConfig),
+                                  ("the model (Section 3, Table A.1)", Config)):
+        flag, kinds = parser.add_argument_group(title).add_argument, get_type_hints(settings_class)
+        for field in fields(settings_class):
+            tiny = f"; tiny: {written(TINY[field.name])}" if field.name in TINY else ""
+            flag(f"--{field.name}", type=flag_type(kinds[field.name], field.metadata),
+                 default=argparse.SUPPRESS, metavar=METAVARS[type(field.default)],
+                 help=f"{field.metadata['help']} [{written(field.default) or 'none'}{tiny}]")
     return parser
 
 
@@ -506,42 +511,58 @@ def configs(values: dict) -> tuple[Config, TrainConfig]:
                  for c in (Config, TrainConfig))
 
 
-def scaled_to_tiny(overrides: dict) -> dict:
-    """An experiment's settings at tiny's sizes: what it changes keeps its ratio to the default."""
-    result = {k: v for k, v in overrides.items() if k != "iterations"}
-    paper = asdict(Config()) | asdict(TrainConfig()) | {"num_queries": 25}
-    for name in set(SCALED) & set(result):
-        value = SCALED[name] * result[name] / paper[name]
+def scaled_to_tiny(experiment: dict) -> dict:
+    """An experiment's settings at tiny's sizes. Iterations are tiny's, or twice as many if the
+    paper's are twice the usual number (Table C.1 line 8)."""
+    usual, result = asdict(Config()) | asdict(TrainConfig()), dict(experiment)
+    longer = result.pop("iterations", 0) // usual["iterations"]
+    result["iterations"] = TINY["iterations"] * max(1, longer)
+    for name in SCALED:
+        if name not in result:
+            continue
+        value = TINY[name] * result[name] / usual[name]
         step = 4 if "width" in name else 1  # tiny's 4 heads must divide it
         result[name] = value if name == "lr" else max(1, round(value / step)) * step
     return result
 
 
-def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
-    """defaults < --tiny < --experiment < flags"""
-    name = args.experiment = args.experiment or ("" if args.tiny else "T3.3")
+def run_name(tiny: bool, experiment: str) -> str:
+    """The folder of such a run under runs/."""
+    if not tiny:
+        return experiment
+    return f"tiny-{experiment}" if experiment else "tiny"
+
+
+def settings(args: argparse.Namespace) -> tuple[dict, str, Path]:
+    """Every setting that is not its field's default, the experiment's name ("": none) and the
+    folder of the run. Order: defaults < --tiny < --experiment < flags."""
+    flags, name = vars(args), args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
         raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
-    out = Path(args.out or "runs/" + "-".join(["tiny"] * args.tiny + [name] * bool(name)))
-    values = dict(EXPERIMENTS.get(name, {"tasks": EIGHT}))
+    values = EXPERIMENTS.get(name, {})
     if args.tiny:
         values = TINY | scaled_to_tiny(values)
     if args.as_released:
         states = {*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ())}
-        values |= unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(sorted(states)))
-    values |= vars(args)
-    if values["tasks"] != EIGHT and "probabilities" not in args:  # tiny's own are for all eight
+        values = values | unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(states))
+    values = values | flags
+    tasks = values.setdefault("tasks", EIGHT)
+    out = Path(args.out or "runs/" + run_name(args.tiny, name))
+    if "probabilities" not in flags and tasks != EIGHT:  # tiny's own are for all eight
         values["probabilities"] = ()
-    if "coco_first" not in args and (values.get("init") or "coco" not in values["tasks"]):
+    if "coco_first" not in flags and (values.get("init") or "coco" not in tasks):
         values["coco_first"] = 0.0
-    if values.get("init") in EXPERIMENTS:  # its sibling: runs/T1.1-coco beside runs/T1.4
-        values["init"] = str(out.parent / ("tiny-" * args.tiny + values["init"]) / "last.pt")
-        vars(args).update({"init": values["init"]} if "init" in args else {})
-    return *configs(values), out
+    if values.get("init") in EXPERIMENTS:  # the run beside this one: runs/T1.1-coco, runs/T1.4
+        values["init"] = str(out.parent / run_name(args.tiny, values["init"]) / "last.pt")
+    return values, name, out
 
 
-def check(train: TrainConfig, world_size: int, starting: bool = True) -> None:
+def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -> None:
     """Mistakes that show only in a combination of settings, before anything is written."""
+    known = {task.name for task in data.TASKS}
+    if unknown := {*train.tasks, *config.all_text_states} - known:
+        raise InputError(f"--tasks or --all_text_states: unknown task {min(unknown)!r}; there are "
+                         f"{', '.join(sorted(known))}")
     if not train.tasks or len(set(train.tasks)) < len(train.tasks):
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and (len(train.probabilities) != len(train.tasks)
@@ -561,9 +582,10 @@ def check(train: TrainConfig, world_size: int, starting: bool = True) -> None:
         raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
 
 
-def resume(out: Path, args: argparse.Namespace) -> tuple[Config, TrainConfig, dict]:
-    """Settings and state of the run in `out`. Flags may repeat its settings or change free ones."""
-    state, given = load_newest(out), vars(args)
+def resume(out: Path, given: dict) -> tuple[Config, TrainConfig, dict]:
+    """Settings and state of the run in `out`. Of the settings `given` now, all but the free ones
+    must be those of the run."""
+    state = load_newest(out)
     saved = state["config"] | state["train"]
     if lost := (asdict(Config()) | asdict(TrainConfig())).keys() - saved.keys():
         raise InputError(f"{out}: has no setting {min(lost)!r}; use the code of its training")
@@ -588,11 +610,10 @@ def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
 
 
 def write_tiny_data(folder: Path) -> None:
-    """The tiny data sets, once; under another name first, so that half of them never stays."""
-    if (folder / "coco").exists():
-        return
+    """The tiny data sets, if the folder is absent or empty; under another name first, so that half
+    of them never stays."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: has something else than tiny data; give another --data")
+        return
     new = f"{folder.absolute()}.{os.getpid()}"
     try:
         data.write_tiny(new)
@@ -605,16 +626,16 @@ def write_tiny_data(folder: Path) -> None:
 
 def build(config: Config, train: TrainConfig, as_released: bool, state: dict | None):
     """-> model, data sets to train on, held-out ones, names that go into each checkpoint."""
-    folder, tiny, vocab = Path(train.data), evaluation.is_tiny(config), []
+    folder, vocab = Path(train.data), []
     data.require_folder(folder)
     if any(t.text for t in data.TASKS if t.name in train.tasks):
-        if not tiny:
+        if train.pretrained:
             unit.fetch(folder / "bert/vocab.txt")
             config = replace(config, **unit.bert_config(folder / "bert"))
         vocab = data.read_vocabulary(folder / "bert/vocab.txt")
         config = replace(config, vocab_size=len(vocab))
-    tasks, datasets = data.load(folder, train.tasks, "train", tiny)
-    _, held_out = data.load(folder, train.tasks, "val", tiny)
+    tasks, datasets = data.load(folder, train.tasks, "train", config.image_size, train.augment)
+    _, held_out = data.load(folder, train.tasks, "val", config.image_size)
     for dataset in (*datasets.values(), *held_out.values()):
         print(dataset.summary)
     torch.manual_seed(train.seed)
@@ -623,7 +644,7 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
         unit.fill(model.state_dict(), state["model"], f"the checkpoint and the data in {folder}",
                   "give the --data of its training")
         print(f"going on after iteration {state['iteration']} of {train.iterations}")
-    elif not tiny:
+    elif train.pretrained:
         print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
         print(initialise_from(model, train.init, train.init_parts, as_released))
@@ -653,17 +674,20 @@ def list_experiments() -> None:
 def run(args: argparse.Namespace) -> None:
     if args.list:
         return list_experiments()
-    config, train, out = settings(args)
+    values, experiment, out = settings(args)
     rank, world_size, device = evaluation.start_processes()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     if args.resume and (out / "config.json").exists() and not [*out.glob("*.pt")]:
         print(f"{out}: nothing was saved before the run ended; it starts anew")
         args.resume, args.overwrite = False, True
-    config, train, state = resume(out, args) if args.resume else (config, train, None)
-    check(train, world_size, starting=not state)
-    if tiny := evaluation.is_tiny(config):
-        torch.set_num_threads(1)  # a second one costs such small matrices more than it brings
+    (config, train), state = configs(values), None
+    if args.resume:
+        given = {name: values[name] for name in vars(args) if name in values}
+        config, train, state = resume(out, given)
+    check(config, train, world_size, starting=not state)
+    if train.threads:
+        torch.set_num_threads(train.threads)
     if rank == 0:
         replaced = earlier_run(out, args)
         evaluation.require_writable(out)
@@ -687,13 +711,12 @@ def run(args: argparse.Namespace) -> None:
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
         # The paper's numbers only beside the paper's data sets.
-        name = out.name if args.resume else args.experiment
-        paper = not tiny and train.tasks == EXPERIMENTS.get(name, {}).get("tasks")
+        name = out.name if args.resume else run_name(args.tiny, experiment)
+        paper = train.tasks == EXPERIMENTS.get(name, {}).get("tasks")
         print(evaluation.results_table(results, name if paper else None))
-        if tiny:
-            evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")
-            evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
-            print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")
+        evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")
+        evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
+        print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")
 
 
 def main(argv: list[str] | None = None) -> None:

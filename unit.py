@@ -81,8 +81,8 @@ class Task:
     kind: str                    # "detection" or "classification"
     image: bool                  # has an image: Section 3.1 applies
     text: bool                   # has a text: Section 3.2 applies
-    num_queries: int             # q, the length of q^task (released config)
     num_classes: int             # C; detection: the largest category id + 1 (no-object on top)
+    num_queries: int = 0         # q, the length of q^task; 0: as `Config` has it
     num_attributes: int = 0      # A, the largest attribute id + 1 (VG); 0: no attributes
     text_states: str = "cls"     # what of h^t the decoder sees: "cls" or "all" (Section 3.2)
     max_tokens: int = 128        # S at most, longer texts are truncated (released config)
@@ -121,9 +121,15 @@ class Batch:
         return Batch(**{name: move(x) for name, x in vars(self).items()})
 
 
-def option(default, help: str):
-    """A dataclass field that is also a command line flag; `help` names its source in the paper."""
-    return field(default=default, metadata={"help": help})
+def option(default, help: str, least: float | None = None, most: float = math.inf, choices=()):
+    """A dataclass field that is also a command line flag; `help` names its source in the paper.
+
+    A number lies between `least` and `most`; a word is one of `choices`, if there are any. An
+    integer is at least 1 unless said otherwise, or 0 where 0 is its default."""
+    if least is None:
+        least = 1 if type(default) is int and default else 0
+    limits = {"least": least, "most": most, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Config:
     encoder_width: int = option(256, "image encoder hidden size d_v^e (Table A.1)")
     encoder_heads: int = option(8, "image encoder heads (Table A.1)")
     encoder_ff: int = option(2048, "image encoder intermediate size (Table A.1)")
-    encoder_layers: int = option(6, "image encoder layers N_v (Table A.1)")
+    encoder_layers: int = option(6, "image encoder layers N_v (Table A.1)", least=0)
     bert_width: int = option(768, "text encoder hidden size d_t^e (Section 3.2)")
     bert_heads: int = option(12, "text encoder heads (BERT-base)")
     bert_ff: int = option(3072, "text encoder intermediate size (BERT-base)")
@@ -144,12 +150,16 @@ class Config:
     decoder_heads: int = option(8, "decoder heads (Table A.1)")
     decoder_ff: int = option(2048, "decoder intermediate size (Table A.1)")
     decoder_layers: int = option(6, "decoder layers N_d (Table A.1; 8, 12 in Table 4 lines 2, 3)")
-    dropout: float = option(0.1, "every dropout of the model (Table A.1)")
-    backbone: str = option("resnet50", "resnet50 (Section 3.1) or small (ours, 32-pixel pictures)")
+    dropout: float = option(0.1, "every dropout of the model (Table A.1)", most=1)
+    detection_queries: int = option(100, "queries of a detection task (Appendix C)")
+    num_queries: int = option(25, "queries of any other task (Table C.1 lines 4, 5)")
+    image_size: int = option(800, "shorter side of a picture in evaluation (Section 3.5); its "
+                                  "longest side and training's sizes keep their ratio to it")
+    backbone: str = option("resnet50", "resnet50 (Section 3.1), or small for small pictures (ours)",
+                           choices=("resnet50", "small"))
     shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
     all_text_states: tuple[str, ...] = option((), "tasks that see all text states (Table 4 line 5)")
-    num_queries: int = option(0, "queries of all but detection; 0: 25 (Table C.1 lines 4, 5)")
     loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
     binary_vqa_loss: bool = option(False, "VQAv2's binary loss, as released; else as in Eq. 9")
     classifier_norm: bool = option(False, "LayerNorm, early dropout, as released; else as in Eq. 8")
@@ -309,7 +319,7 @@ class Backbone(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """B for 32-pixel pictures (ours): residual, stride 8. Group norm, since statistics over a batch
+    """B for small pictures (ours): residual, stride 8. Group norm, since statistics over a batch
     would make the update depend on how a batch is cut into micro-batches."""
 
     def __init__(self, width: int = 64):
@@ -535,9 +545,8 @@ class UniT(nn.Module):
     def __init__(self, config: Config, tasks: list[Task]):
         super().__init__()
         self.config = config
-        if config.num_queries:
-            tasks = [t if t.kind == "detection" else replace(t, num_queries=config.num_queries)
-                     for t in tasks]
+        defaults = {"detection": config.detection_queries, "classification": config.num_queries}
+        tasks = [replace(t, num_queries=t.num_queries or defaults[t.kind]) for t in tasks]
         self.tasks = {t.name: t for t in tasks}
         width = config.decoder_width
         self.image_encoder = ImageEncoder(config, tasks) if any(t.image for t in tasks) else None
@@ -1016,7 +1025,9 @@ def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[s
             return f"WARNING: {name} starts from RANDOM weights, unless --init has its: {error}"
 
     lines = [attempt("BERT", load_bert, "bert")] if model.text_encoder else []
-    if model.image_encoder and model.config.backbone == "resnet50":
+    if model.image_encoder and model.config.backbone == "small":
+        lines.append("backbone: the small one starts from random weights (none are published)")
+    elif model.image_encoder:
         file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
         lines.append(attempt("backbone", load_backbone, file))
     return lines

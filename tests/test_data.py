@@ -461,12 +461,12 @@ def test_prepare_vg(tmp_path):
 def test_vg_reader(tmp_path, capsys):
     """From the raw files in memory, or from what --prepare vg has written: the same samples."""
     make_vg(tmp_path)
-    raw = read("vg", tmp_path, "train", tiny=True)
+    raw = read("vg", tmp_path, "train", 32, "flip")
     assert "was made in memory" not in raw.summary  # no advice to a student
     assert "was made in memory" in read("vg", tmp_path, "train").summary
     data.write_vg(tmp_path)
     assert "2 pictures, 2 boxes" in capsys.readouterr().out
-    prepared = read("vg", tmp_path, "train", tiny=True)
+    prepared = read("vg", tmp_path, "train", 32, "flip")
     assert "memory" not in prepared.summary
     a, b = raw.sample(0), prepared.sample(0)
     assert all(same(getattr(a, key), getattr(b, key)) for key in vars(a))
@@ -798,7 +798,7 @@ def small(tmp_path_factory):
     vocabulary(root)
     write(root / "glue/SST-2/train.tsv", "sentence\tlabel\n" + "".join(
         f"{'cat ' * n}\t{n % 2}\n" for n in range(1, 9)))
-    return data.load(root, ["coco", "sst2"], "train", tiny=True)[1]
+    return data.load(root, ["coco", "sst2"], "train", 32, "flip")[1]
 
 
 def full_size(dataset):
@@ -929,7 +929,7 @@ time.sleep(60)
 
 def workers_of(folder):
     """A loader of two workers over tiny sentences, begun, and the workers' process ids."""
-    _, sets = data.load(folder, ["sst2"], "train", tiny=True)
+    _, sets = data.load(folder, ["sst2"], "train", 32, "flip")
     schedule = data.Schedule({"sst2": len(sets["sst2"])}, {"sst2": 1.0}, 4, 1000, seed=0)
     loader = data.train_loader(sets, schedule, num_workers=2)
     next(loader)

@@ -239,7 +239,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(folder, tmp_path_factory):
     """A file as train.py saves it, of a small model with random weights."""
-    tasks, datasets = data.load(folder, NAMES, "val", tiny=True)
+    tasks, datasets = data.load(folder, NAMES, "val", 32, "flip")
     torch.manual_seed(0)
     model = unit.UniT(SMALL, tasks)
     path = tmp_path_factory.mktemp("run") / "last.pt"
@@ -282,7 +282,7 @@ def test_predictions_agree_with_results(val_run, folder):
     right = [line.split("\t")[1] == ["entailment", "not_entailment"][k % 2]
              for k, line in enumerate(lines)]
     assert results["qnli"]["accuracy"] == pytest.approx(100 * np.mean(right))
-    _, datasets = data.load(folder, ["coco"], "val", tiny=True)
+    _, datasets = data.load(folder, ["coco"], "val", 32, "flip")
     truth = datasets["coco"].ground_truth()
     with contextlib.redirect_stdout(io.StringIO()):
         found = truth.loadRes(str(val_run / "predictions/detections_val2017_UniT_results.json"))
@@ -343,7 +343,7 @@ def test_server_files(checkpoint, folder, tmp_path):
 
 def test_limit_and_the_mode_comes_back(checkpoint, folder, capsys):
     model, _ = evaluation.load_checkpoint(checkpoint)
-    _, datasets = data.load(folder, ["sst2", "coco"], "val", tiny=True)
+    _, datasets = data.load(folder, ["sst2", "coco"], "val", 32, "flip")
     seen = []
     datasets["sst2"].label = lambda index: seen.append(int(index)) or 0
     model.train()
@@ -360,7 +360,7 @@ def evaluate_as(rank: int, world: int, checkpoint, folder, out) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
     model, _ = evaluation.load_checkpoint(checkpoint)
-    _, datasets = data.load(folder, NAMES, "val", tiny=True)
+    _, datasets = data.load(folder, NAMES, "val", 32, "flip")
     results = evaluation.evaluate(model, datasets, "cpu", batch_size=1, out=out)
     assert rank == 0 or results == {}
     evaluation.write_json(Path(out) / f"results{rank}.json", results)

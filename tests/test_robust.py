@@ -281,7 +281,7 @@ def test_generated_annotations(good, name, split, file):
 
 
 def check_all(root, name, split, rng):
-    dataset = read(name, root, split, tiny=True)
+    dataset = read(name, root, split, image_size=32, augment="flip")
     if dataset.task.text:
         dataset.tokenizer = data.Tokenizer(root / "bert/vocab.txt")
     check_usable(dataset, rng)
@@ -962,7 +962,7 @@ def test_a_run_on_data_as_it_is_found(as_found, tmp_path, capsys):
 def test_crowds_are_never_matched_and_never_counted(as_found):
     """More objects than queries, one of them a crowd: at most as many pairs as queries, none of
     them the crowd; the metric is 100 for the things alone, with or without boxes in the crowd."""
-    dataset = read("coco", as_found, "val", tiny=True)
+    dataset = read("coco", as_found, "val", image_size=32, augment="flip")
     crowd = int(np.flatnonzero(dataset.crowd)[0])
     index = int(np.searchsorted(dataset.starts, crowd, side="right")) - 1
     sample = dataset.sample(index)
