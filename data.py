@@ -251,7 +251,8 @@ def crop(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size:
     return image[:, y:y + h, x:x + w], boxes
 
 
-def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size: int):
+def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator,
+            image_size: int = SHORTEST):
     """DETR's. image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture.
 
     The paper (Section 3.5) is "following DETR" and says: resize to 480-800, then crop. DETR, which

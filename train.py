@@ -24,7 +24,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -456,7 +456,7 @@ METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
 
 def flag_type(kind: type, limits: dict):
     """A function from a flag's text to a value of this kind, within the limits of its `option`."""
-    if kind is tuple[str, ...] or kind is tuple[float, ...]:
+    if get_origin(kind) is tuple:
         one = flag_type(get_args(kind)[0], limits)
         return lambda text: tuple(one(part) for part in text.split(",") if part)
     if kind in (int, float):
@@ -527,15 +527,15 @@ def scaled_to_tiny(experiment: dict) -> dict:
 
 
 def run_name(tiny: bool, experiment: str) -> str:
-    """The folder of such a run under runs/."""
+    """The name of a run's folder, unless --out gives another."""
     if not tiny:
-        return experiment
+        return experiment or "T3.3"
     return f"tiny-{experiment}" if experiment else "tiny"
 
 
-def settings(args: argparse.Namespace) -> tuple[dict, str, Path]:
-    """Every setting that is not its field's default, the experiment's name ("": none) and the
-    folder of the run. Order: defaults < --tiny < --experiment < flags."""
+def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
+    """The model's and the run's settings, and the run's folder. Order: defaults < --tiny <
+    --experiment < flags."""
     flags, name = vars(args), args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
         raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
@@ -554,15 +554,15 @@ def settings(args: argparse.Namespace) -> tuple[dict, str, Path]:
         values["coco_first"] = 0.0
     if values.get("init") in EXPERIMENTS:  # the run beside this one: runs/T1.1-coco, runs/T1.4
         values["init"] = str(out.parent / run_name(args.tiny, values["init"]) / "last.pt")
-    return values, name, out
+    return *configs(values), out
 
 
 def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -> None:
     """Mistakes that show only in a combination of settings, before anything is written."""
-    known = {task.name for task in data.TASKS}
-    if unknown := {*train.tasks, *config.all_text_states} - known:
-        raise InputError(f"--tasks or --all_text_states: unknown task {min(unknown)!r}; there are "
-                         f"{', '.join(sorted(known))}")
+    known = [task.name for task in data.TASKS]
+    if unknown := {*train.tasks, *config.all_text_states} - set(known):
+        raise InputError(f"--tasks or --all_text_states: there is no task {min(unknown)!r}, but "
+                         f"{', '.join(known)}")
     if not train.tasks or len(set(train.tasks)) < len(train.tasks):
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and (len(train.probabilities) != len(train.tasks)
@@ -674,16 +674,17 @@ def list_experiments() -> None:
 def run(args: argparse.Namespace) -> None:
     if args.list:
         return list_experiments()
-    values, experiment, out = settings(args)
+    config, train, out = settings(args)
     rank, world_size, device = evaluation.start_processes()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     if args.resume and (out / "config.json").exists() and not [*out.glob("*.pt")]:
         print(f"{out}: nothing was saved before the run ended; it starts anew")
         args.resume, args.overwrite = False, True
-    (config, train), state = configs(values), None
+    state = None
     if args.resume:
-        given = {name: values[name] for name in vars(args) if name in values}
+        chosen = asdict(config) | asdict(train)
+        given = {name: chosen[name] for name in vars(args) if name in chosen}
         config, train, state = resume(out, given)
     check(config, train, world_size, starting=not state)
     if train.threads:
@@ -711,7 +712,7 @@ def run(args: argparse.Namespace) -> None:
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
         # The paper's numbers only beside the paper's data sets.
-        name = out.name if args.resume else run_name(args.tiny, experiment)
+        name = out.name if args.resume else run_name(args.tiny, args.experiment)
         paper = train.tasks == EXPERIMENTS.get(name, {}).get("tasks")
         print(evaluation.results_table(results, name if paper else None))
         evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")

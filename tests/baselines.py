@@ -119,10 +119,10 @@ def measure(train, val) -> dict[str, float]:
     return result
 
 
-def table(folder: Path, tiny: bool) -> None:
+def table(folder: Path) -> None:
     print(f"{'':10}" + "".join(f"{column:>10}" for column in [*COLUMNS, "best"]))
     for name in TASKS:
-        splits = [data.load(folder, [name], split, tiny)[1][name] for split in ("train", "val")]
+        splits = [data.load(folder, [name], split, 32)[1][name] for split in ("train", "val")]
         found = measure(*splits)
         found["best"] = max(value for column, value in found.items() if column != "any")
         print(f"{name:10}" + "".join(f"{found[c]:10.1f}" if c in found else f"{'-':>10}"
@@ -136,10 +136,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     if args.data:
-        return table(args.data, tiny=True)
+        return table(args.data)
     with tempfile.TemporaryDirectory() as folder:
         data.write_tiny(folder)
-        table(Path(folder), tiny=True)
+        table(Path(folder))
 
 
 if __name__ == "__main__":

@@ -225,6 +225,7 @@ def make_data(folder: Path) -> Path:
 
 
 SMALL = unit.Config(
+    detection_queries=8, num_queries=4, image_size=32,
     encoder_width=16, encoder_heads=2, encoder_ff=16, encoder_layers=1, bert_width=16, bert_heads=2,
     bert_ff=16, bert_layers=1, vocab_size=len(WORDS), max_positions=64, decoder_width=16,
     decoder_heads=2, decoder_ff=16, decoder_layers=1, dropout=0.0, backbone="small")
@@ -282,7 +283,7 @@ def test_predictions_agree_with_results(val_run, folder):
     right = [line.split("\t")[1] == ["entailment", "not_entailment"][k % 2]
              for k, line in enumerate(lines)]
     assert results["qnli"]["accuracy"] == pytest.approx(100 * np.mean(right))
-    _, datasets = data.load(folder, ["coco"], "val", 32, "flip")
+    _, datasets = data.load(folder, ["coco"], "val", 32)
     truth = datasets["coco"].ground_truth()
     with contextlib.redirect_stdout(io.StringIO()):
         found = truth.loadRes(str(val_run / "predictions/detections_val2017_UniT_results.json"))
@@ -343,7 +344,7 @@ def test_server_files(checkpoint, folder, tmp_path):
 
 def test_limit_and_the_mode_comes_back(checkpoint, folder, capsys):
     model, _ = evaluation.load_checkpoint(checkpoint)
-    _, datasets = data.load(folder, ["sst2", "coco"], "val", 32, "flip")
+    _, datasets = data.load(folder, ["sst2", "coco"], "val", 32)
     seen = []
     datasets["sst2"].label = lambda index: seen.append(int(index)) or 0
     model.train()
@@ -360,8 +361,8 @@ def evaluate_as(rank: int, world: int, checkpoint, folder, out) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
     model, _ = evaluation.load_checkpoint(checkpoint)
-    _, datasets = data.load(folder, NAMES, "val", 32, "flip")
-    results = evaluation.evaluate(model, datasets, "cpu", batch_size=1, out=out)
+    _, datasets = data.load(folder, NAMES, "val", 32)
+    results = evaluation.evaluate(model, datasets, "cpu", micro_batch=1, out=out)
     assert rank == 0 or results == {}
     evaluation.write_json(Path(out) / f"results{rank}.json", results)
 

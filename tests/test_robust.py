@@ -441,7 +441,7 @@ def losses_and_gradients(outputs, batch, head, dtype, compute=None):
 def test_generated_losses_against_float64(dtype, queries):
     """60 each: finite, and those of double precision from the same (rounded) inputs. Where two
     matchings cost the same to seven places, either is right: there, finite is all they must be."""
-    task = unit.Task("x", "detection", True, False, queries, 5, num_attributes=6)
+    task = unit.Task("x", "detection", True, False, 5, queries, num_attributes=6)
     torch.manual_seed(0)
     single = unit.DetectionHead(8, task)
     double = copy.deepcopy(single).double()
@@ -729,8 +729,9 @@ def test_nothing_there_is_overwritten(run_folder, small_tiny_data, tmp_path, mon
         (tmp_path / name / name).write_text("precious")
         assert name in mistake(capsys, "train.py", *tiny, "--out", tmp_path / name)
     real = write(tmp_path / "real/vqa2/answers_vqa.txt", "<unk>\n").parent.parent
-    assert "something else" in mistake(capsys, "train.py", *tiny, "--data", real,
-                                       "--out", tmp_path / "new")
+    assert "missing for coco train" in mistake(capsys, "train.py", "--tiny", "--data", real,
+                                               "--out", tmp_path / "new")
+    assert len(files_of(real)) == 1  # a folder that holds something is taken as it is
     # runs/tiny is scratch only as the default; named, it is a run like any other.
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "runs/tiny/config.json", "{}")
@@ -967,7 +968,7 @@ def test_crowds_are_never_matched_and_never_counted(as_found):
     index = int(np.searchsorted(dataset.starts, crowd, side="right")) - 1
     sample = dataset.sample(index)
     own = slice(dataset.starts[index], dataset.starts[index + 1])
-    assert len(sample.boxes) > dataset.task.num_queries == 8
+    assert len(sample.boxes) > train.TINY["detection_queries"] == 8
     assert len(sample.boxes) == dataset.usable[own].sum() and not dataset.usable[crowd]
     _, _, query, target = unit.match(torch.randn(1, 1, 8, 99), torch.rand(1, 1, 8, 4),
                                      [sample.labels], [sample.boxes])

@@ -129,7 +129,7 @@ def test_a_scaled_step_that_overflows_is_skipped(model):
 
 
 def test_the_backbone_has_its_own_learning_rate():
-    tasks = [unit.Task("a", "detection", True, False, 2, 3)]
+    tasks = [unit.Task("a", "detection", True, False, 3, 2)]
     names = {f.name for f in dataclasses.fields(unit.Config)}
     tiny = {k: v for k, v in train.TINY.items() if k in names}
     model = unit.UniT(unit.Config(**tiny | {"vocab_size": 9}), tasks)

@@ -602,10 +602,12 @@ def test_the_answer_is_read_from_the_first_query():
 
 
 def test_number_of_queries():
-    """`num_queries` (Table C.1) changes all tasks but detection."""
-    queries = make_model(num_queries=9).queries
-    assert {name: tuple(q.shape) for name, q in queries.items()} == {
-        "shapes": (5, 20), "questions": (9, 20), "sentences": (9, 20)}
+    """Config's, by kind (Table C.1 changes all tasks but detection), unless the task has its own."""
+    tasks = [replace(SHAPES, num_queries=0), replace(QUESTIONS, num_queries=0), SENTENCES]
+    model = unit.UniT(replace(SMALL, detection_queries=6, num_queries=9), tasks)
+    assert {name: len(q) for name, q in model.queries.items()} == {
+        "shapes": 6, "questions": 9, "sentences": 3}
+    assert [task.num_queries for task in model.tasks.values()] == [6, 9, 3]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -853,8 +855,8 @@ def test_positions_are_detrs(float64):
 
 def full_size(**changes):
     """The model of the eight tasks at its real size, on the meta device: shapes without memory."""
-    detection = dict(kind="detection", image=True, text=False, num_queries=100)
-    answer = dict(kind="classification", text=True, num_queries=25)
+    detection = dict(kind="detection", image=True, text=False)
+    answer = dict(kind="classification", text=True)
     tasks = [unit.Task("coco", num_classes=91, **detection),
              unit.Task("vg", num_classes=1601, num_attributes=401, **detection),
              unit.Task("vqa2", image=True, num_classes=3129, **answer),
