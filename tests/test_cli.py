@@ -102,6 +102,37 @@ def test_the_smoke_run(tmp_path):
     assert again == {k: results[k] for k in ("sst2", "coco")}, evaluated
 
 
+SIZES = [(32, "small", ()), (96, "resnet50", ()), (96, "small", pytest.mark.slow),
+         (32, "resnet50", pytest.mark.slow), (160, "small", pytest.mark.slow),
+         (160, "resnet50", pytest.mark.slow), (320, "small", pytest.mark.slow),
+         (320, "resnet50", pytest.mark.slow), (800, "small", pytest.mark.slow),
+         (800, "resnet50", pytest.mark.slow)]
+
+
+@pytest.mark.skipif(not REALDATA.exists(), reason="no folder of real rows")
+@pytest.mark.parametrize("size, backbone", [pytest.param(*x, marks=m) for *x, m in SIZES])
+def test_every_image_size_is_one_path(size, backbone, tmp_path):
+    """A run, a longer one resumed from it and an evaluation on real photographs, two of unequal
+    sizes in a micro-batch; eval.py takes size and micro-batch from the checkpoint."""
+    out = tmp_path / "run"
+    command = ["train.py", "--data", REALDATA, "--tasks", "coco", "--image_size", size, "--out",
+               out, "--backbone", backbone, "--pretrained", "false", "--detection_queries", 40,
+               "--batch_size", 2, "--micro_batch", 2, "--iterations", 2, "--warmup", 1,
+               "--save_every", 1, "--eval_samples", 3, "--num_workers", 0, "--encoder_layers", 1,
+               "--decoder_layers", 1, "--decoder_width", 64, "--encoder_width", 64]
+    run(*command, timeout=1200)
+    results = json.loads((out / "results.json").read_text())
+    (out / "last.pt").unlink()  # previous.pt is of iteration 1
+    assert "going on after iteration 1 of 2" in run(*command, "--resume", timeout=1200)
+    assert json.loads((out / "results.json").read_text()) == results
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert checkpoint["config"]["image_size"] == size
+    said = run("eval.py", "--checkpoint", out / "last.pt", "--eval_samples", 3, "--out",
+               tmp_path / "eval", timeout=1200)
+    assert "images: 2 at a time" in said
+    assert json.loads((tmp_path / "eval/results.json").read_text()) == results
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REALDATA.exists(), reason="no folder of real rows")
 def test_full_size_on_real_rows(tmp_path):

@@ -21,6 +21,10 @@ import unit  # noqa: F401  first: makes torchvision importable
 import data
 from unit import InputError
 
+from torchvision.transforms.v2 import functional as tvF
+
+REALDATA = ROOT.parent / "shared" / "realdata"
+
 REAL = ROOT.parent / "shared" / "realdata"
 CONTRACTIONS = ROOT.parent / "shared" / "vqa_contractions.json"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the project")
@@ -281,6 +285,36 @@ def test_augmentation_against_a_slow_computation():
         assert list(out.shape[1:]) == data.fitted_size(h, w, side, 1333, False)
     shapes = [data.augment(image, boxes, rng)[0].shape for _ in range(60)]
     assert {min(s[1:]) for s in shapes} <= set(range(480, 801, 32)) and len(set(shapes)) > 20
+
+
+@pytest.mark.parametrize("image_size, scales, crops, sides, longest", [
+    (800, list(range(480, 801, 32)), [400, 500, 600], (384, 600), 1333),
+    (160, [96, 102, 109, 115, 122, 128, 134, 141, 147, 154, 160], [80, 100, 120], (77, 120), 267),
+    (32, [19, 20, 22, 23, 24, 26, 27, 28, 29, 31, 32], [16, 20, 24], (15, 24), 53)])
+def test_sizes_keep_their_ratio_to_image_size(image_size, scales, crops, sides, longest):
+    """The lengths that each --image_size resizes and crops to, written out."""
+    assert [data.scaled(x, image_size) for x in data.SCALES] == scales
+    assert [data.scaled(x, image_size) for x in data.CROP_SCALES] == crops
+    assert tuple(data.scaled(x, image_size) for x in data.CROP_SIDES) == sides
+    wide = torch.zeros(3, 10, 900, dtype=torch.uint8)
+    assert data.resize_for_evaluation(wide, image_size).shape[2] == longest
+    assert data.augment(wide, np.zeros((0, 4)), np.random.default_rng(1), image_size)[0].shape[
+        2] <= longest
+
+
+@pytest.mark.skipif(not (REALDATA / "coco").exists(), reason="no folder of real rows")
+def test_real_pictures_at_the_paper_s_size():
+    """At 800, pixel for pixel, the resizing of Section 3.5; at their own size pictures stay."""
+    _, datasets = data.load(REALDATA, ["coco"], "val", 800)
+    for index in range(0, 50, 7):
+        picture = datasets["coco"].picture(index)
+        height, width = picture.shape[1:]
+        scale = min(800 / min(height, width), 1333 / max(height, width))
+        by_hand = tvF.resize(picture, [round(height * scale), round(width * scale)])
+        assert torch.equal(datasets["coco"].sample(index).image, data.normalise(by_hand))
+        if max(height, width) * 3 <= min(height, width) * 5:  # beyond that the longest side rules
+            same = data.resize_for_evaluation(picture, min(height, width))
+            assert torch.equal(same, picture)
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (9, 10_000)])

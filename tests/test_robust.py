@@ -729,7 +729,7 @@ def test_nothing_there_is_overwritten(run_folder, small_tiny_data, tmp_path, mon
         (tmp_path / name / name).write_text("precious")
         assert name in mistake(capsys, "train.py", *tiny, "--out", tmp_path / name)
     real = write(tmp_path / "real/vqa2/answers_vqa.txt", "<unk>\n").parent.parent
-    assert "missing for coco train" in mistake(capsys, "train.py", "--tiny", "--data", real,
+    assert "vocab.txt: missing" in mistake(capsys, "train.py", "--tiny", "--data", real,
                                                "--out", tmp_path / "new")
     assert len(files_of(real)) == 1  # a folder that holds something is taken as it is
     # runs/tiny is scratch only as the default; named, it is a run like any other.
