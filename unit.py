@@ -53,29 +53,16 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-try:
-    import torchvision
-except RuntimeError as error:
-    # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
-    # at the first that it looks up. We use its Python parts alone: declaring two is enough.
-    if "torchvision::nms" not in str(error):
-        raise
-    for _name in ("torchvision::nms", "torchvision::qnms"):
-        torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.ops import FrozenBatchNorm2d, box_convert
-
 
 class InputError(Exception):
-    """A mistake in what the user gave (a file, a record, a flag). The message names it and the fix;
-    the command lines print it and exit with status 2. All else is a bug of ours."""
+    """Invalid user input: a file, a record or a flag. The message says what is wrong and how to fix
+    it; the programs print it in one line and exit with status 2. Any other exception is a bug."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One data set, which is what the paper calls task t: COCO and VG, both of them detection, have
-    each a w^task, q^task and head of their own. The eight are `data.TASKS`; a ninth is a row."""
+    """One data set, which the paper calls a task t. COCO and VG are both detection, but each has
+    its own w^task, q^task and head. `data.TASKS` lists the eight; add a row to add a task."""
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -84,7 +71,6 @@ class Task:
     num_classes: int             # C; detection: the largest category id + 1 (no-object on top)
     num_queries: int = 0         # q, the length of q^task; 0: as `Config` has it
     num_attributes: int = 0      # A, the largest attribute id + 1 (VG); 0: no attributes
-    text_states: str = "cls"     # what of h^t the decoder sees: "cls" or "all" (Section 3.2)
     max_tokens: int = 128        # S at most, longer texts are truncated (released config)
     soft_scores: bool = False    # targets are scores in [0, 1] for several answers (VQAv2)
     dataset: type | None = None  # the class in data.py that reads its files; the model never looks
@@ -196,7 +182,8 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class Attention(nn.Module):
-    """Multi-head attention. PyTorch's kernels hold no L x L matrix (but with dropout on CPUs)."""
+    """Multi-head attention. PyTorch's kernels never materialise the L x L matrix (except on a CPU
+    with dropout)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -206,12 +193,18 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
         """query (B, n, d), key and value (B, M, d), bias (B, 1, 1, M) -> (B, n, d)"""
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        bias = None if bias is None else bias.to(q.dtype)  # under autocast q's is the lower one
+        q = self.split_heads(self.q_proj(query))                      # (B, heads, n, d / heads)
+        k = self.split_heads(self.k_proj(key))                        # (B, heads, M, d / heads)
+        v = self.split_heads(self.v_proj(value))                      # (B, heads, M, d / heads)
+        if bias is not None:
+            bias = bias.to(q.dtype)  # under autocast q has the lower precision
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout)  # (B, heads, n, d / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, n, d) -> (B, heads, n, d / heads)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):
@@ -228,27 +221,23 @@ class EncoderLayer(nn.Module):
         self.inner_dropout = nn.Dropout(0.0 if bert else dropout)
         self.activation = F.gelu if bert else F.relu
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None,
-                rows: slice | None = None):
-        """x, positions (B, n, d), bias (B, 1, 1, n) -> (B, n, d), or only these `rows` of the n"""
-        query = key = x if positions is None else x + positions  # not to the values (DETR)
-        value = x
-        if rows is not None:
-            x, query = x[:, rows], query[:, rows]
-        x = self.norm1(x + self.dropout(self.attention(query, key, value, bias)))
+    def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None):
+        """x, positions (B, n, d), bias (B, 1, 1, n) -> (B, n, d)"""
+        placed = x if positions is None else x + positions  # queries and keys, not values (DETR)
+        x = self.norm1(x + self.dropout(self.attention(placed, placed, x, bias)))
         hidden = self.inner_dropout(self.activation(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
 class Encoder(nn.Module):
-    """What both encoders share: layers, task vectors, linear maps of states and positions to d_t^d.
+    """Both encoders: layers, task vectors, and linear maps of states and positions to d_t^d.
 
     w^task is a learned (1, d) vector for each task, drawn from N(0, 1), and a parameter of its own:
     rows of one table would all get a gradient (zeros) and drift in the optimiser."""
 
-    def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
-                   ff: int, bert: bool):
-        """Called last in `__init__`: modules draw their weights from the seed in the order made."""
+    def __init__(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
+                 ff: int, bert: bool):
+        super().__init__()
         self.layers = nn.ModuleList(
             EncoderLayer(width, heads, ff, config.dropout, bert) for _ in range(depth))
         self.projection = nn.Linear(width, config.decoder_width)
@@ -256,47 +245,20 @@ class Encoder(nn.Module):
         with_vector = tasks if config.task_embedding else []
         self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in with_vector})
 
-    def transform(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, task: str,
-                  only_first: bool = False) -> Tensor:
-        """x, positions (B, n, d), mask (B, n) -> (B, n, d), or (B, 1, d): the first state alone.
-        The task vector is put in front, without position, LayerNorm or mask, and stripped again."""
-        front = int(task in self.w_task)                              # positions in front: 1 or 0
-        if front:
+    def transform(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, task: str):
+        """x, positions (B, n, d), mask (B, n) -> (B, n, d). The task vector goes in front, without
+        position, LayerNorm or mask, and is taken off again."""
+        if task in self.w_task:
             x = torch.cat([self.w_task[task].expand(len(x), 1, -1), x], dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=False)
             positions = None if positions is None else F.pad(positions, (0, 0, 1, 0))
         bias = attention_bias(mask, x.dtype)
-        *layers, last = self.layers
-        for layer in layers:                                          # E_v of Eq. 2, BERT of Eq. 3
+        for layer in self.layers:                                     # E_v of Eq. 2, BERT of Eq. 3
             x = layer(x, positions, bias)
-        if only_first:
-            return last(x, positions, bias, rows=slice(front, front + 1))
-        return last(x, positions, bias)[:, front:]
+        return x[:, 1:] if task in self.w_task else x
 
 
 # ---- Section 3.1. Image encoder ------------------------------------------------------------------
-def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    """norm(conv(x)). A frozen batch norm is linear: scaling the weights costs less than the map."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale[:, None, None, None],
-                    norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
-
-
-class FoldedBottleneck(Bottleneck):
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, 4 x planes, H', W')"""
-        out = F.relu_(folded(self.conv1, self.bn1, x))
-        out = F.relu_(folded(self.conv2, self.bn2, out))
-        out = folded(self.conv3, self.bn3, out)
-        return F.relu_(out.add_(x if self.downsample is None else folded(*self.downsample, x)))
-
-
-def dilated_resnet50() -> ResNet:
-    """ResNet-50 with dilation in place of the stride of C5 (stride 16), batch norms frozen."""
-    return ResNet(FoldedBottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d,
-                  replace_stride_with_dilation=[False, False, True])
-
-
 class Backbone(nn.Module):
     """B of Eq. 1. conv1 and layer1 are never trained; neither are batch norms (released config)."""
 
@@ -311,7 +273,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, d_v^b, H / 16, W / 16)"""
         body = self.body
-        # Measured on CPUs: forward passes are faster so, backward passes slower.
+        # On CPUs channels-last speeds up the forward pass but slows down the backward pass.
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(F.relu_(folded(body.conv1, body.bn1, images)))
@@ -362,12 +324,11 @@ class ImageEncoder(Encoder):
     """Section 3.1: backbone B, projection P_{b->e}, transformer E_v. w_v^task is (1, d_v^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
-        super().__init__()
         width = config.encoder_width
+        super().__init__(config, [t for t in tasks if t.image], config.encoder_layers, width,
+                         config.encoder_heads, config.encoder_ff, bert=False)
         self.backbone = SmallBackbone() if config.backbone == "small" else Backbone()
         self.input_proj = nn.Conv2d(self.backbone.channels, width, 1)  # P_{b->e}
-        self.add_layers(config, [t for t in tasks if t.image], config.encoder_layers, width,
-                        config.encoder_heads, config.encoder_ff, bert=False)
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
         """images (B, 3, H, W), image_mask (B, H, W) -> h^v, projected to the decoder's width d
@@ -389,41 +350,36 @@ class TextEncoder(Encoder):
     """Section 3.2: BERT without its pooler. w_t^task is (1, d_t^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
-        super().__init__()
         width = config.bert_width
+        super().__init__(config, [t for t in tasks if t.text], config.bert_layers, width,
+                         config.bert_heads, config.bert_ff, bert=True)
         self.word_embeddings = nn.Embedding(config.vocab_size, width)
         self.position_embeddings = nn.Embedding(config.max_positions, width)
         self.token_type_embeddings = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)  # BERT's epsilon
         self.dropout = nn.Dropout(config.dropout)
-        self.add_layers(config, [t for t in tasks if t.text], config.bert_layers, width,
-                        config.bert_heads, config.bert_ff, bert=True)
-        self.all_states = {t.name for t in tasks
-                           if t.text_states == "all" or t.name in config.all_text_states}
+        self.all_states = config.all_text_states
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
         """tokens, types, mask (B, S) -> h^t, projected to the decoder's width d (B, S or 1, d), its
         positions of that shape and its padding mask (B, S) or None. One state: [CLS] alone."""
-        only_cls = task not in self.all_states                        # Section 3.2: [CLS] alone
-        # Not computing the others saves 7% of BERT; in training it would shift dropout's draws.
-        states = self.bert(tokens, types, mask, task, only_cls and not self.training)
-        if only_cls:
-            states, mask = states[:, :1], None                        # of h^t, (B, 1, d_t^e)
+        states = self.bert(tokens, types, mask, task)                 # h^t, (B, S, d_t^e)
+        if task not in self.all_states:                               # Section 3.2: [CLS] alone
+            states, mask = states[:, :1], None                        # (B, 1, d_t^e)
         # The decoder's text positions are BERT's own position embeddings 0..S-1, projected.
         positions = self.position_projection(self.position_embeddings.weight[:states.shape[1]])
         return self.projection(states), positions.expand(len(states), -1, -1), mask
 
-    def bert(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str,
-             only_cls: bool = False) -> Tensor:
-        """(B, S) -> (B, S, d_t^e), or (B, 1, d_t^e) if `only_cls` is wanted. The task vector comes
-        behind the embeddings: token positions start at 0 as usual."""
-        length, places = tokens.shape[1], self.position_embeddings.weight
-        if length > len(places):
-            raise InputError(f"{task}: a text of {length} tokens; this model has {len(places)} "
+    def bert(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
+        """(B, S) -> h^t (B, S, d_t^e). The task vector joins behind the embeddings: token positions
+        start at 0 as usual."""
+        length, positions = tokens.shape[1], self.position_embeddings.weight
+        if length > len(positions):
+            raise InputError(f"{task}: a text of {length} tokens; this model has {len(positions)} "
                              "positions (--max_positions)")
         embedded = self.word_embeddings(tokens) + self.token_type_embeddings(types)
-        x = self.dropout(self.norm(embedded + places[:length]))       # (B, S, d_t^e)
-        return self.transform(x, None, mask, task, only_cls)          # Eq. 3
+        x = self.dropout(self.norm(embedded + positions[:length]))    # (B, S, d_t^e)
+        return self.transform(x, None, mask, task)                    # Eq. 3
 
 
 # ---- Section 3.3. Domain-agnostic decoder --------------------------------------------------------
@@ -531,8 +487,9 @@ class Classifier(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 @dataclass
 class Outputs:
-    """What the model says about a batch. The last layer is the answer; eval mode has no other.
-    Attributes a^l come later, when the class is known: in `detection_losses` and `postprocess`."""
+    """The model's outputs for a batch. The last layer gives the prediction; in eval mode it is the
+    only one. Attributes a^l follow once the class is known (`detection_losses`, `postprocess`).
+    """
 
     hidden: Tensor               # (N_d, B, q, d)
     logits: Tensor               # detection c^l (N_d, B, q, C + 1); else p (N_d or 1, B, C)
@@ -565,12 +522,10 @@ class UniT(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         task = self.tasks[batch.task]
         memory, positions, mask = self.encode(batch, task)
-        q_task = self.queries[task.name]
-        if not self.training and memory.shape[1] == 1:
-            # One memory position ([CLS] alone): attention returns the same to every query, so one
-            # query computes what all would. In training dropout tells them apart.
-            q_task = q_task[:1]
+        q_task = self.queries[task.name]                              # (q, d)
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
+        # Where [CLS] alone is seen, attention over that one position returns the same to every
+        # query: all q states are equal (in training dropout tells them apart).
         hidden = decoder(memory, positions, mask, q_task)             # Eq. 4, (N_d, B, q, d)
         if not self.training:
             hidden = hidden[-1:]  # at test time only the top layer (Section 3.4)
@@ -643,17 +598,13 @@ def initialise(model: UniT) -> None:
 
 
 # ---- Section 3.4. Losses -------------------------------------------------------------------------
-def at_least_float32(x: Tensor) -> Tensor:
-    """Losses and boxes are in full precision under autocast, too."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) -> Tensor:
     """logits p (N_d or 1, B, C), scores t (B, C) -> (), summed over layers and samples.
 
     One class per sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
     released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, summed over the answers."""
-    logits, target = at_least_float32(logits), at_least_float32(scores).expand_as(logits)
+    full = torch.promote_types(logits.dtype, torch.float32)  # under autocast logits are in half
+    logits, target = logits.to(full), scores.to(full).expand_as(logits)
     if binary:
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
@@ -661,17 +612,17 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
 
 
 def matching_cost(logits: Tensor, boxes: Tensor, image: Tensor, labels: Tensor, targets: Tensor):
-    """What it costs to match each true box with each query of its image: logits (N_d, B, q, C + 1),
-    boxes (N_d, B, q, 4); of the true boxes image (T,), label (T,) and target (T, 4) -> (N_d, T, q).
+    """The cost of matching each true box with each query of its image: logits (N_d, B, q, C + 1),
+    boxes (N_d, B, q, 4); for the true boxes image, labels (T,) and targets (T, 4) -> (N_d, T, q).
 
-    It takes -p(class), not the loss's -log p: bounded like the box terms (better, says DETR)."""
-    probability = at_least_float32(logits).softmax(-1)                # (N_d, B, q, C + 1)
-    class_cost = -probability[:, image, :, labels].transpose(0, 1)    # indexing puts T first
+    The class costs -p, where the loss has -log p: it is bounded like the box terms (DETR)."""
+    probability = logits.softmax(-1).permute(1, 3, 0, 2)              # (B, C + 1, N_d, q)
+    class_cost = -probability[image, labels].transpose(0, 1)          # (N_d, T, q)
     candidates, wanted = boxes[:, image], targets[None, :, None]      # (N_d, T, q, 4), (1, T, 1, 4)
-    cost = LOSS_WEIGHTS["class"] * class_cost                         # (N_d, T, q)
-    cost += LOSS_WEIGHTS["l1"] * (candidates - wanted).abs().sum(-1)
-    cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, wanted)
-    return cost
+    l1_cost = (candidates - wanted).abs().sum(-1)                     # (N_d, T, q)
+    giou_cost = -elementwise_giou(candidates, wanted)                 # (N_d, T, q)
+    return (LOSS_WEIGHTS["class"] * class_cost + LOSS_WEIGHTS["l1"] * l1_cost
+            + LOSS_WEIGHTS["giou"] * giou_cost)
 
 
 @torch.no_grad()
@@ -683,25 +634,31 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     images, concatenated. More boxes than queries: the q that fit best are matched."""
     counts = [len(x) for x in labels]
     # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
-    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    image = image.to(logits.device, non_blocking=True)
-    cost = matching_cost(logits, boxes, image, torch.cat(labels), torch.cat(targets))
-    # The one copy to the host. In a model that diverged (NaN) any pairing does: after an error here
-    # other processes would wait for this one. The loss is NaN too, and train.py stops them all.
+    box_image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    box_image = box_image.to(logits.device, non_blocking=True)
+    cost = matching_cost(logits, boxes, box_image, torch.cat(labels), torch.cat(targets))
+    # The one copy to the host. If the model has diverged (NaN), any pairing will do: raising here
+    # would leave other processes waiting. The loss is NaN as well, and train.py stops them all.
     cost = np.nan_to_num(cost.cpu().numpy(), nan=1e4, posinf=1e4, neginf=-1e4)
-    found, ends = [], np.cumsum(counts)
+    layers, images, queries, indices = [], [], [], []
     for layer in range(len(cost)):
-        for i, (start, end) in enumerate(zip(ends - counts, ends)):
-            target, query = linear_sum_assignment(cost[layer, start:end])
-            found.append(np.broadcast_arrays(layer, i, query, start + target))
-    return torch.from_numpy(np.concatenate(found, axis=1)).unbind()
+        start = 0
+        for image, count in enumerate(counts):
+            target, query = linear_sum_assignment(cost[layer, start:start + count])
+            layers += [layer] * len(query)
+            images += [image] * len(query)
+            queries.append(query)
+            indices.append(start + target)
+            start += count
+    return (torch.tensor(layers, dtype=torch.int64), torch.tensor(images, dtype=torch.int64),
+            torch.from_numpy(np.concatenate(queries)), torch.from_numpy(np.concatenate(indices)))
 
 
 def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
     """Generalised IoU of boxes that broadcast against each other, (..., 4) cx, cy, w, h -> (...).
     torchvision's does the same, but waits for the GPU (it indexes by a mask)."""
     def corners(boxes):  # upper left and lower right; sides, and so every union, are above zero
-        centre, sides = at_least_float32(boxes).split(2, dim=-1)
+        centre, sides = boxes.split(2, dim=-1)
         half = 0.5 * sides.clamp(min=1e-6)
         return centre - half, centre + half
 
@@ -722,9 +679,8 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     class: sum over images of each image's weighted mean over its queries; l1, giou: sums over
     matched boxes; attribute: sum over images of each image's mean over its boxes with attributes.
     With one image per process, as the paper trained, these are the released system's terms."""
-    logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
-    num_layers, batch_size, _, num_outputs = logits.shape
-    no_object = num_outputs - 1
+    logits, boxes = outputs.logits, outputs.boxes
+    num_layers, no_object = len(logits), logits.shape[-1] - 1
     pairs = match(logits, boxes, batch.labels, batch.boxes)
     layer, image, query, target = (x.to(logits.device, non_blocking=True) for x in pairs)  # (K,)
     labels = torch.cat(batch.labels)[target]                          # (K,)
@@ -744,18 +700,29 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
              "l1": per_layer(F.l1_loss(predicted, targets, reduction="none").sum(-1)),
              "giou": per_layer(1 - elementwise_giou(predicted, targets))}
     if head.attribute_head is not None:
-        attributes = torch.cat(batch.attributes)[target]              # (K, 16)
         with torch.autocast(logits.device.type, enabled=False):
             hidden = outputs.hidden[layer, image, query].to(head.class_head.weight.dtype)
-            scores = at_least_float32(head.attribute_head(hidden, labels))  # Eq. 7, (K, A)
-        count = (attributes >= 0).sum(-1)                             # (K,) attributes of each box
-        log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))  # (K, 16)
-        loss = -0.5 * (log_p * (attributes >= 0)).sum(-1) / count.clamp(min=1)  # BUTD's factor 0.5
-        group = layer * batch_size + image                            # (K,) one image in one layer
-        described = (count > 0).to(loss.dtype)                        # (K,) has attributes
-        per_group = loss.new_zeros(num_layers * batch_size).index_add(0, group, described)
-        terms["attribute"] = per_layer(loss / per_group.clamp(min=1)[group])
+            scores = head.attribute_head(hidden, labels)              # Eq. 7, (K, A)
+        loss, described = attribute_loss(scores, torch.cat(batch.attributes)[target])
+        terms["attribute"] = per_layer(loss / boxes_of_image(described, layer, image, logits))
     return terms
+
+
+def attribute_loss(scores: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
+    """BUTD's: half the mean of the cross entropies of a box's attributes. scores (K, A), attributes
+    (K, 16) padded with -1 -> (K,), 0 where a box has none, and (K,) bool: it has some."""
+    known = attributes >= 0                                           # (K, 16)
+    log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))
+    count = known.sum(-1)                                             # (K,)
+    return -0.5 * (log_p * known).sum(-1) / count.clamp(min=1), count > 0
+
+
+def boxes_of_image(described: Tensor, layer: Tensor, image: Tensor, logits: Tensor) -> Tensor:
+    """described (K,) bool, layer and image (K,) -> (K,): how many of the described boxes are in the
+    same layer and image, at least 1. Dividing by it averages over an image's boxes."""
+    count = logits.new_zeros(logits.shape[:2])                        # (N_d, B)
+    count.index_put_((layer, image), described.to(count.dtype), accumulate=True)
+    return count.clamp(min=1)[layer, image]
 
 
 # ---- From outputs to detections (Section 3.4: "post-processed into object bounding boxes") -------
@@ -773,16 +740,54 @@ class Detections:
 @torch.no_grad()
 def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]:
     """The top layer's outputs as detections, one entry per image."""
-    scores, labels = at_least_float32(outputs.logits[-1]).softmax(-1)[..., :-1].max(-1)  # (B, q)
+    scores, labels = outputs.logits[-1].softmax(-1)[..., :-1].max(-1)  # (B, q)
     height, width = batch.sizes.to(scores.device).unbind(-1)
     scale = torch.stack([width, height, width, height], -1)[:, None]  # (B, 1, 4)
-    boxes = box_convert(at_least_float32(outputs.boxes[-1]), "cxcywh", "xyxy") * scale
+    boxes = box_convert(outputs.boxes[-1], "cxcywh", "xyxy") * scale
     columns = [scores, labels, boxes]
     head = model.heads[batch.task].attribute_head
     if head is not None:                                  # Eq. 7 with the highest-scoring class
-        best = at_least_float32(head(outputs.hidden[-1], labels)).softmax(-1).max(-1)
+        attribute_scores = head(outputs.hidden[-1], labels)              # (B, q, A)
+        best = attribute_scores.softmax(-1).max(-1)
         columns += [best.indices, best.values]
     return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
+
+
+# ---- torchvision's ResNet ------------------------------------------------------------------------
+try:
+    import torchvision
+except RuntimeError as error:
+    # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
+    # at the first that it looks up. We use its Python parts alone: declaring two is enough.
+    if "torchvision::nms" not in str(error):
+        raise
+    for _name in ("torchvision::nms", "torchvision::qnms"):
+        torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d, box_convert
+
+
+def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)). A frozen batch norm is linear: scaling the weights costs less than the map."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return F.conv2d(x, conv.weight * scale[:, None, None, None],
+                    norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
+
+
+class FoldedBottleneck(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, 4 x planes, H', W')"""
+        out = F.relu_(folded(self.conv1, self.bn1, x))
+        out = F.relu_(folded(self.conv2, self.bn2, out))
+        out = folded(self.conv3, self.bn3, out)
+        return F.relu_(out.add_(x if self.downsample is None else folded(*self.downsample, x)))
+
+
+def dilated_resnet50() -> ResNet:
+    """ResNet-50 with dilation in place of the stride of C5 (stride 16), batch norms frozen."""
+    return ResNet(FoldedBottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d,
+                  replace_stride_with_dilation=[False, False, True])
 
 
 # ---- Loading pretrained and released weights -----------------------------------------------------

@@ -390,8 +390,9 @@ def test_full_size(tmp_path):
     torch.save(state, tmp_path / "unit.pth")
     model = unit.load_released(tmp_path / "unit.pth")
     assert not model.training and model.config == unit.Config(**unit.AS_RELEASED)
-    unlike = dict(dataset=None, text_states="cls")
-    assert list(model.tasks.values()) == [unit.replace(t, **unlike) for t in data.TASKS]
+    queries = {"detection": 100, "classification": 25}
+    assert list(model.tasks.values()) == [
+        unit.replace(t, dataset=None, num_queries=queries[t.kind]) for t in data.TASKS]
     idle = 590_592 + 252 * 256 + 250 * 768  # BERT's pooler, rows of the task tables
     assert sum(p.numel() for p in model.parameters()) == 201_507_900 - idle
     assert all(not p.any() for p in model.parameters())               # all were filled
@@ -694,7 +695,7 @@ def test_load_pretrained(tmp_path, monkeypatch):
     words = bert.state_dict()["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(model.text_encoder.word_embeddings.weight, words)
     assert len(unit.load_pretrained(tiny_model("sst2"), tmp_path)) == 1
-    assert len(unit.load_pretrained(tiny_model("coco", "sst2", backbone="small"), tmp_path)) == 1
+    assert len(unit.load_pretrained(tiny_model("coco", "sst2", backbone="small"), tmp_path)) == 2
 
     torch.save(resnet50().state_dict(), tmp_path / "resnet50-0676ba61.pth")
     lines = unit.load_pretrained(model, tmp_path, imagenet=True)
