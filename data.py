@@ -47,7 +47,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unit import Batch, InputError, Task  # first: it makes `import torchvision` safe
+from unit import Batch, InputError, Task, between  # first: it makes `import torchvision` safe
 
 from torchvision.transforms.v2 import functional as F
 
@@ -1098,18 +1098,6 @@ def write_vg(data: Path) -> None:
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # in one line, by `command_line`
         raise InputError(f"{message} (see --help)")
-
-
-def between(least: float, most: float = np.inf, kind: type = int):
-    """A flag's type: a finite number from `least` to `most`."""
-    def convert(text: str):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most and kind(text) < np.inf:
-                return kind(text)
-        limits = f"from {least} to {most}" if most < np.inf else f"of at least {least}"
-        what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
-    return convert
 
 
 def command_line(parser: Parser, run, argv: list[str] | None) -> None:

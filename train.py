@@ -24,7 +24,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import unit
-from unit import Batch, Config, InputError, UniT, option
+from unit import Batch, Config, InputError, UniT, option, written
 
 
 PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")  # parameter names begin so
@@ -451,33 +450,6 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
 
 
 # ---- The command line ----------------------------------------------------------------------------
-METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
-
-
-def flag_type(kind: type, limits: dict):
-    """A function from a flag's text to a value of this kind, within the limits of its `option`."""
-    if get_origin(kind) is tuple:
-        one = flag_type(get_args(kind)[0], limits)
-        return lambda text: tuple(one(part) for part in text.split(",") if part)
-    if kind in (int, float):
-        return data.between(limits["least"], limits["most"], kind)
-    choices = ("true", "false") if kind is bool else limits["choices"]
-
-    def word(text):
-        if choices and text.lower() not in choices:
-            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
-        if kind is bool:
-            return text.lower() == "true"
-        return text.lower() if choices else text
-    return word
-
-
-def written(value) -> str:
-    """A setting as typed on the command line."""
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return text.lower() if isinstance(value, bool) else text
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = data.Parser(
         usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
@@ -496,12 +468,7 @@ def make_parser() -> argparse.ArgumentParser:
          help="the authors' released system where it differs from the paper")
     for title, settings_class in (("the run (Section 3.5, Appendix A)", TrainConfig),
                                   ("the model (Section 3, Table A.1)", Config)):
-        flag, kinds = parser.add_argument_group(title).add_argument, get_type_hints(settings_class)
-        for field in fields(settings_class):
-            tiny = f"; tiny: {written(TINY[field.name])}" if field.name in TINY else ""
-            flag(f"--{field.name}", type=flag_type(kinds[field.name], field.metadata),
-                 default=argparse.SUPPRESS, metavar=METAVARS[type(field.default)],
-                 help=f"{field.metadata['help']} [{written(field.default) or 'none'}{tiny}]")
+        unit.add_flags(parser.add_argument_group(title), settings_class, {"tiny": TINY})
     return parser
 
 

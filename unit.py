@@ -44,8 +44,9 @@ import socket
 import tarfile
 import textwrap
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -1138,3 +1139,149 @@ def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
         if (key := f"bert_model.module.embeddings.{table}_embeddings.weight") in found:
             sizes[size] = rows(key)
     return tasks, sizes
+
+
+# ---- Settings as flags, and Figure 2 on the command line -----------------------------------------
+METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
+
+
+def between(least: float, most: float = math.inf, kind: type = int):
+    """A flag's type: a finite number from `least` to `most`."""
+    def convert(text: str):
+        with suppress(ValueError):
+            if least <= kind(text) <= most and kind(text) < math.inf:
+                return kind(text)
+        limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
+    return convert
+
+
+def flag_type(kind: type, limits: dict):
+    """A function from a flag's text to a value of this kind, within the limits of its `option`."""
+    if get_origin(kind) is tuple:
+        one = flag_type(get_args(kind)[0], limits)
+        return lambda text: tuple(one(part) for part in text.split(",") if part)
+    if kind in (int, float):
+        return between(limits["least"], limits["most"], kind)
+    choices = ("true", "false") if kind is bool else limits["choices"]
+
+    def word(text):
+        if choices and text.lower() not in choices:
+            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
+        if kind is bool:
+            return text.lower() == "true"
+        return text.lower() if choices else text
+    return word
+
+
+def written(value) -> str:
+    """A setting as typed on the command line."""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.lower() if isinstance(value, bool) else text
+
+
+def add_flags(group, settings: type, presets: dict[str, dict] | None = None) -> None:
+    """A flag for each field of a dataclass of `option`s; its help shows the default and each
+    preset's value. A flag that is not given leaves no attribute."""
+    kinds = get_type_hints(settings)
+    for setting in fields(settings):
+        values = [written(setting.default) or "none"]
+        for name, preset in (presets or {}).items():
+            if setting.name in preset:
+                values.append(f"{name}: {written(preset[setting.name])}")
+        group.add_argument(
+            f"--{setting.name}", type=flag_type(kinds[setting.name], setting.metadata),
+            default=argparse.SUPPRESS, metavar=METAVARS[type(setting.default)],
+            help=f"{setting.metadata['help']} [{'; '.join(values)}]")
+
+
+def paper_tasks() -> list[Task]:
+    """The eight tasks in the sizes of the official data sets, as in `data.TASKS` but without its
+    readers."""
+    boxes = dict(kind="detection", image=True, text=False)
+    both = dict(kind="classification", image=True, text=True, max_tokens=25)
+    texts = dict(kind="classification", image=False, text=True)
+    return [Task("coco", **boxes, num_classes=91),
+            Task("vg", **boxes, num_classes=1601, num_attributes=401),
+            Task("vqa2", **both, num_classes=3129, soft_scores=True),
+            Task("snli_ve", **both, num_classes=3),
+            Task("qnli", **texts, num_classes=2), Task("mnli", **texts, num_classes=3),
+            Task("qqp", **texts, num_classes=2), Task("sst2", **texts, num_classes=2)]
+
+
+@torch.no_grad()
+def figure_2(config: Config, height: int = 800, width: int = 1066, words: int = 20) -> list[tuple]:
+    """Figure 2 as rows: (symbol, place in the paper, class, input shape, output shape, number of
+    parameters of all tasks). On the meta device: shapes without memory or arithmetic."""
+    with torch.device("meta"):
+        model = UniT(config, paper_tasks()).eval()
+        images = torch.empty(1, 3, height, width)
+        tokens = torch.empty(1, words, dtype=torch.int64)
+    image, text, head = model.image_encoder, model.text_encoder, model.heads["vg"]
+    detection = [h for h in model.heads.values() if isinstance(h, DetectionHead)]
+    classifiers = [h for h in model.heads.values() if isinstance(h, Classifier)]
+    x_v = image.backbone(images)
+    projected = image.input_proj(x_v)
+    sequence = projected.flatten(2).transpose(1, 2)                   # (1, L, d_v^e)
+    states = text.bert(tokens, tokens, None, "vqa2")
+    h_v, image_positions, _ = image(images, None, "vqa2")
+    h_t, text_positions, _ = text(tokens, tokens, None, "vqa2")
+    memory = torch.cat([h_v, h_t], dim=1)
+    positions = torch.cat([image_positions, text_positions], dim=1)
+    decoder = next(iter(model.decoders.values()))
+    hidden = decoder(memory, positions, None, model.queries["vg"])
+    logits, h_1 = head.class_head(hidden), hidden[-1, :, 0]
+    attributes = head.attribute_head(hidden, logits[..., :-1].argmax(-1))
+    bert = [text.word_embeddings, text.position_embeddings, text.token_type_embeddings, text.norm,
+            text.layers, text.w_task]
+    rows = [
+        ("x^v = B(I)", "Eq. 1", "Backbone", images, x_v, [image.backbone]),
+        ("P_{b->e}(x^v)", "Eq. 2", "ImageEncoder", x_v, projected, [image.input_proj]),
+        ("h^v = E_v(.., w_v^task)", "Eq. 2", "ImageEncoder", sequence, sequence,
+         [image.layers, image.w_task]),
+        ("h^v in width d_t^d", "Section 3.3", "ImageEncoder", sequence, h_v,
+         [image.projection, image.position_projection]),
+        ("h^t = BERT(w, w_t^task)", "Eq. 3", "TextEncoder", tokens, states, bert),
+        ("h^t in width d_t^d", "Section 3.3", "TextEncoder", states[:, :h_t.shape[1]], h_t,
+         [text.projection, text.position_projection]),
+        ("q^task", "Section 3.3", "UniT", None, model.queries["vg"], [model.queries]),
+        ("h^{dec,l} = D(h^enc, q)", "Eq. 4", "Decoder", memory, hidden, [model.decoders]),
+        ("c^l = class_head(h)", "Eq. 5", "DetectionHead", hidden, logits,
+         [h.class_head for h in detection]),
+        ("b^l = box_head(h)", "Eq. 6", "DetectionHead", hidden, head.box_head(hidden),
+         [h.box_head for h in detection]),
+        ("a^l = attr_head(h, c^l)", "Eq. 7", "AttributeHead", hidden, attributes,
+         [head.attribute_head]),
+        ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", "Classifier", h_1, model.heads["vqa2"](h_1),
+         classifiers)]
+    return [(symbol, place, name, shape_of(before), shape_of(after),
+             sum(p.numel() for module in modules for p in module.parameters()))
+            for symbol, place, name, before, after, modules in rows]
+
+
+def shape_of(x: Tensor | None) -> str:
+    return "" if x is None else " x ".join(map(str, x.shape))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints Figure 2 with the shapes of one picture and one text, VG's queries and heads."""
+    parser = argparse.ArgumentParser(
+        description="Prints Figure 2: each part's symbol, place in the paper, class, input and "
+        "output shape (800 x 1066 pixels, 20 words, VG's queries) and parameters (all tasks).")
+    add_flags(parser, Config)
+    try:
+        config = Config(**vars(parser.parse_args(argv)))
+    except InputError as error:
+        parser.error(str(error))
+    form = "{:<24} {:<12} {:<14} {:>18} {:>22} {:>12}"
+    print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
+    rows = figure_2(config)
+    for *words, parameters in rows:
+        print(form.format(*words, f"{parameters:,}"))
+    total = sum(parameters for *_, parameters in rows)
+    print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
+
+
+if __name__ == "__main__":
+    main()

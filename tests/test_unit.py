@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import unit
 
 # One task of each kind, small enough to follow: pictures with boxes and attributes, questions about
@@ -598,7 +599,7 @@ def test_the_answer_is_read_from_the_first_query():
 
 
 def test_number_of_queries():
-    """Config's, by kind (Table C.1 changes all tasks but detection), unless the task has its own."""
+    """Config's, by kind (Table C.1 changes all but detection's), unless the task has its own."""
     tasks = [replace(SHAPES, num_queries=0), replace(QUESTIONS, num_queries=0), SENTENCES]
     model = unit.UniT(replace(SMALL, detection_queries=6, num_queries=9), tasks)
     assert {name: len(q) for name, q in model.queries.items()} == {
@@ -851,16 +852,8 @@ def test_positions_are_detrs(float64):
 
 def full_size(**changes):
     """The model of the eight tasks at its real size, on the meta device: shapes without memory."""
-    detection = dict(kind="detection", image=True, text=False)
-    answer = dict(kind="classification", text=True)
-    tasks = [unit.Task("coco", num_classes=91, **detection),
-             unit.Task("vg", num_classes=1601, num_attributes=401, **detection),
-             unit.Task("vqa2", image=True, num_classes=3129, **answer),
-             unit.Task("snli_ve", image=True, num_classes=3, **answer)]
-    tasks += [unit.Task(name, image=False, num_classes=classes, **answer)
-              for name, classes in (("qnli", 2), ("mnli", 3), ("qqp", 2), ("sst2", 2))]
     with torch.device("meta"):
-        return unit.UniT(unit.Config(**changes), tasks)
+        return unit.UniT(unit.Config(**changes), unit.paper_tasks())
 
 
 def size(module):
@@ -1038,3 +1031,23 @@ def test_mixed_precision_spares_heads_and_losses():
     close(boxes, head(hidden.float())[1], 1e-6)
     for name, term in model.losses(outputs, batch).items():
         close(terms[name], term, 1e-6)
+
+
+@pytest.mark.parametrize("changes, total", [
+    ({}, 201), (dict(shared_decoder=False), 532),
+    (dict(task_embedding=False, decoder_width=256), 0),
+    (dict(backbone="small", all_text_states=("vqa2",), image_size=32), 0)])
+def test_figure_2_alive(changes, total, capsys):
+    """Its parts' parameters add up to the model's, which Section 4.2 gives in millions."""
+    flags = [f"--{name}={unit.written(value)}" for name, value in changes.items()]
+    unit.main(flags)
+    lines = capsys.readouterr().out.splitlines()
+    parts = [int(line.split()[-1].replace(",", "")) for line in lines[1:-1]]
+    count = size(full_size(**changes))
+    assert sum(parts) == count and lines[-1].startswith(f"{count:,} parameters")
+    assert not total or round(count / 1e6) == total
+    assert all(f"Eq. {n}" in "\n".join(lines) for n in range(1, 9))
+
+
+def test_the_tasks_of_figure_2_are_those_of_the_data():
+    assert [replace(task, dataset=None) for task in data.TASKS] == unit.paper_tasks()
