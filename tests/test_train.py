@@ -102,8 +102,7 @@ def text_batch(task, n=4):
 def one_update(model, task, config, optimizer, scaler=None):
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     config = dataclasses.replace(config, batch_size=4)
-    return train.update(train.Step(model), optimizer, scaler, [text_batch(task)], config, 0.0, 1,
-                        torch.device("cpu"))
+    return train.update(train.Step(model), optimizer, scaler, [text_batch(task)], config, 0.0)
 
 
 def test_unused_parameters_are_skipped_unless_asked(model):
