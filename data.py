@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import gc
 import json
@@ -182,7 +183,7 @@ CROP_SIDES = (384, 600)                      # Section 3.5
 
 class UnusablePicture(InputError):
     """A picture that no decoder opens, or that is not the one its annotations are about: in
-    training the next of its epoch takes its place. (A file system that fails is another matter.)"""
+    training the next of its epoch takes its place."""
 
 
 def read_image(path: Path | str) -> Tensor:
@@ -198,8 +199,8 @@ def read_image(path: Path | str) -> Tensor:
                 picture = picture.convert("RGBA")
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:                       # PIL raises many kinds
-        if getattr(error, "errno", None):            # too many open files, a server that is gone
-            raise bad(path, f"cannot be opened ({error.strerror})", "check the disk") from None
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # not the picture's fault
+            raise bad(path, error.strerror, "raise `ulimit -n`") from None
         raise UnusablePicture(f"{path}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -1084,12 +1085,24 @@ def start_worker(number: int) -> None:
         signal.signal(stop, signal.SIG_IGN)
 
 
-def kill_children(others: list) -> None:
-    """Ends data workers that are still there; they ignore the SIGTERM that multiprocessing sends at
-    the end of the program, before it waits for them."""
-    for process in multiprocessing.active_children():
-        if process not in others:
-            process.kill()
+def start_loader(fetcher: Fetcher, requests, num_workers: int):
+    """-> PyTorch's loader, at work, and its processes."""
+    others, workers = multiprocessing.active_children(), []
+
+    def kill():
+        for worker in workers:
+            worker.kill()
+    # They ignore the SIGTERM that Python sends at the end of the program before it waits for them.
+    multiprocessing.util.Finalize(fetcher, kill, exitpriority=0)
+    try:
+        # Fork shares the annotations; where there is none they are copied. A generator of its own:
+        # the loader draws a seed, which must not disturb dropout's draws.
+        return iter(torch.utils.data.DataLoader(
+            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
+            worker_init_fn=start_worker, generator=torch.Generator(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None)), workers
+    finally:
+        workers += [x for x in multiprocessing.active_children() if x not in others]
 
 
 def run_loader(fetcher: Fetcher, requests, num_workers: int):
@@ -1098,17 +1111,9 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
     if not num_workers:
         yield from map(fetcher.fetch, requests)
         return
-    others = multiprocessing.active_children()
-    multiprocessing.util.Finalize(fetcher, kill_children, (others,), exitpriority=0)
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        # Fork shares the annotations; where there is none they are copied. A generator of its own:
-        # the loader draws a seed, which must not disturb dropout's draws.
-        loader = iter(torch.utils.data.DataLoader(
-            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
-            worker_init_fn=start_worker, generator=torch.Generator(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None))
-        workers = [x for x in multiprocessing.active_children() if x not in others]
-        for message in watched(loader, workers):
+        for message in watched(*start_loader(fetcher, requests, num_workers)):
             batch, reasons = pickle.loads(message)
             yield convert_lists(batch, torch.from_numpy), reasons
     except InputError as error:  # a worker's comes with its traceback, of which it is the last line
@@ -1118,6 +1123,8 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
             f"the data workers failed ({last_line(error)}); fewer --num_workers (0: none), more "
             "memory, a larger /dev/shm (Docker: --shm-size) or more open files (ulimit -n) help"
             ) from None
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def watched(loader, workers: list):
@@ -1129,7 +1136,7 @@ def watched(loader, workers: list):
         status = [worker.exitcode for worker in workers if worker.exitcode]
         if waiting and status:
             raise OSError(f"one was killed or ended by itself, exit status {status[0]}")
-    before = signal.signal(signal.SIGCHLD, look)
+    signal.signal(signal.SIGCHLD, look)
     try:
         look()
         for item in loader:
@@ -1137,8 +1144,9 @@ def watched(loader, workers: list):
             yield item
             waiting = True
             look()  # one may have died meanwhile
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    except RuntimeError:  # the loader's own, perhaps, in place of what `look` raised within it
+        look()
+        raise
 
 
 def last_line(error: Exception) -> str:

@@ -189,14 +189,15 @@ def barrier() -> None:
 
 def note_signals() -> list[int]:
     """Returns a list to which signals that end a run are appended: the iteration is finished first.
-    One that is ignored (under nohup, say) stays ignored."""
+    SIGHUP stays ignored where it is: by nohup."""
     noted = []
 
     def note(number, frame):
         noted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
     for number in data.STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:
+        # A script's `&` has SIGINT ignored: it comes only if somebody means it.
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return noted
 
@@ -570,6 +571,7 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
         log.add_results(results)
         return results
 
+    parent = os.getppid()
     gc.freeze()  # or the first full collection copies 75 MB that the data workers share
     model.train()
     with contextlib.closing(stream):  # its workers would wait half a minute for more
@@ -577,7 +579,8 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
             batches, replaced, problem = fetch(stream)
             problem = problem or log.too_many_unusable()
             boxes = sum(len(x) for batch in batches for x in batch.labels or [])
-            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem))
+            orphan = world_size > 1 and os.getppid() != parent  # a signal has ended torchrun
+            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem or orphan))
             if stopping:  # all processes, before the same iteration
                 keep(iteration)
                 barrier()  # until it is saved: torchrun kills all once one has left
