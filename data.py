@@ -32,6 +32,7 @@ import errno
 import functools
 import gc
 import json
+import multiprocessing.connection
 import multiprocessing.util
 import os
 import pickle
@@ -1113,8 +1114,7 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
         return
     handler = signal.getsignal(signal.SIGCHLD)
     try:
-        for message in watched(*start_loader(fetcher, requests, num_workers)):
-            batch, reasons = pickle.loads(message)
+        for batch, reasons in watched(*start_loader(fetcher, requests, num_workers)):
             yield convert_lists(batch, torch.from_numpy), reasons
     except InputError as error:  # a worker's comes with its traceback, of which it is the last line
         raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
@@ -1128,8 +1128,8 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
 
 
 def watched(loader, workers: list):
-    """Yields what the loader does. A worker's death is an OSError, raised only while the next item
-    is waited for: PyTorch's own handler raises wherever the program is, in an update, too."""
+    """Yields what the workers packed. A worker's death is an OSError, raised only while the next
+    item is waited for: PyTorch's own handler raises wherever the program is, in an update, too."""
     waiting = True
 
     def look(*_):
@@ -1139,12 +1139,14 @@ def watched(loader, workers: list):
     signal.signal(signal.SIGCHLD, look)
     try:
         look()
-        for item in loader:
+        for message in loader:
+            item = pickle.loads(message)
             waiting = False
             yield item
             waiting = True
             look()  # one may have died meanwhile
-    except RuntimeError:  # the loader's own, perhaps, in place of what `look` raised within it
+    except (RuntimeError, OSError, EOFError):  # "connection reset", say, because one is dying
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
         look()
         raise
 

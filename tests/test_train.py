@@ -438,7 +438,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(model, precision
     """Nothing moves, momentum neither; the first parameter is named; the next step is as usual."""
     config = train.TrainConfig(precision=precision, lr=1e-2)
     optimizer = train.make_optimizer(model, config)
-    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision == "fp16")
     one_update(model, "a", config, optimizer, scaler)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     names = ("decoders.shared.layers.0.linear1.weight", "heads.a.linear2.bias")
