@@ -182,6 +182,9 @@ CROP_SCALES = (400, 500, 600)                # DETR: the size before the crop
 CROP_SIDES = (384, 600)                      # Section 3.5
 
 
+FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
+
+
 class UnusablePicture(InputError):
     """A picture that no decoder opens, or that is not the one its annotations are about: in
     training the next of its epoch takes its place."""
@@ -996,24 +999,17 @@ class Schedule:
         size = self.sizes[name]
         return np.roll(self.shuffle(name, place // size), -(place % size))[1:]
 
+    @functools.lru_cache(16)  # two epochs of eight tasks, as a batch may reach into the next
     def shuffle(self, name: str, epoch: int) -> np.ndarray:
         """The order of one epoch; keyed by name, so that a run's other tasks don't matter."""
-        return permutation(self.seed, zlib.crc32(name.encode()), epoch, self.sizes[name])
-
-
-@functools.lru_cache(16)  # two epochs of eight tasks, as a batch may reach into the next
-def permutation(seed: int, name: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng([seed, 1, name, epoch]).permutation(size)
-
-
-MOST_UNUSABLE = 0.01   # of the pictures that a task has met, at least FEWEST
-FEWEST_UNUSABLE = 10
+        rng = np.random.default_rng([self.seed, 1, zlib.crc32(name.encode()), epoch])
+        return rng.permutation(self.sizes[name])
 
 
 def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str) -> InputError:
-    three = "; ".join(reasons[:3])
-    return InputError(f"{task}: {len(reasons)} pictures of {met} samples cannot be used: {three}; "
-                      f"`python data.py --data {data} --check --tasks {task}` lists all of them")
+    return InputError(f"{task}: {len(reasons)} pictures of {met} samples cannot be used: "
+                      f"{'; '.join(reasons[:3])}; `python data.py --data {data} --check --tasks "
+                      f"{task}` lists all")
 
 
 class Fetcher(torch.utils.data.Dataset):
@@ -1027,31 +1023,24 @@ class Fetcher(torch.utils.data.Dataset):
         """The batch, and the reasons why pictures were left out on the way. In training the next
         of its epoch takes such a picture's place; in evaluation the batch is smaller, or None."""
         iteration, name, places = request
-        dataset, samples, reasons = self.datasets[name], [], []
+        dataset, samples, reasons, rng = self.datasets[name], [], [], None
         for position, index in places:
-            sample = self.first_usable(dataset, iteration, position, index, reasons)
-            if sample is not None:
-                samples.append(sample)
-            elif self.schedule is not None:
-                raise too_many_unusable(name, reasons, len(reasons), dataset.data)
+            for candidate in self.candidates(iteration, position, index):
+                if self.schedule is not None:
+                    # Keyed by the position in the global batch: no worker and no rank shows in it.
+                    rng = np.random.default_rng([self.schedule.seed, 2, iteration, position])
+                try:
+                    samples.append(dataset.sample(candidate, rng))
+                    break
+                except UnusablePicture as error:
+                    reasons.append(str(error))
+        if self.schedule is not None and len(samples) < len(places):
+            raise too_many_unusable(name, reasons, len(reasons), dataset.data)
         return collate(dataset.task, samples) if samples else None, reasons
 
-    def first_usable(self, dataset: Dataset, iteration: int, position: int, index: int,
-                     reasons: list[str]) -> Sample | None:
-        for candidate in self.candidates(iteration, position, index):
-            rng = None
-            if self.schedule is not None:
-                # Keyed by the position in the global batch: no worker and no rank shows in it.
-                rng = np.random.default_rng([self.schedule.seed, 2, iteration, position])
-            try:
-                return dataset.sample(candidate, rng)
-            except UnusablePicture as error:
-                reasons.append(str(error))
-        return None
-
     def candidates(self, iteration: int, position: int, index: int):
-        """What is tried for a place in the batch. A pure function of the data: no state is shared
-        among workers and processes, and none is saved."""
+        """What is tried for a place in the batch: a pure function of the data, so no state is
+        shared among workers and processes, and none is saved."""
         yield index
         if self.schedule is not None:
             yield from self.schedule.following(iteration, position)[:FEWEST_UNUSABLE].tolist()
@@ -1086,69 +1075,50 @@ def start_worker(number: int) -> None:
         signal.signal(stop, signal.SIG_IGN)
 
 
-def start_loader(fetcher: Fetcher, requests, num_workers: int):
-    """-> PyTorch's loader, at work, and its processes."""
-    others, workers = multiprocessing.active_children(), []
-
-    def kill():
-        for worker in workers:
-            worker.kill()
-    # They ignore the SIGTERM that Python sends at the end of the program before it waits for them.
-    multiprocessing.util.Finalize(fetcher, kill, exitpriority=0)
-    try:
-        # Fork shares the annotations; where there is none they are copied. A generator of its own:
-        # the loader draws a seed, which must not disturb dropout's draws.
-        return iter(torch.utils.data.DataLoader(
-            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
-            worker_init_fn=start_worker, generator=torch.Generator(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None)), workers
-    finally:
-        workers += [x for x in multiprocessing.active_children() if x not in others]
-
-
 def run_loader(fetcher: Fetcher, requests, num_workers: int):
     """Yields fetcher.fetch(request) for each request, in order; `num_workers` processes read ahead.
     It is an InputError if these fail."""
     if not num_workers:
         yield from map(fetcher.fetch, requests)
         return
-    handler = signal.getsignal(signal.SIGCHLD)
+    waiting, workers, handler = True, [], signal.getsignal(signal.SIGCHLD)
+
+    def ended() -> list[int]:
+        return [worker.exitcode for worker in workers if worker.exitcode]
+
+    def look(*_):  # in place of PyTorch's handler, which raises in the middle of an update, too
+        if waiting and ended():
+            raise OSError
     try:
-        for batch, reasons in watched(*start_loader(fetcher, requests, num_workers)):
-            yield convert_lists(batch, torch.from_numpy), reasons
-    except InputError as error:  # a worker's comes with its traceback, of which it is the last line
-        raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
-    except (OSError, EOFError) as error:
-        raise InputError(
-            f"the data workers failed ({last_line(error)}); fewer --num_workers (0: none), more "
-            "memory, a larger /dev/shm (Docker: --shm-size) or more open files (ulimit -n) help"
-            ) from None
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def watched(loader, workers: list):
-    """Yields what the workers packed. A worker's death is an OSError, raised only while the next
-    item is waited for: PyTorch's own handler raises wherever the program is, in an update, too."""
-    waiting = True
-
-    def look(*_):
-        status = [worker.exitcode for worker in workers if worker.exitcode]
-        if waiting and status:
-            raise OSError(f"one was killed or ended by itself, exit status {status[0]}")
-    signal.signal(signal.SIGCHLD, look)
-    try:
+        # Fork shares the annotations; where there is none they are copied. A generator of its own:
+        # the loader draws a seed, which must not disturb dropout's draws.
+        loader = iter(torch.utils.data.DataLoader(
+            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
+            worker_init_fn=start_worker, generator=torch.Generator(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None))
+        workers += loader._workers  # there is no public name
+        for worker in workers:  # the SIGTERM of a program that ends, and waits for them, is ignored
+            multiprocessing.util.Finalize(fetcher, worker.kill, exitpriority=0)
+        signal.signal(signal.SIGCHLD, look)
         look()
         for message in loader:
-            item = pickle.loads(message)
+            batch, reasons = pickle.loads(message)
             waiting = False
-            yield item
+            yield convert_lists(batch, torch.from_numpy), reasons
             waiting = True
             look()  # one may have died meanwhile
-    except (RuntimeError, OSError, EOFError):  # "connection reset", say, because one is dying
+    except InputError as error:  # a worker's comes with its traceback, of which it is the last line
+        raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
+    except (OSError, EOFError, RuntimeError) as error:  # "connection reset", say: one is dying
         multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
-        look()
-        raise
+        if isinstance(error, RuntimeError) and not ended():
+            raise  # a fault of the program
+        reason = f"one has ended, exit status {ended()[0]}" if ended() else last_line(error)
+        raise InputError(f"the data workers failed ({reason}); fewer --num_workers (0: none), more "
+                         "memory, a larger /dev/shm (Docker: --shm-size) or more open files "
+                         "(ulimit -n) help") from None
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def last_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -225,9 +225,11 @@ def lr_factor(iteration: int, train: TrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> None:
+def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> float:
+    factor = lr_factor(iteration, train)
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * lr_factor(iteration, train)
+        group["lr"] = group["base_lr"] * factor
+    return train.lr * factor
 
 
 class Step(nn.Module):
@@ -307,36 +309,17 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
 
 
 # ---- The log -------------------------------------------------------------------------------------
-class Gradient(NamedTuple):
-    """Norms before clipping, on the device. Only parameters that the task reached have one."""
-
-    norm: Tensor      # () of all together
-    names: list[str]  # of the n parameters
-    norms: Tensor     # (n,) of each
-
-
 @dataclass
 class Record:
     """What an iteration leaves for the log."""
 
     task: str
-    ids: list                # of this process's samples
+    ids: list                 # of this process's samples
     lr: float
     terms: dict[str, Tensor]  # this process's shares of the loss terms
-    gradient: Gradient
-    replaced: list[str]      # why pictures of this process were replaced by others
-
-    def fault(self) -> str:
-        """What is not finite, in words; "" if all is."""
-        for name, value in self.terms.items():
-            if not math.isfinite(value):
-                return f"term {name}, samples {self.ids} (this process's)"
-        if math.isfinite(self.gradient.norm):
-            return ""
-        for name, norm in zip(self.gradient.names, self.gradient.norms.tolist()):
-            if not math.isfinite(norm):
-                return f"gradient of {name}; that step was not taken"
-        return "gradient of all parameters together; that step was not taken"
+    norm: Tensor              # of the gradient before clipping
+    norms: dict[str, Tensor]  # the same of each parameter that the task reached
+    replaced: list[str]       # why pictures of this process were replaced by others
 
 
 def gather(pending: list[Record]) -> None:
@@ -404,7 +387,7 @@ class Log:
     def entry(self, number: int, record: Record) -> dict:
         """An iteration's line of log.jsonl."""
         numbers = {"loss": sum(record.terms.values()), **record.terms, "lr": record.lr,
-                   "grad_norm": record.gradient.norm.item()}
+                   "grad_norm": record.norm.item()}
         # JSON has no NaN: null.
         numbers = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
         entry = {"iteration": number, "task": record.task, **numbers}
@@ -421,15 +404,20 @@ class Log:
         return new
 
     def require_finite(self, number: int, record: Record) -> None:
-        fault = record.fault()
-        self.faults_in_a_row = self.faults_in_a_row + 1 if fault else 0
-        fp16 = self.train.precision == "fp16"
-        # Its scaler skips single steps, which is normal, and halves the scale, from 65536, at each.
-        if self.faults_in_a_row > (20 if fp16 else 0):
+        """An iteration that is not finite ends the run; in fp16 only 21 in a row: its scaler skips
+        such a step and halves the scale, which begins at 65536."""
+        faults = [f"term {name}, samples {record.ids} (this process's)"
+                  for name, value in record.terms.items() if not math.isfinite(value)]
+        if not record.norm.isfinite():  # such a step was not taken, but a loss like that is no use
+            faults += [f"gradient of {name}" for name, x in record.norms.items()
+                       if not x.isfinite()] + ["gradient of all parameters together"]
+        self.faults_in_a_row = self.faults_in_a_row + 1 if faults else 0
+        precision = self.train.precision
+        if self.faults_in_a_row > (20 if precision == "fp16" else 0):
             saved = f"iteration {self.saved} was saved last" if self.saved else "nothing was saved"
-            help = "a lower --lr, or --precision fp32," if fp16 else "a lower --lr"
+            fix = "" if precision == "fp32" else ", or --precision fp32"
             raise InputError(f"the numbers are not finite: iteration {number}, task {record.task}, "
-                             f"{fault}; {saved}; {help} may help")
+                             f"{faults[0]}; {saved}; a lower --lr may help{fix}")
 
     def too_many_unusable(self) -> str:
         """Why so many pictures end the run; "" if they do not."""
@@ -450,7 +438,7 @@ def summary(pending: list[Record]) -> str:
     for record in pending:
         losses[record.task].append(sum(record.terms.values()))
     means = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
-    skipped = sum(not math.isfinite(record.gradient.norm) for record in pending)
+    skipped = sum(not record.norm.isfinite() for record in pending)
     return f"{means}  lr {pending[-1].lr:.2e}" + (f"  skipped {skipped}" if skipped else "")
 
 
@@ -472,35 +460,29 @@ def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
     return totals
 
 
-def clip(optimizer, largest: float) -> Gradient:
-    """Clips the gradient to that norm."""
-    reached = [(name, p) for group in optimizer.param_groups
-               for name, p in zip(group["param_names"], group["params"]) if p.grad is not None]
-    names, parameters = zip(*reached)
-    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
-    norm = torch.linalg.vector_norm(norms)
-    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return Gradient(norm, names, norms)
-
-
-def update(step, optimizer, scaler, batches, train, num_boxes) -> tuple[dict, Gradient]:
-    """One update from this process's micro-batches -> its shares of the loss terms, the norms."""
+def update(step, optimizer, scaler, batches, train, num_boxes):
+    """One update from this process's micro-batches -> its shares of the loss terms, {name: value};
+    the gradient's norm before clipping; that of each parameter, by name."""
     terms = backward(step, scaler, batches, train, num_boxes)
     scaler.unscale_(optimizer)
     if train.update_unused:
         for p in step.parameters():  # Appendix A's worse strategy: zeros where no task reached
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
-    gradient = clip(optimizer, train.clip)
-    # A step that is not finite is not taken. The fused AdamW skips it on the device, so that nobody
-    # waits for the norm; `Log.flush` ends the run. (In fp16 the scaler puts its own in place.)
-    optimizer.found_inf = (~gradient.norm.isfinite()).float()
+    reached = {name: p for group in optimizer.param_groups
+               for name, p in zip(group["param_names"], group["params"]) if p.grad is not None}
+    norms = torch._foreach_norm([p.grad for p in reached.values()])
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(reached.values(), train.clip, norm)
+    # A step that is not finite is not taken: the fused AdamW skips it on the device, where nobody
+    # waits for the norm. `Log.flush` ends the run. (In fp16 the scaler puts its own in place.)
+    optimizer.found_inf = (~norm.isfinite()).float()
     # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW
     # leaves them and their momentum alone.
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return terms, gradient
+    return terms, norm, dict(zip(reached, norms))
 
 
 def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
@@ -534,18 +516,6 @@ def fetch(stream) -> tuple[list[Batch], list[str], str]:
         return *next(stream), ""
     except InputError as error:
         return [], [], str(error)
-
-
-def leave(out: Path, iteration: int, signals: list[int], problem: str) -> None:
-    print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
-    if problem:
-        raise InputError(problem)
-    sys.exit(128 + signals[0] if signals else 1)
-
-
-def seed_dropout(seed: int, iteration: int, rank: int) -> None:
-    """This alone determines dropout, so checkpoints need not store generator states."""
-    torch.manual_seed(((seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
 
 
 def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state) -> dict:
@@ -584,13 +554,16 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
             if stopping:  # all processes, before the same iteration
                 keep(iteration)
                 barrier()  # until it is saved: torchrun kills all once one has left
-                leave(out, iteration, signals, problem)
-            set_learning_rate(optimizer, iteration, train)
-            seed_dropout(train.seed, iteration, rank)
-            terms, gradient = update(step, optimizer, scaler, batches, train, num_boxes)
+                print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
+                if problem:
+                    raise InputError(problem)
+                sys.exit(128 + signals[0] if signals else 1)
+            # This alone determines dropout, so checkpoints need not store generator states.
+            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
+            lr = set_learning_rate(optimizer, iteration, train)
+            terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
             ids = [x for batch in batches for x in batch.ids]
-            log.pending.append(Record(batches[0].task, ids, train.lr * lr_factor(iteration, train),
-                                      terms, gradient, replaced))
+            log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
             done = iteration + 1
             last = done == train.iterations
             scoring = train.eval_every and done % train.eval_every == 0

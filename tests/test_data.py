@@ -907,7 +907,9 @@ class Failing:
         if self.name == "shared memory":  # stands in for a full /dev/shm: no file may grow
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if self.name == "open files":
-            resource.setrlimit(resource.RLIMIT_NOFILE, (0, 4096))
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, 4096))
         return data.Sample(index, torch.zeros(3, 1, 1), (1, 1))
 
 
@@ -1036,6 +1038,13 @@ def test_unknown_task_and_split(tmp_path):
         data.load(tmp_path, ["foo"], "val")
     with pytest.raises(InputError, match="vg has no split 'test', but train, val"):
         data.load(tmp_path, ["vg"], "test")
+
+
+def test_a_console_that_lacks_a_letter_prints_a_question_mark(tmp_path):
+    (tmp_path / "猫").mkdir()
+    run = subprocess.run([sys.executable, str(ROOT / "data.py"), "--data", tmp_path / "猫"],
+                         env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert run.returncode == 0 and b"/?: what is there" in run.stdout
 
 
 @real

@@ -435,7 +435,7 @@ def spoil_gradient(model, name, value):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(model, precision, value):
-    """Nothing moves, momentum neither; the first parameter is named; the next step is as usual."""
+    """Nothing moves, momentum neither; which parameters is known; the next step is as usual."""
     config = train.TrainConfig(precision=precision, lr=1e-2)
     optimizer = train.make_optimizer(model, config)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision == "fp16")
@@ -443,17 +443,14 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(model, precision
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     names = ("decoders.shared.layers.0.linear1.weight", "heads.a.linear2.bias")
     hooks = [spoil_gradient(model, name, value) for name in names]
-    terms, gradient = one_update(model, "a", config, optimizer, scaler)
+    _, norm, norms = one_update(model, "a", config, optimizer, scaler)
     after = (model.state_dict(), optimizer.state_dict()["state"])
     for x, y in zip(*(torch.utils._pytree.tree_leaves(part) for part in (before, after))):
         assert torch.equal(x, y)
-    terms = {name: value.item() for name, value in terms.items()}
-    record = train.Record("a", [0], 1.0, terms, gradient, [])
-    assert record.fault().startswith(f"gradient of {names[0]};")
+    assert not norm.isfinite() and {x for x in norms if not norms[x].isfinite()} == set(names)
     for hook in hooks:
         hook.remove()
-    _, gradient = one_update(model, "a", config, optimizer, scaler)
-    assert gradient.norm.isfinite()
+    assert one_update(model, "a", config, optimizer, scaler)[1].isfinite()
     assert not torch.equal(before[0][names[1]], model.state_dict()[names[1]])
 
 
@@ -463,14 +460,15 @@ def test_how_many_steps_may_be_skipped(tmp_path, precision, patience):
     log = train.Log(tmp_path, train.TrainConfig(precision=precision), 0, True)
 
     def add(norm):
-        norms = train.Gradient(torch.tensor(norm), ["w"], torch.tensor([norm]))
-        log.pending.append(train.Record("sst2", [0], 1.0, {"answer": torch.tensor(1.0)}, norms, []))
+        norms = {"v": torch.tensor(1.0), "w": torch.tensor(norm)}
+        terms = {"answer": torch.tensor(1.0)}
+        log.pending.append(train.Record("sst2", [0], 1.0, terms, norms["w"], norms, []))
     for norm in [1.0] + [math.inf] * patience + [1.0] + [math.inf] * patience:
         add(norm)
     log.flush()
     add(math.inf)
     with pytest.raises(unit.InputError, match=f"iteration {2 * patience + 3}, task sst2, gradient "
-                       "of w; that step was not taken; nothing was saved; a lower --lr"):
+                       "of w; nothing was saved; a lower --lr may help"):
         log.flush()
 
 
@@ -505,7 +503,7 @@ def test_a_gradient_that_is_not_finite_stops_all_processes(tmp_path, small_tiny_
                      data_dir=small_tiny_data, processes=processes, expect=2 if processes == 1
                      else 1, first=FAULTY.replace("RANK", faulty))
     message = ("error: the numbers are not finite: iteration 6, task sst2, gradient of heads.sst2."
-               "linear2.weight; that step was not taken; iteration 4 was saved last; a lower --lr ")
+               "linear2.weight; iteration 4 was saved last; a lower --lr may help")
     assert output.count(message) == processes, output
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert saved["iteration"] == 4 and all(x.isfinite().all() for x in saved["model"].values())
