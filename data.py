@@ -1,7 +1,7 @@
 """UniT (Hu & Singh, 2021), Section 4: eight data sets, from official files to a `unit.Batch`.
 
     files --Dataset--> flat arrays --sample(index, rng)--> Sample --collate--> Batch
-    (seed, iteration) --Schedule--> task and indices --train_loader--> (iteration, Batch)
+    (seed, iteration) --Schedule--> task and indices --train_loader--> batches of an iteration
 
 A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
 
@@ -13,7 +13,7 @@ with an `InputError` that names file, record and fix:
 |------------------------------------------------|---------------------------------------------|
 | a picture that is not in its folder            | none of a split's pictures is there         |
 | an image id that occurs again (the first one   | a file name that leads out of the folder    |
-| counts); a box of an image not listed          | a picture that cannot be decoded            |
+| counts); a box of an image not listed          | more than 1 in 100 pictures unusable        |
 | a box of no size once clipped to its image     | a box that is not four finite numbers       |
 | crowd boxes, in training                       | a category or attribute id out of range     |
 | VG: objects without a name or not in the       | a row that lacks a field read here          |
@@ -28,10 +28,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import gc
 import json
+import multiprocessing.connection
+import multiprocessing.util
 import os
+import pickle
 import re
 import signal
 import sys
@@ -40,6 +44,7 @@ import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import chain, compress, product
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +182,14 @@ CROP_SCALES = (400, 500, 600)                # DETR: the size before the crop
 CROP_SIDES = (384, 600)                      # Section 3.5
 
 
+FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
+
+
+class UnusablePicture(InputError):
+    """A picture that no decoder opens, or that is not the one its annotations are about: in
+    training the next of its epoch takes its place."""
+
+
 def read_image(path: Path | str) -> Tensor:
     """(3, H, W) uint8 RGB, laid out as (H, W, 3): the layout that torchvision resizes fastest.
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode."""
@@ -190,8 +203,9 @@ def read_image(path: Path | str) -> Tensor:
                 picture = picture.convert("RGBA")
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:                       # PIL raises many kinds
-        raise bad(path, f"cannot be read as a picture ({error})",
-                  "fetch it again, or delete it: pictures that are not there are skipped") from None
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # not the picture's fault
+            raise bad(path, error.strerror, "raise `ulimit -n`") from None
+        raise UnusablePicture(f"{path}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -963,71 +977,152 @@ class Schedule:
             self.choices[:coco_first] = self.names.index("coco")
         # (iterations, tasks): how often each was drawn so far, this iteration included.
         self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(weights)), 0, np.int32)
-        # Two epochs a task are kept, as a batch may reach into the next.
-        self.shuffle = functools.lru_cache(2 * len(self.names))(self.shuffle)
 
     def task(self, iteration: int) -> str:
         return self.names[self.choices[iteration]]
 
+    def first_place(self, iteration: int) -> int:
+        """How many samples of the iteration's task were taken before it."""
+        drawn = int(self.drawn[iteration, self.choices[iteration]])
+        return (drawn - 1) * self.batch_size
+
     def samples(self, iteration: int) -> np.ndarray:
         """(batch_size,) int64 indices into the task's data set."""
-        name = self.task(iteration)
-        size, end = self.sizes[name], int(self.drawn[iteration, self.choices[iteration]])
+        name, first = self.task(iteration), self.first_place(iteration)
+        size = self.sizes[name]
         return np.array([self.shuffle(name, place // size)[place % size]
-                         for place in range((end - 1) * self.batch_size, end * self.batch_size)])
+                         for place in range(first, first + self.batch_size)])
 
+    def following(self, iteration: int, position: int) -> np.ndarray:
+        """(size - 1,) the other samples of that one's epoch, in order from it on, and round."""
+        name, place = self.task(iteration), self.first_place(iteration) + position
+        size = self.sizes[name]
+        return np.roll(self.shuffle(name, place // size), -(place % size))[1:]
+
+    @functools.lru_cache(16)  # two epochs of eight tasks, as a batch may reach into the next
     def shuffle(self, name: str, epoch: int) -> np.ndarray:
         """The order of one epoch; keyed by name, so that a run's other tasks don't matter."""
         rng = np.random.default_rng([self.seed, 1, zlib.crc32(name.encode()), epoch])
         return rng.permutation(self.sizes[name])
 
 
+def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str) -> InputError:
+    return InputError(f"{task}: {len(reasons)} pictures of {met} samples cannot be used: "
+                      f"{'; '.join(reasons[:3])}; `python data.py --data {data} --check --tasks "
+                      f"{task}` lists all")
+
+
 class Fetcher(torch.utils.data.Dataset):
-    """What a worker runs: (iteration, task, [(position, index), ...]) -> (iteration, Batch)."""
+    """Makes a batch of a request (iteration, task, [(position, index), ...]): `fetch` in this
+    process, `[]` in a data worker. Without a schedule it is evaluation."""
 
-    def __init__(self, datasets: dict[str, Dataset], seed: int | None):
-        self.datasets, self.seed = datasets, seed  # seed None: no augmentation
+    def __init__(self, datasets: dict[str, Dataset], schedule: Schedule | None = None):
+        self.datasets, self.schedule = datasets, schedule
 
-    def __getitem__(self, request):
+    def fetch(self, request) -> tuple[Batch | None, list[str]]:
+        """The batch, and the reasons why pictures were left out on the way. In training the next
+        of its epoch takes such a picture's place; in evaluation the batch is smaller, or None."""
         iteration, name, places = request
-        dataset, samples = self.datasets[name], []
+        dataset, samples, reasons, rng = self.datasets[name], [], [], None
+        for position, index in places:
+            for candidate in self.candidates(iteration, position, index):
+                if self.schedule is not None:
+                    # Keyed by the position in the global batch: no worker and no rank shows in it.
+                    rng = np.random.default_rng([self.schedule.seed, 2, iteration, position])
+                try:
+                    samples.append(dataset.sample(candidate, rng))
+                    break
+                except UnusablePicture as error:
+                    reasons.append(str(error))
+        if self.schedule is not None and len(samples) < len(places):
+            raise too_many_unusable(name, reasons, len(reasons), dataset.data)
+        return collate(dataset.task, samples) if samples else None, reasons
+
+    def candidates(self, iteration: int, position: int, index: int):
+        """What is tried for a place in the batch: a pure function of the data, so no state is
+        shared among workers and processes, and none is saved."""
+        yield index
+        if self.schedule is not None:
+            yield from self.schedule.following(iteration, position)[:FEWEST_UNUSABLE].tolist()
+
+    def __getitem__(self, request) -> bytes:
+        batch, reasons = self.fetch(request)
+        # Packed here and not by the loader, in whose threads an error is only printed: the batch is
+        # lost, and waited for without end.
         try:
-            for position, index in places:
-                # Keyed by the position in the global batch: no worker and no rank shows in it.
-                rng = None if self.seed is None else np.random.default_rng(
-                    [self.seed, 2, iteration, position])
-                samples.append(dataset.sample(index, rng))
-        except InputError as error:
-            return iteration, error  # raised in a worker, it would arrive wrapped in a traceback
-        # As arrays these travel inside the message; tensors cost a file descriptor each.
-        return iteration, convert_lists(collate(dataset.task, samples), Tensor.numpy)
+            return bytes(ForkingPickler.dumps((convert_lists(batch, Tensor.numpy), reasons)))
+        except RuntimeError as error:  # of shared memory
+            raise OSError(str(error)) from None
 
 
-def convert_lists(batch: Batch, convert) -> Batch:
+def convert_lists(batch: Batch | None, convert) -> Batch | None:
+    """Tensors in lists travel as arrays, inside the message: each tensor costs an open file."""
+    if batch is None:
+        return None
     lists = {name: getattr(batch, name) for name in ("boxes", "labels", "attributes")}
     return replace(batch, **{name: xs and [convert(x) for x in xs] for name, xs in lists.items()})
 
 
+# They end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a cluster's
+# warning. (Windows lacks two.)
+STOPPING = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+
+
 def start_worker(number: int) -> None:
-    """Ctrl-C is for the parent, who finishes what is in hand and saves; so is SIGTERM, which
-    clusters send to all processes. Workers without a parent end by themselves."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Signals may go to all processes, but the parent needs its workers to finish what is in hand.
+    Workers without a parent end by themselves."""
+    for stop in STOPPING:
+        signal.signal(stop, signal.SIG_IGN)
 
 
 def run_loader(fetcher: Fetcher, requests, num_workers: int):
-    """Yields (iteration, Batch, or the InputError that prevents it) for each request, in order;
-    `num_workers` processes read ahead."""
-    # Fork shares the annotations; where there is none they are copied.
-    context = "fork" if num_workers and sys.platform == "linux" else None
-    # A generator of its own: the loader draws a seed, which must not disturb dropout's draws.
-    loader = torch.utils.data.DataLoader(
-        fetcher, batch_size=None, sampler=requests, num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None, worker_init_fn=start_worker,
-        multiprocessing_context=context, generator=torch.Generator())
-    for iteration, batch in loader:
-        broken = isinstance(batch, InputError)
-        yield iteration, batch if broken else convert_lists(batch, torch.from_numpy)
+    """Yields fetcher.fetch(request) for each request, in order; `num_workers` processes read ahead.
+    It is an InputError if these fail."""
+    if not num_workers:
+        yield from map(fetcher.fetch, requests)
+        return
+    waiting, workers, handler = True, [], signal.getsignal(signal.SIGCHLD)
+
+    def ended() -> list[int]:
+        return [worker.exitcode for worker in workers if worker.exitcode]
+
+    def look(*_):  # in place of PyTorch's handler, which raises in the middle of an update, too
+        if waiting and ended():
+            raise OSError
+    try:
+        # Fork shares the annotations; where there is none they are copied. A generator of its own:
+        # the loader draws a seed, which must not disturb dropout's draws.
+        loader = iter(torch.utils.data.DataLoader(
+            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
+            worker_init_fn=start_worker, generator=torch.Generator(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None))
+        workers += loader._workers  # there is no public name
+        for worker in workers:  # the SIGTERM of a program that ends, and waits for them, is ignored
+            multiprocessing.util.Finalize(fetcher, worker.kill, exitpriority=0)
+        signal.signal(signal.SIGCHLD, look)
+        look()
+        for message in loader:
+            batch, reasons = pickle.loads(message)
+            waiting = False
+            yield convert_lists(batch, torch.from_numpy), reasons
+            waiting = True
+            look()  # one may have died meanwhile
+    except InputError as error:  # a worker's comes with its traceback, of which it is the last line
+        raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
+    except (OSError, EOFError, RuntimeError) as error:  # "connection reset", say: one is dying
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        if isinstance(error, RuntimeError) and not ended():
+            raise  # a fault of the program
+        reason = f"one has ended, exit status {ended()[0]}" if ended() else last_line(error)
+        raise InputError(f"the data workers failed ({reason}); fewer --num_workers (0: none), more "
+                         "memory, a larger /dev/shm (Docker: --shm-size) or more open files "
+                         "(ulimit -n) help") from None
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
@@ -1039,8 +1134,9 @@ def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, mos
 
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
-                 world_size: int = 1, micro_batch: int = 0, num_workers: int = 0, seed: int = 0):
-    """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on."""
+                 world_size: int = 1, micro_batch: int = 0, num_workers: int = 0):
+    """Yields for each iteration from `start` on: this process's micro-batches, a list of Batch, and
+    the reasons why pictures were replaced by others."""
     each = schedule.batch_size // world_size  # without a rest: train.check
 
     def requests():
@@ -1048,17 +1144,30 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
             places = list(enumerate(schedule.samples(iteration).tolist()))
             yield from micro_batches(datasets[schedule.task(iteration)], iteration,
                                      places[rank * each:(rank + 1) * each], micro_batch, each)
-    return run_loader(Fetcher(datasets, seed), requests(), num_workers)
+    batches, reasons = [], []
+    for batch, why in run_loader(Fetcher(datasets, schedule), requests(), num_workers):
+        batches.append(batch)
+        reasons += why
+        if sum(map(len, batches)) == each:
+            yield batches, reasons
+            batches, reasons = [], []
 
 
-def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
-    """Yields a Batch for every `micro_batch` of `indices`, in order; 0: 1 picture, or 32 texts."""
+def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0,
+                left_out: list[str] | None = None):
+    """Yields a Batch for every `micro_batch` of `indices`, in order; 0: 1 picture, or 32 texts.
+    A picture that cannot be used is left out, its reason put into `left_out`; without that list it
+    is an error."""
     requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), micro_batch, 32)
-    fetcher = Fetcher({dataset.task.name: dataset}, None)
-    for _, batch in run_loader(fetcher, requests, num_workers):
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    fetcher = Fetcher({dataset.task.name: dataset})
+    for batch, reasons in run_loader(fetcher, requests, num_workers):
+        if reasons and left_out is None:
+            raise InputError(f"{reasons[0]}; fetch it again, or delete it: pictures that are not "
+                             "there are skipped")
+        if reasons:
+            left_out += reasons
+        if batch is not None:
+            yield batch
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1103,6 +1212,10 @@ class Parser(argparse.ArgumentParser):
 def command_line(parser: Parser, run, argv: list[str] | None) -> None:
     """Runs a program (this one, eval.py, train.py): a user's mistake is one line, exit status 2."""
     try:
+        for stream in (sys.stdout, sys.stderr):
+            # A console without a letter of a class's name prints "?". (Tests replace the streams.)
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         run(parser.parse_args(argv))
         sys.stdout.flush()
     except InputError as error:

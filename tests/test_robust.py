@@ -380,7 +380,7 @@ def test_what_is_no_picture(tmp_path, name):
         path.write_bytes(raw)
     elif name != "missing":
         path.write_text({"empty": "", "text": "404", "html": "<html>not found</html>"}[name])
-    with pytest.raises(InputError, match=r"x\.jpg: cannot be read as a picture \(.+\); fetch it"):
+    with pytest.raises(data.UnusablePicture, match=r"x\.jpg: cannot be read as a picture \(.+\)"):
         data.read_image(path)
 
 
@@ -633,7 +633,7 @@ MAIN = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.main
 @pytest.fixture(autouse=True)
 def as_before():
     """A run in this process leaves signal handlers and the number of threads changed."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {s: signal.getsignal(s) for s in data.STOPPING}
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -656,7 +656,7 @@ def mistake(capsys, script, *arguments):
 def run_folder(small_tiny_data, tmp_path_factory):
     """--out of a run of six iterations, a checkpoint every three."""
     out = tmp_path_factory.mktemp("run") / "out"
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {s: signal.getsignal(s) for s in data.STOPPING}
     train.main(["--tiny", "--data", str(small_tiny_data), "--out", str(out), *SMALL, "--tasks",
                 "coco,sst2,vqa2", "--iterations", "6", "--save_every", "3"])
     for number, handler in handlers.items():
@@ -980,14 +980,15 @@ def test_crowds_are_never_matched_and_never_counted(as_found):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_ends_the_run_in_one_line(workers, as_found, tmp_path, capsys):
-    """Skipping it would hide a torn download: which one and what to do is said."""
+def test_broken_pictures_end_the_run_in_one_line(workers, as_found, tmp_path, capsys):
+    """A torn download: which ones and what to do is said."""
     root = shutil.copytree(as_found, tmp_path / "data")
     for path in (root / "coco/train2017").iterdir():
         path.write_bytes(path.read_bytes()[:300])
     line = mistake(capsys, "train.py", "--tiny", "--data", root, "--out", tmp_path / "run", *SMALL,
                    "--tasks", "coco", "--iterations", 3, "--num_workers", workers)
-    assert re.search(r"train2017/\d+\.jpg: cannot be read as a picture .*; fetch it again", line)
+    assert re.search(r"cannot be used: (\S+train2017/\d+\.jpg: cannot be read as a picture .*; ){3}"
+                     r"`python data.py --data .* --check", line)
     assert (tmp_path / "run/last.pt").exists()  # what was trained before is kept
 
 
