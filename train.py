@@ -258,8 +258,9 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
             sources[name] = source
     if not sources:
         raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
-    unit.fill({name: ours[name] for name in sources}, theirs, path,
-              "give the sizes of its training", lambda name: (sources[name], None), unused=".")
+    unit.copy_weights({name: ours[name] for name in sources},
+                      {key: theirs[key] for key in sources.values()}, path,
+                      "give the sizes of its training", sources)
     parts = sorted(set(map(part_of, sources)))
     return (f"init {path}, iteration {checkpoint.get('iteration')} of {length}: tensors taken: "
             f"{len(sources)} of {', '.join(parts)}; new: {len(ours) - len(sources)}; "
@@ -620,8 +621,9 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
-        unit.fill(model.state_dict(), state["model"], f"the checkpoint and the data in {folder}",
-                  "give the --data of its training")
+        unit.copy_weights(model.state_dict(), state["model"],
+                          f"the checkpoint and the data in {folder}",
+                          "give the --data of its training")
         print(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif not tiny:
         print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")

@@ -235,15 +235,24 @@ def compare_terms(ours, theirs):
 
 def short(key):
     """Without the prefix that our loader leaves out."""
-    return re.sub(unit.RELEASED_PREFIX, "", key)
+    for prefix in unit.RELEASED_PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def packed(name):
+    """Our parameter's key in the files, where queries, keys and values are one packed matrix and
+    the tasks' vectors one table."""
+    key = re.sub(r"[qkv]_proj\.", "in_proj_", unit.released_key(name))
+    return re.sub(r"^(task_embeddings_\w+)\..*", r"\1.weight", key)
 
 
 def compare_gradients(model, theirs, gradients):
-    """Norms by the authors' names, where queries, keys and values are one packed matrix."""
+    """Norms by the authors' names."""
     squares = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
-            key, _ = unit.released_source(name)
+            key = packed(name)
             squares[key] = squares.get(key, 0.0) + p.grad.double().square().sum().item()
     gradients = {short(key): norm for key, norm in gradients.items()}
     assert set(squares) == set(gradients)                             # and no other has one
@@ -352,7 +361,7 @@ def test_dilated_resnet50(tmp_path):
     features = backbone(theirs["images_padded"])
     close(features, theirs["c5"])
     features.square().mean().backward()
-    got = {unit.released_source("image_encoder.backbone." + name)[0]: p
+    got = {unit.released_key("image_encoder.backbone." + name): p
            for name, p in backbone.named_parameters()}
     for key, norm in theirs["grad_norms"].items():
         assert got[short(key)].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
@@ -526,7 +535,7 @@ def test_bert(tmp_path, kind):
     (tmp_path / "config.json").write_text(bert.config.to_json_string())
     model = unit.UniT(tiny_config(**unit.bert_config(tmp_path), task_embedding=False),
                       [t for t in data.TASKS if t.name == "sst2"])
-    assert unit.load_bert(model, tmp_path) == path
+    unit.load_bert(model, path)
     tokens, types = torch.randint(50, (3, 9)), torch.randint(2, (3, 9))
     mask = torch.arange(9) >= torch.tensor([9, 5, 7])[:, None]
     for ours, theirs in zip(our_states(model, tokens, mask, types),
@@ -545,7 +554,7 @@ def test_bert_config(tmp_path):
                                               bert_layers=2, vocab_size=50, max_positions=20)
     torch.save(old_names(random_bert().state_dict()), tmp_path / "pytorch_model.bin")
     with pytest.raises(unit.InputError, match="bert_heads is 3, the model's is 2"):
-        unit.load_bert(tiny_model("sst2"), tmp_path)
+        unit.load_bert(tiny_model("sst2"), tmp_path / "pytorch_model.bin")
     for text, message in ((json.dumps(given | {"hidden_act": "relu"}), "hidden_act is relu, not"),
                           (json.dumps(given | {"hidden_size": "24"}), "bert_width is '24'"),
                           ("[1]", "not BERT's settings"), ("{", "not BERT's settings")):
@@ -566,7 +575,7 @@ def test_bert_of_other_sizes_is_refused_whole(tmp_path, change, message):
     model = tiny_model("sst2", **change)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with pytest.raises(unit.InputError, match=message):
-        unit.load_bert(model, tmp_path)
+        unit.load_bert(model, tmp_path / "pytorch_model.bin")
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
@@ -581,7 +590,8 @@ def test_bert_with_real_weights():
     bert = transformers.BertModel.from_pretrained(folder).eval()
     model = unit.UniT(tiny_config(**unit.bert_config(folder), task_embedding=False),
                       [t for t in data.TASKS if t.name == "sst2"])
-    unit.load_bert(model, folder)
+    files = (folder / name for name in ("model.safetensors", "pytorch_model.bin"))
+    unit.load_bert(model, next(filter(Path.exists, files)))
     tokenizer = data.Tokenizer(folder / "vocab.txt")
     lines = sentences.read_text(encoding="utf-8").splitlines()[1:101]
     assert len(lines) == 100
