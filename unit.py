@@ -38,10 +38,12 @@ import argparse
 import io
 import json
 import math
+import pickle
 import re
 import socket
 import tarfile
 import textwrap
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -842,9 +844,8 @@ def bert_config(folder: Path) -> dict[str, int]:
              "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
              "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
     sizes = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise InputError(f"{path}: {name} is {size!r}, not a positive integer; get it again")
+    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise InputError(f"{path}: {wrong[0]} is {sizes[wrong[0]]!r}, not a positive integer")
     return sizes
 
 
@@ -950,10 +951,7 @@ def unpack_released(found: dict[str, Tensor], path) -> dict[str, Tensor]:
             key = key.removeprefix(prefix)
         rows = torch.atleast_1d(tensor)
         if "in_proj_" in key:
-            if len(rows) % 3:
-                raise InputError(f"{path}: {key} is {tuple(tensor.shape)}, not three matrices on "
-                                 f"top of each other; {RELEASED_FIX}")
-            for name, third in zip("qkv", rows.chunk(3)):
+            for name, third in zip("qkv", rows.tensor_split(3)):
                 tensors[key.replace("in_proj_", f"{name}_proj.")] = third
         elif key.startswith("task_embeddings_"):
             for task, (_, row) in RELEASED_TASKS.items():
@@ -1075,22 +1073,60 @@ def fetch(path: Path | str) -> Path:
     return path
 
 
-def read_file(path: Path | str, fix: str = "get it again"):
+SIGNATURES = {  # how files begin that people often have in place of another: what they are
+    b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` in its folder gets the file",
+    b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "an XML text", b"%pdf": "a PDF",
+    b"\x89png": "a picture", b"\xff\xd8\xff": "a picture", b"gif8": "a picture",
+    b"\x1f\x8b": "a gzip file: unpack it", b"rar!": "a RAR archive", b"7z\xbc\xaf": "a 7z archive"}
+
+
+def what_is_wrong(path: Path, text: bool = False) -> str:
+    """Why a file holds no weights (or, with `text`, no text), in plain words, by its first bytes
+    and its end; "" if nothing shows."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # without a byte order mark
+    for beginning, words in SIGNATURES.items():
+        if start.startswith(beginning) and (text or not tarfile.is_tarfile(path)):
+            return words
+    if not start.strip(b"\0"):
+        return "an empty file"
+    if min(head) >= 8:  # files of weights have lower bytes, texts have none
+        return "" if text else f"a text: {head[:40]!r}"
+    if text:
+        return "binary data, not a text"
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "cut short: its end is missing"
+    names = zipfile.ZipFile(path).namelist() if head.startswith(b"PK") else ["data.pkl"]
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"a zip archive of something else: {', '.join(names[:3])}"
+    return ""
+
+
+def read_file(path: Path | str, fix: str = ""):
     """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes of
     `torch.serialization.safe_globals` is refused before any of its code runs."""
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        reason = what_is_wrong(path)
+        if not reason and path.suffix == ".safetensors":
             return read_safetensors(path)
-        source = read_archive(path) if path.name.endswith((".tar", ".tar.gz", ".tgz")) else path
-        return torch.load(source, map_location="cpu", weights_only=True)
+        if not reason:
+            source = read_archive(path) if tarfile.is_tarfile(path) else path
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can break a reader in any way
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"more than tensors: {refused[1]}, and loading that could run code"
-        raise InputError(f"{path}: cannot be read ({reason}); {fix}") from None
+        elif isinstance(error, EOFError) or re.search("EOF|end of data|ran out|truncated", reason):
+            reason = "cut short"
+        elif isinstance(error, IndexError) or "eights" in reason:
+            # PyTorch's own words would advise to load the file unsafely.
+            reason = "cut short, damaged, or not tensors that PyTorch saved"
+    source, _ = PUBLISHED.get(path.name, ("its source", ""))
+    raise InputError(f"{path}: cannot be read ({reason}); {fix or f'get it again from {source}'}")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
@@ -1119,16 +1155,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > len(content) - 8:
-        raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
+        raise ValueError(f"cut short: a header of {length} bytes in a file of {len(content)}")
     header = json.loads(content[8:8 + length].tobytes())
     header.pop("__metadata__", None)
     data, tensors, end = torch.from_numpy(content[8 + length:]), {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not end == start <= stop <= len(data):
-            raise ValueError(f"{name} at {start}..{stop}, not from {end} to at most {len(data)}")
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
-            raise ValueError(f"{name} of shape {shape} in {stop - start} bytes")
+        size = -1 if min(shape, default=0) < 0 else math.prod(shape) * dtype.itemsize
+        if start != end or stop - start != size:
+            raise ValueError(f"{name} at {start}..{stop}, not from {end}, or not of shape {shape}")
+        if stop > len(data):
+            raise ValueError(f"cut short: {name} at {start}..{stop} of {len(data)} bytes")
         tensors[name] = data[start:stop].clone().view(dtype).reshape(shape)  # a copy is aligned
         end = stop
     if end != len(data):

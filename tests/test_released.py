@@ -5,6 +5,7 @@ them. They are in the folder that UNIT_GOLDEN names, or in ../shared/golden. Wit
 tests that need them are skipped; loading, fetching and hostile files are tested all the same.
 """
 import argparse
+import gzip
 import importlib.util
 import io
 import json
@@ -13,6 +14,7 @@ import pickle
 import re
 import socket
 import tarfile
+import zipfile
 import zlib
 from functools import cache
 from hashlib import sha256
@@ -449,7 +451,7 @@ def test_full_size_detr(tmp_path):
     (lambda s: s.update({"bert_model.embeddings.LayerNorm.bias": torch.full((2,), 9.0)}),
      "should equal bert_model.module.embeddings.LayerNorm.bias"),
     (lambda s: s.update({k: torch.zeros(()) for k in s if k.endswith("in_proj_weight")}),
-     r"in_proj_weight is \(\)"),
+     r"q_proj.weight is \(1,\)"),
 ], ids=["missing", "left over", "renamed", "shape", "alias", "packed"])
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     file = golden("golden_small.pt")
@@ -754,7 +756,21 @@ def saved(thing, **how):
     return buffer.getvalue()
 
 
+def zip_of(name):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def script():
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
+    return buffer.getvalue()
+
+
 GOOD = saved({"a": torch.arange(1000.0)})
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 440473133\n"
 HOSTILE = {
     "code.pth": (lambda bomb: saved({"a": bomb}), "run code"),
     "code_old.pth": (lambda bomb: saved({"a": bomb}, _use_new_zipfile_serialization=False),
@@ -765,12 +781,27 @@ HOSTILE = {
     "list.pth": (lambda _: saved([torch.zeros(1)]), "no weights"),
     "values.pth": (lambda _: saved({"a": torch.zeros(1), "b": 3}), "'b' is not a plain tensor"),
     "sparse.pth": (lambda _: saved({"a": torch.eye(2).to_sparse()}), "'a' is not a plain tensor"),
-    "short.pth": (lambda _: GOOD[:len(GOOD) // 2], "cannot be read"),
-    "text.pth": (lambda _: b"<html>not found</html>", "cannot be read"),
-    "empty.pth": (lambda _: b"", "cannot be read"),
-    "short.tar.gz": (lambda _: archive_of(("m.pth", os.urandom(5000)))[:3000], "cannot be read"),
-    "short.tar": (lambda _: archive_of(("m.pth", os.urandom(5000)), kind="w")[:3000],
-                  "cannot be read"),
+    "short.pth": (lambda _: GOOD[:len(GOOD) // 2], "cut short"),
+    "short_old.pth": (lambda _: saved({"a": torch.arange(1000.0)},
+                                      _use_new_zipfile_serialization=False)[:2000], "cut short"),
+    "short_names.bin": (lambda _: saved({"a": torch.arange(1000.0)},
+                                        _use_new_zipfile_serialization=False)[:200], "cut short"),
+    "short.tar.gz": (lambda _: archive_of(("m.pth", os.urandom(5000)))[:3000], "cut short"),
+    "short.tar": (lambda _: archive_of(("m.pth", os.urandom(5000)), kind="w")[:3000], "cut short"),
+    "pointer.tar.gz": (lambda _: POINTER, "Git LFS pointer: `git lfs pull`"),
+    "pointer.safetensors": (lambda _: POINTER, "Git LFS pointer"),
+    "page.pth": (lambda _: b"\n<!DOCTYPE html><title>Sign in</title>", "a web page"),
+    "page.tar.gz": (lambda _: b"<html>not found</html>", "a web page"),
+    "error.bin": (lambda _: b'{"error": "Entry not found"}', r"a text: .*Entry not found"),
+    "empty.pth": (lambda _: b"", "an empty file"),
+    "blank.pth": (lambda _: b"\n \n", "an empty file"),
+    "zeros.pth": (lambda _: bytes(5000), "an empty file"),
+    "report.pth": (lambda _: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj", "a PDF"),
+    "photo.pth": (lambda _: b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture"),
+    "zipped.pth": (lambda _: zip_of("a/m.bin"), "a zip archive of something else: a/m.bin"),
+    "zipped.bin": (lambda _: gzip.compress(GOOD), "a gzip file: unpack it"),
+    "program.pth": (lambda _: script(), "not tensors that PyTorch saved"),
+    "pickle.bin": (lambda _: pickle.dumps({"a": 1}, protocol=4), "not tensors that PyTorch saved"),
     "climbs.tar.gz": (lambda _: archive_of(("../m.pth", GOOD)), r"\.\./m.pth is a link or lies"),
     "inside.tar.gz": (lambda _: archive_of(("a/../../m.pth", GOOD)), "lies outside"),
     "absolute.tar.gz": (lambda _: archive_of(("/tmp/m.pth", GOOD)), "lies outside"),
@@ -778,10 +809,10 @@ HOSTILE = {
     "other.tar.gz": (lambda _: archive_of(("m.pth", GOOD), ("../x.sh", b"")), "lies outside"),
     "two.tar.gz": (lambda _: archive_of(("m.pth", GOOD), ("n.pth", GOOD)), "one checkpoint"),
     "none.tar.gz": (lambda _: archive_of(("m.txt", GOOD)), "one checkpoint, but holds none"),
-    "empty.safetensors": (lambda _: b"", "empty file"),
+    "empty.safetensors": (lambda _: b"", "an empty file"),
     "long.safetensors": (lambda _: safetensors({}, length=2 ** 63), "a header of"),
     "header.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,))}, length=500),
-                           "a header of 500 bytes"),
+                           "cut short: a header of 500 bytes"),
     "text.safetensors": (lambda _: safetensors(b"not json at all!"), "cannot be read"),
     "list.safetensors": (lambda _: safetensors([1, 2]), "cannot be read"),
     "deep.safetensors": (lambda _: safetensors(b"[" * 100_000), "cannot be read"),
@@ -790,13 +821,13 @@ HOSTILE = {
     "same.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,)), "b": entry(0, 16, (4,))}),
                          "at 0..16"),
     "outside.safetensors": (lambda _: safetensors({"a": entry(0, 8), "b": entry(8, 24, (4,))}),
-                            "b at 8..24"),
+                            "cut short: b at 8..24"),
     "negative.safetensors": (lambda _: safetensors({"a": entry(-8, 8, (4,))}), "a at -8..8"),
     "rest.safetensors": (lambda _: safetensors({"a": entry(0, 8)}), "8 bytes that belong to no"),
     "gap.safetensors": (lambda _: safetensors({"a": entry(0, 4, (1,)), "b": entry(8, 16)}),
                         "b at 8..16"),
-    "shape.safetensors": (lambda _: safetensors({"a": entry(0, 16, (5,))}), "a of shape"),
-    "minus.safetensors": (lambda _: safetensors({"a": entry(0, 16, (-2, -2))}), "a of shape"),
+    "shape.safetensors": (lambda _: safetensors({"a": entry(0, 16, (5,))}), "not of shape"),
+    "minus.safetensors": (lambda _: safetensors({"a": entry(0, 16, (-2, -2))}), "not of shape"),
     "type.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,), "F99")}), "F99"),
     "twice.safetensors": (lambda _: safetensors(b'{"a": %s, "a": %s}' % tuple(
         json.dumps(entry(i, i + 8)).encode() for i in (0, 8))), "a at 8..16"),
@@ -813,7 +844,28 @@ def test_hostile_files(tmp_path, name):
     with pytest.raises(unit.InputError, match=message) as error:
         unit.read_weights(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)  # PyTorch's advice on loading it all the same
     assert not trap.exists() and [x.name for x in tmp_path.rglob("*") if x.is_file()] == [name]
+
+
+@pytest.mark.parametrize("content, says", [
+    (POINTER, "Git LFS pointer"), (b"<html>", "a web page"), (b"", "an empty file"),
+    (GOOD, "binary data"), (gzip.compress(b"[CLS]"), "unpack it"), (b"[PAD]\n[UNK]\n", "")])
+def test_texts_that_are_none(tmp_path, content, says):
+    """The same rule for vocabularies and other texts, and the address of the published one."""
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(content)
+    found = unit.what_is_wrong(path, text=True)
+    assert says in found and bool(says) == bool(found)
+    with pytest.raises(unit.InputError, match=says or "no line") as error:
+        data.read_vocabulary(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_broken_published_file_has_its_address(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(POINTER)
+    with pytest.raises(unit.InputError, match="get it again from https://.*/pytorch_model.bin$"):
+        unit.read_weights(tmp_path / "pytorch_model.bin")
 
 
 def test_detr_may_keep_its_flags_and_nothing_else(tmp_path):
