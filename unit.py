@@ -777,8 +777,8 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
 
 
 # ---- Pretrained weights: BERT (Section 3.2) and the backbone (Section 3.1) -----------------------
-# A missing file raises MissingFile; an unreadable or mismatched one raises InputError and leaves the
-# model as it was.
+# A missing file raises MissingFile; an unreadable or mismatched one raises InputError and leaves
+# the model as it was.
 OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder; BERT has none of it
 BERT_NAMES = {  # parts of our names: what they are in BERT's files
     "word_embeddings": "embeddings.word_embeddings",
@@ -979,6 +979,8 @@ def released_model(found: dict[str, Tensor], path, **overrides) -> UniT:
     """What `load_released` returns, of the tensors `found` in the file `path`."""
     found = unpack_released(found, path)
     tasks, sizes = released_settings(found)
+    if not tasks:
+        raise InputError(f"{path}: none of the authors' heads is in it; {RELEASED_FIX}")
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
@@ -1131,7 +1133,11 @@ def read_file(path: Path | str, fix: str = ""):
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors in such a file, by name. Raises InputError."""
-    found = read_file(path)
+    return weights_in(read_file(path), path)
+
+
+def weights_in(found, path) -> dict[str, Tensor]:
+    """The tensors in what `read_file` returned."""
     for key in ("model", "state_dict"):  # where training programs put the weights
         found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found:

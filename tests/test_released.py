@@ -29,6 +29,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import data
+import train
 
 SHARED = ROOT.parent / "shared"
 GOLDEN = Path(os.environ.get("UNIT_GOLDEN") or SHARED / "golden")
@@ -461,6 +462,106 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
     with pytest.raises(unit.InputError, match=message) as error:
         load_small(tmp_path / "unit.pth", file)
     assert str(tmp_path / "unit.pth") in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training that starts from them (--init)
+# --------------------------------------------------------------------------------------------------
+
+def untrained(file, **changes):
+    """A model of the sizes of a golden file, with random weights of its own."""
+    theirs, torch_state = authors_model(file), torch.get_rng_state()
+    torch.manual_seed(9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit, "dilated_resnet50",
+                      lambda: narrow_resnet(golden(file)["backbone_recipe"]))
+        model = unit.UniT(unit.replace(theirs.config, **changes), [*theirs.tasks.values()])
+    torch.set_rng_state(torch_state)
+    return model.train()
+
+
+def start(model, file, parts=(), as_released=False):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit, "dilated_resnet50",
+                      lambda: narrow_resnet(golden(file)["backbone_recipe"]))
+        return train.initialise_from(model, GOLDEN / file, parts, as_released)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_init_gives_the_authors_outputs(file, name):
+    model, case = untrained(file), golden(file)["cases"][name]
+    batch, theirs = to_batch(case["input"]), case["output"]
+    said = start(model, file)
+    assert "the authors' weights" in said and "left as they were: none" in said
+    outputs, _ = record(model, batch)
+    close(outputs.hidden, theirs["decoder_hidden_states"])
+    close(outputs.logits[-1], theirs["scores"] if "scores" in theirs else theirs["pred_logits"][-1])
+
+
+@pytest.mark.parametrize("part", train.PARTS)
+def test_init_of_one_part_gives_its_outputs(file, part):
+    """The named part's outputs are the authors', on their inputs; no other part changed."""
+    model, whole = untrained(file), authors_model(file)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    start(model, file, (part,))
+    for name, x in model.state_dict().items():
+        same_as = whole.state_dict() if name.startswith(part) else before
+        assert torch.equal(x, same_as[name]), name
+    for name in ("detection_visual_genome", "vqa2"):
+        case = golden(file)["cases"][name]
+        batch, theirs = to_batch(case["input"]), case["output"]
+        _, seen = record(model, batch)
+        hidden = theirs["decoder_hidden_states"]
+        if part == "image_encoder":
+            close(seen["image"], theirs["image_encoder_output"].transpose(0, 1))
+        elif part == "text_encoder" and name == "vqa2":
+            close(seen["bert out"], theirs["bert_encoder_output"])
+        elif part == "decoder":
+            decoder = model.decoders["shared" if model.config.shared_decoder else batch.task]
+            memory, places = (theirs[key].transpose(0, 1) for key in
+                              ("decoder_memory", "decoder_memory_pos"))
+            close(decoder(memory, places, theirs["decoder_memory_mask"],
+                          whole.queries[batch.task]), hidden)
+        elif part == "heads" and name == "vqa2":
+            close(model.heads[batch.task](hidden[-1][:, 0]), theirs["scores"])
+        elif part == "heads":
+            close(model.heads[batch.task](hidden)[0], theirs["pred_logits"])
+
+
+def test_init_as_in_the_paper_drops_what_the_paper_lacks():
+    """Eq. 8 has no LayerNorm: the released one's is dropped, and said."""
+    said = start(untrained("golden_small.pt", classifier_norm=False), "golden_small.pt")
+    assert "dropped: heads.vqa2 2, heads.snli_ve 2, heads.qnli 2" in said
+
+
+@pytest.mark.parametrize("as_released", [False, True])
+def test_init_from_the_single_task_file(tmp_path, as_released):
+    """Its one decoder, a separate one, starts a shared decoder or each of several; as released, of
+    several only COCO's."""
+    file = golden("golden_small_separate.pt")
+    others = "visual_genome|vqa2|visual_entailment|classifiers.glue_|decoders.glue"
+    state = {k: v for k, v in file["state_dict"].items() if not re.search(others, k)}
+    state = {k: v for k, v in state.items() if not k.startswith("classifiers.")}
+    (tmp_path / "unit.tar.gz").write_bytes(archive_of(("unit/coco.pth", saved({"model": state}))))
+    coco = authors_model("golden_small_separate.pt").decoders["coco"].state_dict()
+    for shared in (True, False):
+        model = untrained("golden_small_separate.pt", shared_decoder=shared)
+        before = {n: x.clone() for n, x in model.state_dict().items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(unit, "dilated_resnet50",
+                          lambda: narrow_resnet(file["backbone_recipe"]))
+            train.initialise_from(model, tmp_path / "unit.tar.gz", ("decoder",), as_released)
+        for owner, decoder in model.decoders.items():
+            for name, x in decoder.state_dict().items():
+                taken = not as_released or owner in ("shared", "coco")
+                old = before[f"decoders.{owner}.{name}"]
+                assert torch.equal(x, coco[name] if taken else old), (owner, name)
+
+
+def test_init_from_strangers(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
+    with pytest.raises(unit.InputError, match="resnet.pth: none of the authors' heads is in it"):
+        train.initialise_from(tiny_model("coco"), tmp_path / "resnet.pth", (), False)
 
 
 # --------------------------------------------------------------------------------------------------
