@@ -52,7 +52,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unit import Batch, InputError, Task, between  # first: it makes `import torchvision` safe
+# First, as it makes `import torchvision` safe.
+from unit import Batch, InputError, Task, between, what_is_wrong
 
 from torchvision.transforms.v2 import functional as F
 
@@ -85,7 +86,8 @@ def parse_file(path: Path, parse, kind: str):
     except OSError as error:
         raise bad(path, error.strerror, LAYOUT) from None
     except (ValueError, RecursionError) as error:
-        raise bad(path, f"not valid {kind} ({error})", "cut short? unpack it again") from None
+        problem = what_is_wrong(path, text=True) or f"not valid {kind} ({error})"
+        raise bad(path, problem, "cut short? unpack it again") from None
 
 
 def read_json(path: Path, hook=None):
@@ -284,7 +286,9 @@ def read_vocabulary(path: Path) -> list[str]:
     """BERT's vocabulary, a word piece per line."""
     words = read_lines(path) if path.exists() else []
     if lost := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words):
-        problem = f"no line {min(lost)}: not BERT's" if words else "missing; texts need it"
+        problem = "missing; texts need it"
+        if path.exists():
+            problem = what_is_wrong(path, text=True) or f"no line {min(lost)}: not BERT's"
         raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased")
     return words
 

@@ -14,10 +14,10 @@ import gc
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,7 +66,7 @@ class TrainConfig:
     pretrained: bool = option(True, "start from the published BERT (Section 3.2) and backbone "
                                     "(Section 3.1; of small there is none)")
     imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
-    init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
+    init: str = option("", "checkpoint, or file of the authors', to start from (Section 4.1)")
     init_parts: tuple[str, ...] = option((), f"of it: {', '.join(PARTS)}; none given: all",
                                          choices=PARTS)
     freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)",
@@ -93,6 +93,9 @@ TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablati
 # "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
+# The authors' own models of these runs, for --init in place of ours.
+AUTHORS_RUNS = {"T1.1-coco": "unit.coco.single_task.tar.gz",
+                "T3.5": "unit.all_8_datasets.shared_dec_with_coco_init.tar.gz"}
 
 EXPERIMENTS = {  # where no iterations are given: 500k
     # Table 1: 150k, 300k, 450k iterations for one, two, three data sets (Section 4.1)
@@ -285,26 +288,80 @@ def part_of(name: str) -> str:
     return next((part for part in PARTS if name.startswith(part)), "others")
 
 
-def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> str:
-    """Takes `parts` of another run's weights, whatever fits by name -> what it did, in words."""
-    checkpoint, ours = evaluation.read_checkpoint(path), model.state_dict()
-    theirs, length = checkpoint["model"], checkpoint.get("train", {}).get("iterations")
-    sources = {}  # {name here: name there}
-    for name in ours:
-        source = name
-        if name not in theirs and not as_released:
-            # Section 4.2 with separate decoders: each starts from the single-task run's one.
-            source = re.sub(r"^decoders\.[^.]+", "decoders.shared", name)
-        if source in theirs and (not parts or part_of(name) in parts):
+def fetch_weights(config: Config, train: TrainConfig) -> None:
+    """Downloads the files that `build` will read and that are absent, in one process while the
+    others wait. `build` reports what could not be had."""
+    tasks = [task for task in data.TASKS if task.name in train.tasks]
+    bert, backbone = unit.pretrained_files(Path(train.data), train.imagenet_backbone)
+    files = [Path(train.init)] if train.init else []
+    if train.pretrained and any(task.text for task in tasks):
+        files += [bert.with_name("vocab.txt"), bert]
+    if train.pretrained and config.backbone == "resnet50" and any(task.image for task in tasks):
+        files.append(backbone)
+    for path in files:
+        with contextlib.suppress(unit.MissingFile):
+            unit.fetch(path)
+
+
+def source_of(name: str, theirs: dict[str, Tensor], as_released: bool) -> str:
+    """The name in another model's tensors of the one that our `name` starts from. If it has a single
+    decoder, each of ours starts from that (Section 4.2); as released only those of its tasks."""
+    if name in theirs or not name.startswith("decoders."):
+        return name
+    _, task, rest = name.split(".", 2)
+    others = {key.split(".")[1] for key in theirs if key.startswith("decoders.")}
+    foreign = as_released and task != "shared" and f"queries.{task}" not in theirs
+    return name if foreign or len(others) != 1 else f"decoders.{others.pop()}.{rest}"
+
+
+def by_module(names) -> str:
+    """How many tensors of each module: "heads.coco 8, queries.coco 1"."""
+    counts = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(f"{module} {count}" for module, count in counts.items()) or "none"
+
+
+def classes_of(task: str, tensors: dict[str, Tensor], names: list[str]) -> str:
+    """The classes of a task's head, with their names if those are known."""
+    class_head, linear = (f"heads.{task}.{name}.bias" for name in ("class_head", "linear1"))
+    number = len(tensors[linear]) if linear in tensors else len(tensors[class_head]) - 1
+    names = textwrap.shorten(", ".join(filter(None, names)), 60, placeholder=" ...")
+    return f"{number} classes ({names or 'names unknown'})"
+
+
+def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
+                    classes: dict[str, list[str]] | None = None) -> str:
+    """Takes from a checkpoint of train.py, or from a file of the authors', what fits by name and
+    shape, and leaves the rest as it is -> what it did, in words. `parts`: of these alone; then it is
+    an error if nothing of one fits, or if a head has other classes there than here (`classes`)."""
+    theirs, their_classes, origin = evaluation.starting_weights(path)
+    ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
+    wanted = [name for name in ours if not parts or part_of(name) in parts]
+    for name in wanted:
+        source = source_of(name, theirs, as_released)
+        if source in theirs and theirs[source].shape == ours[name].shape:
             sources[name] = source
-    if not sources:
-        raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
-    unit.fill({name: ours[name] for name in sources}, theirs, path,
-              "give the sizes of its training", lambda name: (sources[name], None), unused=".")
-    parts = sorted(set(map(part_of, sources)))
-    return (f"init {path}, iteration {checkpoint.get('iteration')} of {length}: tensors taken: "
-            f"{len(sources)} of {', '.join(parts)}; new: {len(ours) - len(sources)}; "
-            f"dropped: {len(theirs.keys() - sources.values())}")
+        elif source in theirs:
+            misfits[name] = f"{name} {tuple(theirs[source].shape)} for {tuple(ours[name].shape)}"
+    taken = {part_of(name) for name in sources if ours[name].dim() > 1}  # a bias alone is no part
+    for name, problem in misfits.items():
+        part, task = part_of(name), name.split(".")[1]
+        if part in parts and part == "heads":
+            problem += (f": {classes_of(task, theirs, their_classes.get(task, []))}, but here "
+                        f"{classes_of(task, ours, (classes or {}).get(task, []))}")
+        if part in parts and (part == "heads" or part not in taken):
+            raise InputError(f"{path}: {problem}; leave {part} out of --init_parts, and it starts "
+                             "anew, or give the data and sizes of its training")
+    # Tasks that are new here have no queries and heads there: that is no mistake.
+    lost = [part for part in parts if part not in taken and part not in ("queries", "heads")]
+    if lost or not taken:
+        raise InputError(f"{path}: none of its weights fit {', '.join(lost or parts or PARTS)}")
+    unit.copy_weights({name: ours[name] for name in sources},
+                      {source: theirs[source] for source in sources.values()}, path, "", sources)
+    examples = textwrap.shorten("; ".join(misfits.values()), 200, placeholder=" ...")
+    left = by_module(name for name in wanted if name not in sources)
+    dropped = by_module(key for key in theirs if key not in sources.values())
+    return (f"init {path}, {origin}: tensors taken: {by_module(sources)}; left as they were: {left}"
+            f" (of another shape: {examples or 'none'}); dropped: {dropped}")
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -668,13 +725,17 @@ def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -
               f"{train.warmup}: it never reaches its learning rate; a shorter --warmup is meant?")
     if train.batch_size % world_size:
         raise InputError(f"--batch_size must be a multiple of {world_size} (processes)")
-    if starting and train.init and not Path(train.init).exists():
-        folder = Path(train.init).parent
+    init = Path(train.init)
+    if starting and train.init and not init.exists() and init.name not in unit.PUBLISHED:
+        folder = init.parent
         name = folder.name.removeprefix("tiny-")
         tiny = "--tiny " * (name != folder.name)
         how = (f"`python train.py {tiny}--experiment {name} --out {folder}` makes it; with "
                "this run's --iterations and --seed, if it has its own"
                if name in EXPERIMENTS else "check --init")
+        if name in AUTHORS_RUNS and not tiny:
+            how += (f"; or take the authors' own with --init {train.data}/{AUTHORS_RUNS[name]}, "
+                    "which is fetched if it is not there")
         raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
 
 
@@ -741,13 +802,15 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
-        unit.fill(model.state_dict(), state["model"], f"the checkpoint and the data in {folder}",
-                  "give the --data of its training")
+        unit.copy_weights(model.state_dict(), state["model"],
+                          f"the checkpoint and the data in {folder}",
+                          "give the --data of its training")
         print(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif train.pretrained:
         print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
-        print(initialise_from(model, train.init, train.init_parts, as_released))
+        print(initialise_from(model, train.init, train.init_parts, as_released,
+                              {name: d.class_names for name, d in datasets.items()}))
     for name, p in model.named_parameters():
         if part_of(name) in train.freeze:  # Table C.1 lines 10-12
             p.requires_grad_(False)
@@ -794,6 +857,9 @@ def run(args: argparse.Namespace) -> None:
         evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
+        data.require_folder(Path(train.data))
+        if not state:
+            fetch_weights(config, train)
     barrier()  # the others wait for the files
     model, datasets, held_out, names = build(config, train, args.as_released, state)
     if rank == 0 and not state:

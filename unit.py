@@ -38,11 +38,12 @@ import argparse
 import io
 import json
 import math
-import os
+import pickle
 import re
 import socket
 import tarfile
 import textwrap
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -791,10 +792,261 @@ def dilated_resnet50() -> ResNet:
                   replace_stride_with_dilation=[False, False, True])
 
 
-# ---- Loading pretrained and released weights -----------------------------------------------------
-# What is not there raises MissingFile, what cannot be read or does not fit InputError; a file that
-# does not fit leaves the model as it was.
+# ---- Pretrained weights: BERT (Section 3.2) and the backbone (Section 3.1) -----------------------
+# A missing file raises MissingFile; an unreadable or mismatched one raises InputError and leaves
+# the model as it was.
+OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder; BERT has none of it
+BERT_NAMES = {  # parts of our names: what they are in BERT's files
+    "word_embeddings": "embeddings.word_embeddings",
+    "position_embeddings": "embeddings.position_embeddings",
+    "token_type_embeddings": "embeddings.token_type_embeddings",
+    "norm.": "embeddings.LayerNorm.", "layers.": "encoder.layer.",
+    "attention.q_proj": "attention.self.query", "attention.k_proj": "attention.self.key",
+    "attention.v_proj": "attention.self.value", "attention.out_proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
+    "linear1": "intermediate.dense", "linear2": "output.dense"}
+# Parts of keys that are not used: BERT's pretraining heads and constants; the rest of DETR, and in
+# torchvision's file the classifier and counters.
+BERT_UNUSED = ("cls.", "pooler.", "position_ids")
+BACKBONE_UNUSED = ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.",
+                   "fc.", "num_batches_tracked")
 
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """`name` with every part that is among `names` replaced."""
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def without(found: dict[str, Tensor], unused: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a file whose keys have no part that is `unused`."""
+    return {key: x for key, x in found.items() if not any(part in key for part in unused)}
+
+
+def copy_weights(ours: dict[str, Tensor], found: dict[str, Tensor], path, fix: str, keys=None):
+    """Copies the tensors `found` in the file `path` into ours, once every one of them fits.
+
+    keys: {our name: the file's key}; None: they are the same. Raises InputError with the first key
+    that is missing, has another shape or fits nowhere."""
+    keys = keys or {name: name for name in ours}
+    for name, tensor in ours.items():
+        key, shape = keys[name], tuple(tensor.shape)
+        if key not in found:
+            raise InputError(f"{path}: {key} is missing; {fix}")
+        if found[key].shape != shape:
+            raise InputError(f"{path}: {key} is {tuple(found[key].shape)}, which does not fit our "
+                             f"{name} {shape}; {fix}")
+    if left := [key for key in found if key not in keys.values()]:
+        raise InputError(f"{path}: {', '.join(left[:3])} ({len(left)} in all) fit nowhere; {fix}")
+    for name, tensor in ours.items():
+        tensor.copy_(found[keys[name]])
+
+
+def bert_config(folder: Path) -> dict[str, int]:
+    """The fields of Config that BERT's own config.json sets (none if there is no such file)."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        given = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not BERT's settings ({error}); get it again") from None
+    for key, value in {"hidden_act": "gelu", "position_embedding_type": "absolute",
+                       "type_vocab_size": 2, "layer_norm_eps": 1e-12}.items():
+        if given.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {given[key]}, not {value}; take another BERT")
+    names = {"hidden_size": "bert_width", "num_attention_heads": "bert_heads",
+             "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
+             "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
+    sizes = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise InputError(f"{path}: {wrong[0]} is {sizes[wrong[0]]!r}, not a positive integer")
+    return sizes
+
+
+def pretrained_files(folder: Path, imagenet: bool = False) -> tuple[Path, Path]:
+    """Where the weights of BERT and of the backbone belong (`imagenet`: Table C.1 line 3)."""
+    bert, old = folder / "bert/model.safetensors", folder / "bert/pytorch_model.bin"
+    backbone = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
+    return old if old.exists() and not bert.exists() else bert, folder / backbone
+
+
+def load_bert(model: UniT, path: Path) -> None:
+    """BERT's weights. Names: old (gamma, beta) or new, with a prefix or without."""
+    fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
+    for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
+        if size != (our_size := getattr(model.config, name)):
+            raise InputError(f"{path.parent}: {name} is {size}, the model's is {our_size}; {fix}")
+    found = {}
+    for key, tensor in without(read_weights(fetch(path)), BERT_UNUSED).items():
+        key = key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
+        found[key] = tensor
+    ours = model.text_encoder.state_dict()
+    ours = {name: tensor for name, tensor in ours.items() if not name.startswith(OUR_OWN)}
+    copy_weights(ours, found, path, fix, {name: renamed(name, BERT_NAMES) for name in ours})
+
+
+def load_backbone(model: UniT, path: Path) -> None:
+    """ResNet-50 from DETR's file (nothing else of it, as released) or torchvision's."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
+        found = without(read_weights(fetch(path)), BACKBONE_UNUSED)
+    found = {key.removeprefix("backbone.0.body."): tensor for key, tensor in found.items()}
+    copy_weights(model.image_encoder.backbone.body.state_dict(), found, path,
+                 "give DETR's detr-r50-dc5 or resnet50-0676ba61")
+
+
+def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[str]:
+    """The paper's start: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1 line 3)
+    -> a sentence about each. A missing file is a warning among them, not an error."""
+    bert, backbone = pretrained_files(folder, imagenet)
+    wanted = [("BERT", load_bert, bert)] if model.text_encoder else []
+    if model.image_encoder and model.config.backbone == "resnet50":
+        wanted.append(("backbone", load_backbone, backbone))
+    lines = []
+    if model.image_encoder and model.config.backbone == "small":
+        lines.append("backbone: the small one starts from random weights (none are published)")
+    for name, load, path in wanted:
+        try:
+            load(model, path)
+            lines.append(f"{name}: pretrained weights of {path}")
+        except MissingFile as error:
+            lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has its: "
+                         f"{error}")
+    return lines
+
+
+# ---- The authors' released weights ---------------------------------------------------------------
+RELEASED_TASKS = {  # our tasks: group and name in the released files, row of the task tables
+    "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
+    "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
+    "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
+    "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
+RELEASED_PREFIXES = ("unit_base_model.", "detr_model.", "transformer.")  # in this order, or none
+RELEASED_NAMES = {  # the beginnings of our names: those in the released files
+    "image_encoder.backbone.": "backbone.0.", "image_encoder.input_proj.": "input_proj.",
+    "image_encoder.layers.": "encoder.layers.", "image_encoder.projection.": "enc2dec_proj.",
+    "image_encoder.position_projection.": "pos_embed_proj.",
+    "image_encoder.w_task.": "task_embeddings_enc.", "text_encoder.projection.": "bert_projection.",
+    "text_encoder.position_projection.": "bert_pos_projection.",
+    "text_encoder.w_task.": "task_embeddings_lang.", "decoders.shared.": "decoder."}
+RELEASED_ATTENTION = {".attention.": ".self_attn.", ".self_attention.": ".self_attn.",
+                      ".cross_attention.": ".multihead_attn."}
+for _task, (_key, _) in RELEASED_TASKS.items():
+    _name = _key.split(".")[1]
+    RELEASED_NAMES |= {
+        f"decoders.{_task}.": f"decoders.{_key}.",
+        f"queries.{_task}": f"query_embeds.{_key}.weight",
+        f"heads.{_task}.class_head.": f"class_embeds.{_name}.",
+        f"heads.{_task}.box_head.0.": f"bbox_embeds.{_name}.layers.0.",
+        f"heads.{_task}.box_head.2.": f"bbox_embeds.{_name}.layers.1.",
+        f"heads.{_task}.box_head.4.": f"bbox_embeds.{_name}.layers.2.",
+        f"heads.{_task}.attribute_head.class_embedding.":
+            f"det_losses.{_name}.attribute_head.cls_embed.",
+        f"heads.{_task}.attribute_head.linear": f"det_losses.{_name}.attribute_head.attr_linear",
+        f"heads.{_task}.linear2.": f"classifiers.{_key}.0.dense.",
+        f"heads.{_task}.norm.": f"classifiers.{_key}.0.LayerNorm.",
+        f"heads.{_task}.linear1.": f"classifiers.{_key}.1."}
+# Parts of keys that are not used: BERT's pooler, counters, constants of the losses.
+RELEASED_UNUSED = ("position_ids", ".pooler.", "num_batches_tracked", "empty_weight")
+RELEASED_FIX = "give one of the authors' files (README)"
+
+
+def released_key(name: str) -> str:
+    """The key of our tensor `name` in what `unpack_released` returns."""
+    for ours, theirs in RELEASED_NAMES.items():
+        if name.startswith(ours):
+            return theirs + renamed(name.removeprefix(ours), RELEASED_ATTENTION)
+    return "bert_model.module." + renamed(name.removeprefix("text_encoder."), BERT_NAMES)
+
+
+def unpack_released(found: dict[str, Tensor], path) -> dict[str, Tensor]:
+    """A released file's tensors one by one: without prefixes and second names, attention's packed
+    matrices as three, of the tables of task vectors a row for each of our tasks."""
+    tensors = {}
+    for key, tensor in without(found, RELEASED_UNUSED).items():
+        for prefix in RELEASED_PREFIXES:
+            key = key.removeprefix(prefix)
+        rows = torch.atleast_1d(tensor)
+        if "in_proj_" in key:
+            for name, third in zip("qkv", rows.tensor_split(3)):
+                tensors[key.replace("in_proj_", f"{name}_proj.")] = third
+        elif key.startswith("task_embeddings_"):
+            for task, (_, row) in RELEASED_TASKS.items():
+                tensors[key.replace("weight", task)] = rows[row:row + 1]
+        else:
+            tensors[key] = tensor
+    for key in list(tensors):  # the same tensor under a second name
+        original = key.replace("bert_model.embeddings.", "bert_model.module.embeddings.")
+        if key.startswith("decoders."):  # decoders.GROUP.NAME.rest
+            original = "decoder." + key.split(".", 3)[3]
+        if original != key and original in tensors:
+            alias = tensors.pop(key)
+            if not torch.equal(alias, tensors[original].to(alias.dtype)):
+                raise InputError(f"{path}: {key} should equal {original}; get the file again")
+    return tensors
+
+
+def load_released(path: Path | str, **overrides) -> UniT:
+    """The authors' model in eval mode, from their archive or the file in it. The number of
+    attention heads cannot be read off the shapes: it is Config's, unless `overrides` sets it."""
+    return released_model(read_weights(fetch(path)), path, **overrides)
+
+
+def released_model(found: dict[str, Tensor], path, **overrides) -> UniT:
+    """What `load_released` returns, of the tensors `found` in the file `path`."""
+    found = unpack_released(found, path)
+    tasks, sizes = released_settings(found)
+    if not tasks:
+        raise InputError(f"{path}: none of the authors' heads is in it; {RELEASED_FIX}")
+    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
+        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
+    model.to_empty(device="cpu")
+    keys = {name: released_key(name) for name in model.state_dict()}
+    # Every file has the queries of all tasks, their task vectors, and a text encoder.
+    idle = ("query_embeds.", "task_embeddings_") + (() if model.text_encoder else ("bert_",))
+    used = set(keys.values())
+    found = {key: x for key, x in found.items() if key in used or not key.startswith(idle)}
+    copy_weights(model.state_dict(), found, path, RELEASED_FIX, keys)
+    return model.eval()
+
+
+def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
+    """Tasks and fields of Config, read off the names and shapes of a released file's tensors. A
+    missing or strange one counts as 0 here: `copy_weights` will name it."""
+    def size(key: str, dim: int = 0) -> int:
+        shape = found[key].shape if key in found else ()
+        return shape[dim] if dim < len(shape) else 0
+
+    tasks, bert, decoder = [], "bert_model.module.", "decoder"
+    for name, (key, _) in RELEASED_TASKS.items():
+        group, dataset = key.split(".")
+        head, kind, classes = f"classifiers.{key}.1.weight", "classification", 0
+        if group == "detection":
+            head, kind, classes = f"class_embeds.{dataset}.weight", "detection", -1  # no-object
+        if head in found:
+            tasks.append(Task(
+                name, kind, image=group != "glue", text=group != "detection",
+                num_queries=size(f"query_embeds.{key}.weight"), num_classes=classes + size(head),
+                num_attributes=size(f"det_losses.{dataset}.attribute_head.attr_linear2.weight"),
+                max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
+            if "decoder.norm.weight" not in found:
+                decoder = f"decoders.{key}"  # one of the separate ones: they are alike
+    sizes = {"shared_decoder": decoder == "decoder",
+             "task_embedding": "task_embeddings_enc.coco" in found,
+             "vocab_size": size(bert + "embeddings.word_embeddings.weight"),
+             "max_positions": size(bert + "embeddings.position_embeddings.weight")}
+    for part, layers, linear in (("encoder", "encoder.layers.", ".linear1.weight"),
+                                 ("decoder", f"{decoder}.layers.", ".linear1.weight"),
+                                 ("bert", f"{bert}encoder.layer.", ".intermediate.dense.weight")):
+        first = f"{layers}0{linear}"  # (intermediate size, width)
+        depth = [key for key in found if key.startswith(layers) and key.endswith(linear)]
+        sizes |= {f"{part}_layers": len(depth), f"{part}_ff": size(first),
+                  f"{part}_width": size(first, 1)}
+    return tasks, {name: value for name, value in sizes.items() if value or value is False}
+
+
+# ---- Files of weights ----------------------------------------------------------------------------
 class MissingFile(InputError):
     """A file that is not there and could not be fetched; the message says where to put it."""
 
@@ -831,44 +1083,79 @@ def fetch(path: Path | str) -> Path:
     before = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(exist_ok=True)
-        with open(f"{path}.lock", "w") as turn:
-            with suppress(ImportError, OSError):  # Windows and some network drives have no locks
-                import fcntl
-                fcntl.flock(turn, fcntl.LOCK_EX)  # the first process fetches, others wait
-            socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
-            if not path.exists():
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except Exception as error:
         raise MissingFile(f"{path}: not there, and fetching it failed ({error}); get {url} "
                           f"(SHA-256 {sha256}) by other means and put it there") from None
     finally:
         socket.setdefaulttimeout(before)
-        with suppress(OSError):
-            os.unlink(f"{path}.lock")
     return path
 
 
-def read_file(path: Path | str, fix: str = "get it again"):
+SIGNATURES = {  # how files begin that people often have in place of another: what they are
+    b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` in its folder gets the file",
+    b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "an XML text", b"%pdf": "a PDF",
+    b"\x89png": "a picture", b"\xff\xd8\xff": "a picture", b"gif8": "a picture",
+    b"\x1f\x8b": "a gzip file: unpack it", b"rar!": "a RAR archive", b"7z\xbc\xaf": "a 7z archive"}
+
+
+def what_is_wrong(path: Path, text: bool = False) -> str:
+    """Why a file holds no weights (or, with `text`, no text), in plain words, by its first bytes
+    and its end; "" if nothing shows."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # without a byte order mark
+    for beginning, words in SIGNATURES.items():
+        if start.startswith(beginning) and (text or not tarfile.is_tarfile(path)):
+            return words
+    if not start.strip(b"\0"):
+        return "an empty file"
+    if min(head) >= 8:  # files of weights have lower bytes, texts have none
+        return "" if text else f"a text: {head[:40]!r}"
+    if text:
+        return "binary data, not a text"
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "cut short: its end is missing"
+    names = zipfile.ZipFile(path).namelist() if head.startswith(b"PK") else ["data.pkl"]
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"a zip archive of something else: {', '.join(names[:3])}"
+    return ""
+
+
+def read_file(path: Path | str, fix: str = ""):
     """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes of
     `torch.serialization.safe_globals` is refused before any of its code runs."""
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        reason = what_is_wrong(path)
+        if not reason and path.suffix == ".safetensors":
             return read_safetensors(path)
-        source = read_archive(path) if path.name.endswith((".tar", ".tar.gz", ".tgz")) else path
-        return torch.load(source, map_location="cpu", weights_only=True)
+        if not reason:
+            source = read_archive(path) if tarfile.is_tarfile(path) else path
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can break a reader in any way
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"more than tensors: {refused[1]}, and loading that could run code"
-        raise InputError(f"{path}: cannot be read ({reason}); {fix}") from None
+        elif isinstance(error, EOFError) or re.search("EOF|end of data|ran out|truncated", reason):
+            reason = "cut short"
+        elif isinstance(error, IndexError) or "eights" in reason:
+            # PyTorch's own words would advise to load the file unsafely.
+            reason = "cut short, damaged, or not tensors that PyTorch saved"
+    source, _ = PUBLISHED.get(path.name, ("its source", ""))
+    raise InputError(f"{path}: cannot be read ({reason}); {fix or f'get it again from {source}'}")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors in such a file, by name. Raises InputError."""
-    found = read_file(path)
+    return weights_in(read_file(path), path)
+
+
+def weights_in(found, path) -> dict[str, Tensor]:
+    """The tensors in what `read_file` returned."""
     for key in ("model", "state_dict"):  # where training programs put the weights
         found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found:
@@ -892,16 +1179,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > len(content) - 8:
-        raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
+        raise ValueError(f"cut short: a header of {length} bytes in a file of {len(content)}")
     header = json.loads(content[8:8 + length].tobytes())
     header.pop("__metadata__", None)
     data, tensors, end = torch.from_numpy(content[8 + length:]), {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not end == start <= stop <= len(data):
-            raise ValueError(f"{name} at {start}..{stop}, not from {end} to at most {len(data)}")
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
-            raise ValueError(f"{name} of shape {shape} in {stop - start} bytes")
+        size = -1 if min(shape, default=0) < 0 else math.prod(shape) * dtype.itemsize
+        if start != end or stop - start != size:
+            raise ValueError(f"{name} at {start}..{stop}, not from {end}, or not of shape {shape}")
+        if stop > len(data):
+            raise ValueError(f"cut short: {name} at {start}..{stop} of {len(data)} bytes")
         tensors[name] = data[start:stop].clone().view(dtype).reshape(shape)  # a copy is aligned
         end = stop
     if end != len(data):
@@ -922,223 +1210,6 @@ def read_archive(path: Path) -> io.BytesIO:
     if len(found) != 1:
         raise ValueError(f"it should hold one checkpoint, but holds {', '.join(found) or 'none'}")
     return io.BytesIO(*found.values())
-
-
-def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
-         source=lambda name: (name, None), unused: str = "$^"):
-    """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
-
-    source(our name) -> the file's name, and (i, n) if ours is the i-th of n parts of its rows.
-    `unused`: a pattern of keys that may be left over (none)."""
-    values, used = [], set()
-    for name, tensor in ours.items():
-        key, part = source(name)
-        if key not in theirs:
-            raise InputError(f"{path}: {key} is missing; {fix}")
-        value = theirs[key]
-        if part:
-            value = torch.atleast_1d(value).tensor_split(part[1])[part[0]]
-        if value.shape != tensor.shape:
-            raise InputError(f"{path}: {key} is {tuple(theirs[key].shape)}, which does not fit our "
-                             f"{name} {tuple(tensor.shape)}; {fix}")
-        values.append(value)
-        used.add(key)
-    if left := [key for key in theirs if key not in used and not re.search(unused, key)]:
-        raise InputError(f"{path}: {', '.join(left[:3])} ({len(left)} in all) fit nowhere; {fix}")
-    for tensor, value in zip(ours.values(), values):
-        tensor.copy_(value)
-
-
-def rename(name: str, rules: list[tuple[str, str]]) -> str:
-    """`name` after all rules: (pattern, what takes its place), in their order."""
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
-    return name
-
-
-BERT_NAMES = [  # rules for `rename`: our names to BERT's
-    (r"^(word|position|token_type)_embeddings", r"embeddings.\1_embeddings"),
-    (r"^norm\.", "embeddings.LayerNorm."), (r"^layers\.", "encoder.layer."),
-    (r"attention\.q_proj", "attention.self.query"), (r"attention\.k_proj", "attention.self.key"),
-    (r"attention\.v_proj", "attention.self.value"),
-    (r"attention\.out_proj", "attention.output.dense"), (r"norm1", "attention.output.LayerNorm"),
-    (r"linear1", "intermediate.dense"), (r"linear2", "output.dense"),
-    (r"norm2", "output.LayerNorm")]
-BERT_UNUSED = r"^(cls|pooler)\.|\bposition_ids$"
-OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder, what is not BERT's
-
-
-def bert_config(folder: Path) -> dict[str, int]:
-    """The fields of Config that BERT's own config.json gives (none if there is no such file)."""
-    path = folder / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        given = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not BERT's settings ({error}); get it again") from None
-    for key, value in {"hidden_act": "gelu", "position_embedding_type": "absolute",
-                       "type_vocab_size": 2, "layer_norm_eps": 1e-12}.items():
-        if given.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {given[key]}, not {value}; take another BERT")
-    names = {"hidden_size": "bert_width", "num_attention_heads": "bert_heads",
-             "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
-             "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
-    sizes = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
-        raise InputError(f"{path}: {wrong[0]} is {sizes[wrong[0]]!r}, not a positive integer")
-    return sizes
-
-
-def load_bert(model: UniT, folder: Path) -> Path:
-    """BERT's weights -> their file. Names: old (gamma, beta) or new, with a prefix or without."""
-    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-    path = next(filter(Path.exists, files), files[0])
-    fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
-    for name, size in bert_config(folder).items():  # heads do not show in the weights' shapes
-        if size != (our_size := getattr(model.config, name)):
-            raise InputError(f"{folder}: {name} is {size}, the model's is {our_size}; {fix}")
-    found = {key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): value
-             for key, value in read_weights(fetch(path)).items()}
-    ours = {name: tensor for name, tensor in model.text_encoder.state_dict().items()
-            if not name.startswith(OUR_OWN)}
-    fill(ours, found, path, fix, lambda name: (rename(name, BERT_NAMES), None), BERT_UNUSED)
-    return path
-
-
-# Keys not used: the rest of DETR; in torchvision's file the classifier and batch norm counters.
-BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj|fc)\."
-                   r"|\.num_batches_tracked$")
-
-
-def load_backbone(model: UniT, path: Path) -> Path:
-    """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
-        found = read_weights(fetch(path))
-    found = {key.removeprefix("backbone.0.body."): value for key, value in found.items()}
-    fill(model.image_encoder.backbone.body.state_dict(), found, path,
-         "give DETR's detr-r50-dc5 or resnet50-0676ba61", unused=BACKBONE_UNUSED)
-    return path
-
-
-def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[str]:
-    """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
-    line 3) -> what was loaded, in words. What is missing is a warning there, no error."""
-    def attempt(name: str, load, path: str) -> str:
-        try:
-            return f"{name}: pretrained weights of {load(model, folder / path)}"
-        except MissingFile as error:
-            return f"WARNING: {name} starts from RANDOM weights, unless --init has its: {error}"
-
-    lines = [attempt("BERT", load_bert, "bert")] if model.text_encoder else []
-    if model.image_encoder and model.config.backbone == "small":
-        lines.append("backbone: the small one starts from random weights (none are published)")
-    elif model.image_encoder:
-        file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
-        lines.append(attempt("backbone", load_backbone, file))
-    return lines
-
-
-RELEASED_TASKS = {  # our tasks: group and name in the released files, row of their w^task tables
-    "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
-    "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
-    "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
-    "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
-RELEASED_PREFIX = r"^(unit_base|detr)_model\.(transformer\.)?"  # some of their names begin so: cut
-RELEASED_NAMES = [  # rules for `rename`: our names to theirs; BERT's are above
-    *((rf"^(decoders|queries|heads)\.{ours}\b", rf"\1.{theirs}")
-      for ours, (theirs, _) in RELEASED_TASKS.items()),
-    (r"^image_encoder\.backbone", "backbone.0"), (r"^image_encoder\.input_proj", "input_proj"),
-    (r"^image_encoder\.layers", "encoder.layers"), (r"^image_encoder\.projection", "enc2dec_proj"),
-    (r"^image_encoder\.position_projection", "pos_embed_proj"),
-    (r"^image_encoder\.w_task.*", "task_embeddings_enc.weight"),
-    (r"^text_encoder\.projection", "bert_projection"),
-    (r"^text_encoder\.position_projection", "bert_pos_projection"),
-    (r"^text_encoder\.w_task.*", "task_embeddings_lang.weight"),
-    (r"^decoders\.shared", "decoder"), (r"^queries\.(.*)", r"query_embeds.\1.weight"),
-    (r"^heads\.\w+\.(\w+)\.class_head", r"class_embeds.\1"),
-    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}") for i in range(3)),
-    (r"^heads\.\w+\.(\w+)\.attribute_head", r"det_losses.\1.attribute_head"),
-    (r"class_embedding", "cls_embed"), (r"(attribute_head\.)linear", r"\1attr_linear"),
-    (r"^heads\.(\w+\.\w+)\.linear2", r"classifiers.\1.0.dense"),
-    (r"^heads\.(\w+\.\w+)\.norm", r"classifiers.\1.0.LayerNorm"),
-    (r"^heads\.(\w+\.\w+)\.linear1", r"classifiers.\1.1"),
-    (r"cross_attention", "multihead_attn"), (r"(self_)?attention", "self_attn"),
-    (r"[qkv]_proj\.", "in_proj_")]
-# The same tensors under a second name.
-RELEASED_ALIASES = [(r"^bert_model\.embeddings\.", "bert_model.module.embeddings."),
-                    (r"^decoders\.\w+\.\w+\.", "decoder.")]
-# Carried without use: BERT's pooler, counters, constants of the losses, queries without a head.
-RELEASED_UNUSED = (r"\bposition_ids$|\.pooler\.|\.num_batches_tracked$|\.empty_weight$"
-                   r"|^query_embeds\.")
-RELEASED_FIX = "give one of the authors' files (README)"
-
-
-def released_source(name: str):
-    """Where a tensor of ours lies in the released files: key, and which part of its rows."""
-    in_bert = name.removeprefix("text_encoder.")
-    if in_bert != name and not in_bert.startswith(OUR_OWN):
-        return "bert_model.module." + rename(in_bert, BERT_NAMES), None
-    part = None
-    if found := re.search(r"w_task\.(\w+)", name):      # a row of a table of 256
-        part = RELEASED_TASKS[found[1]][1], 256
-    if found := re.search(r"\b([qkv])_proj\.", name):   # packed: q, k, v on top of each other
-        part = "qkv".index(found[1]), 3
-    return rename(name, RELEASED_NAMES), part
-
-
-def load_released(path: Path | str, **overrides) -> UniT:
-    """The authors' model in eval mode, from their archive or the file in it. The number of
-    attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it."""
-    found = {re.sub(RELEASED_PREFIX, "", key): x for key, x in read_weights(fetch(path)).items()}
-    for key in list(found):
-        original = rename(key, RELEASED_ALIASES)
-        if original != key and original in found:
-            alias = found.pop(key)
-            if not torch.equal(alias, found[original].to(alias.dtype)):
-                raise InputError(f"{path}: {key} should equal {original}; get the file again")
-    tasks, sizes = released_settings(found)
-    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
-        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
-    model.to_empty(device="cpu")
-    # The authors' code makes a text encoder even where no task has a text.
-    unused = RELEASED_UNUSED + ("" if model.text_encoder else r"|^bert_|^task_embeddings_lang\.")
-    fill(model.state_dict(), found, path, RELEASED_FIX, released_source, unused)
-    return model.eval()
-
-
-def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
-    """Tasks and fields of Config that the names and shapes of a released file's tensors tell. What
-    is missing or of a strange shape tells nothing here: `fill` will name it."""
-    def rows(key: str) -> int:
-        return len(torch.atleast_1d(found.get(key, torch.empty(0))))
-
-    tasks = []
-    for name, (key, _) in RELEASED_TASKS.items():
-        group, dataset = key.split(".")
-        detection = group == "detection"
-        head = f"class_embeds.{dataset}.weight" if detection else f"classifiers.{key}.1.weight"
-        if head in found:
-            tasks.append(Task(
-                name, kind="detection" if detection else "classification", image=group != "glue",
-                text=not detection, num_queries=rows(f"query_embeds.{key}.weight"),
-                num_classes=rows(head) - detection,  # less no-object
-                num_attributes=rows(f"det_losses.{dataset}.attribute_head.attr_linear2.weight"),
-                max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
-    sizes = {"shared_decoder": "decoder.norm.weight" in found,
-             "task_embedding": "task_embeddings_enc.weight" in found}
-    for part, pattern in (
-            ("encoder", r"encoder\.layers\.(\d+)\.linear1\.weight"),
-            ("decoder", r"decoders?\..*\blayers\.(\d+)\.linear1\.weight"),
-            ("bert", r"bert_model\.module\.encoder\.layer\.(\d+)\.intermediate\.dense\.weight")):
-        layers = {match[1]: x.shape for key, x in found.items()
-                  if (match := re.fullmatch(pattern, key)) and x.dim() == 2}
-        for ff, width in layers.values():  # alike in all
-            sizes |= {f"{part}_width": width, f"{part}_ff": ff, f"{part}_layers": len(layers)}
-    for size, table in (("vocab_size", "word"), ("max_positions", "position")):
-        if (key := f"bert_model.module.embeddings.{table}_embeddings.weight") in found:
-            sizes[size] = rows(key)
-    return tasks, sizes
 
 
 # ---- Settings as flags, and Figure 2 on the command line -----------------------------------------

@@ -567,6 +567,89 @@ def test_separate_decoders_each_start_from_the_shared_one(model, tmp_path):
             assert torch.equal(separate.decoders[task].state_dict()[name], value)
 
 
+def detector(width=8, image_layers=1, **task):
+    task = dict(num_queries=5, num_classes=4) | task
+    torch.manual_seed(len(task))
+    return unit.UniT(unit.Config(
+        encoder_width=8, encoder_heads=2, encoder_ff=8, encoder_layers=image_layers,
+        backbone="small", decoder_width=width, decoder_heads=2, decoder_ff=8, decoder_layers=1),
+        [unit.Task("coco", "detection", True, False, **task)])
+
+
+def checkpoint_of(model, path, names=()):
+    torch.save({"model": model.state_dict(), "config": {}, "tasks": [], "iteration": 7,
+                "labels": {"coco": {"classes": [*names], "attributes": []}}}, path)
+    return str(path)
+
+
+def test_init_takes_what_fits_and_says_the_rest(tmp_path):
+    """Other classes, queries and depths: what fits by name and shape is taken, the rest is said."""
+    theirs, ours = detector(), detector(num_queries=9, num_classes=7, image_layers=2)
+    path, before = checkpoint_of(theirs, tmp_path / "x.pt"), ours.state_dict()
+    new = [n for n in before if n.startswith("queries.") or "class_head" in n or ".layers.1." in n]
+    before = {name: x.clone() for name, x in before.items()}
+    said = train.initialise_from(ours, path, (), False)
+    for name, x in ours.state_dict().items():
+        assert torch.equal(x, before[name] if name in new else theirs.state_dict()[name]), name
+    assert f"init {path}, iteration 7 of None: tensors taken: image_encoder.backbone" in said
+    for words in ("queries.coco (5, 8) for (9, 8)", "heads.coco.class_head.weight (5, 8) for (8, 8)",
+                  "left as they were: image_encoder.layers 16, queries.coco 1, heads.coco 2",
+                  "dropped: queries.coco 1, heads.coco 2"):
+        assert words in said
+    assert "taken" in train.initialise_from(ours, path, ("image_encoder", "decoder"), False)
+
+
+@pytest.mark.parametrize("part, changes, says", [
+    ("heads", dict(num_classes=2), r"heads.coco.class_head.weight \(5, 8\) for \(3, 8\): 4 classes "
+     r"\(cat, dog\), but here 2 classes \(egg, ham\); leave heads out of --init_parts"),
+    ("heads", dict(num_attributes=3), None),
+    ("queries", dict(num_queries=9), r"queries.coco \(5, 8\) for \(9, 8\); leave queries out"),
+    ("decoder", dict(width=16), r"decoders.shared.layers.0.self_attention.q_proj.weight \(8, 8\)"),
+    ("text_encoder", {}, "none of its weights fit text_encoder")])
+def test_init_parts_that_do_not_fit_are_errors(tmp_path, part, changes, says):
+    """Asked for by name; the model is left as it was."""
+    path = checkpoint_of(detector(), tmp_path / "x.pt", ["", "cat", "dog"])
+    ours = detector(**changes)
+    before = {name: x.clone() for name, x in ours.state_dict().items()}
+    if says is None:  # the other file has no attributes: nothing that is there does not fit
+        assert "taken" in train.initialise_from(ours, path, (part,), False)
+        return
+    with pytest.raises(unit.InputError, match=says):
+        train.initialise_from(ours, path, ("image_encoder", part), False,
+                              {"coco": ["", "egg", "ham"]})
+    assert all(torch.equal(x, before[name]) for name, x in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("init, says", [
+    ("runs/T1.1-coco/last.pt", "T1.1-coco --out runs/T1.1-coco` makes it.* --init "
+     "DATA/unit.coco.single_task.tar.gz, which is fetched"),
+    ("runs/T3.5/last.pt", "--init DATA/unit.all_8_datasets.shared_dec_with_coco_init.tar.gz"),
+    ("runs/tiny-T1.1-coco/last.pt", "python train.py --tiny --experiment T1.1-coco"),
+    ("mine.pt", "check --init")])
+def test_what_makes_a_missing_start(init, says):
+    with pytest.raises(unit.InputError, match=says) as error:
+        train.check(train.TrainConfig(data="DATA", init=init), 1)
+    assert ("which is fetched" in str(error.value)) == init.startswith("runs/T")
+    train.check(train.TrainConfig(init="elsewhere/unit.coco.single_task.tar.gz"), 1)
+
+
+def test_one_process_fetches_what_all_will_read(monkeypatch):
+    """In `run` before the others' wait ends; files that cannot be had are `build`'s to report."""
+    def offline(path):
+        asked.append(path.name)
+        raise unit.MissingFile(path)
+
+    monkeypatch.setattr(unit, "fetch", offline)
+    detr, bert = "detr-r50-dc5-f0fb7ef5.pth", "model.safetensors"
+    for settings, files in ((dict(tasks=("coco",)), [detr]),
+                            (dict(tasks=("sst2",)), ["vocab.txt", bert]),
+                            (dict(tasks=("vqa2",), init="d/x.tar.gz", imagenet_backbone=True),
+                             ["vocab.txt", bert, "resnet50-0676ba61.pth", "x.tar.gz"])):
+        asked = []
+        train.fetch_weights(train.TrainConfig(**settings))
+        assert asked == files
+
+
 def test_nothing_is_overwritten_and_a_run_goes_on_with_its_own_settings(tmp_path, small_tiny_data,
                                                                         capsys):
     out = tmp_path / "run"
