@@ -67,7 +67,7 @@ def f1_score(predicted: np.ndarray, truth: np.ndarray) -> float:
 
 
 def average_precision(truth: COCO, found: dict[int, np.ndarray], block: int = 200) -> dict:
-    """AP (Section 4.1's mAP, mean over IoU 0.50..0.95) and AP50 in percent, over the images of
+    """AP (Section 4.1's mAP, mean over IoU 0.50..0.95) and AP50 in percent, over the images in
     `found`: {image id: its detections, as `to_rows` returns them}.
 
     pycocotools keeps a record for each class x area x image, which takes gigabytes with VG's 1,600
@@ -108,8 +108,8 @@ def to_rows(found: Detections) -> np.ndarray:
 
 
 def to_annotations(found: dict[int, np.ndarray]) -> list[dict]:
-    """COCO.loadRes's records, without polygons. Image ids stay Python's integers: dates and hashes
-    exceed 2**53, where doubles end. Records count from 1, as 0 means "not matched"."""
+    """COCO.loadRes's records, without polygons. Image ids stay exact: dates and hashes are beyond
+    2**53, where doubles end. Records are numbered from 1, as 0 means "not matched"."""
     records = []
     for image, rows in found.items():
         for x, y, w, h, score, label in rows.tolist():
@@ -185,7 +185,7 @@ def drawn_indices(total: int, limit: int) -> np.ndarray:
 
 
 def require_whole(dataset, lacking: int) -> None:
-    """Test servers refuse a file that lacks samples, or count them as wrong."""
+    """A test server refuses a file that lacks samples, or counts them as wrong."""
     if lacking:
         raise InputError(f"{dataset.path}: {lacking} of its samples are missing ({dataset.missing} "
                          f"without picture), so the file for {dataset.task.name}'s test server is "
@@ -245,10 +245,8 @@ def run_model(model: UniT, batch: Batch, device, precision: str = "fp32"):
 
 
 def progress(name: str, batches, total: int):
-    """Passes batches and faults on, and prints every ten seconds how many samples are done and how
-    long the rest will take."""
-    start = shown = time.time()
-    done = 0
+    """Passes batches on, and prints every ten seconds how far it is and how long it will take."""
+    start, shown, done = time.time(), time.time(), 0
     for batch, faults in batches:
         yield batch, faults
         done += len(faults) + len(batch or ())
@@ -260,7 +258,7 @@ def progress(name: str, batches, total: int):
 
 def score(dataset, indices, items: list) -> dict:
     """The metrics of predictions, in percent; {} where the truth is not known (test splits)."""
-    task = dataset.task
+    task, names = dataset.task, dataset.class_names
     if task.kind == "detection":
         found = {image: rows for image, rows, _ in items}
         metrics = average_precision(dataset.ground_truth(), found)
@@ -270,10 +268,8 @@ def score(dataset, indices, items: list) -> dict:
         return metrics
     answers = np.array([answer for _, answer in items])
     if task.soft_scores:
-        agree = []
-        for index, answer in zip(indices, answers):
-            if given := dataset.answers(index):
-                agree.append(vqa_accuracy(dataset.class_names[answer], given))
+        given = [dataset.answers(index) for index in indices]
+        agree = [vqa_accuracy(names[answer], ten) for answer, ten in zip(answers, given) if ten]
         return {"accuracy": 100 * np.mean(agree)} if agree else {}
     truth = np.array([dataset.label(index) for index in indices])
     if (truth < 0).any():
@@ -525,8 +521,7 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
     plot = Image.new("RGB", (WIDTH, 190), "white")
     draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
     iterations, values = np.concatenate(list(metrics.values())).T
-    low = min(90, values.min() // 10 * 10)
-    high = min(100, values.max() // 10 * 10 + 10)
+    low, high = min(90, values.min() // 10 * 10), min(100, values.max() // 10 * 10 + 10)
     last = int(iterations.max())
 
     def at(iteration, value):
@@ -626,6 +621,16 @@ def eight(*numbers: float) -> dict[str, float]:
 # Models of one task each (T3.1), and those of Appendix B, fine-tuned from T3.5 (T3.6).
 SINGLE = eight(40.6, 3.87, 66.38, 70.52, 91.62, 84.23, 91.18, 91.63)
 FINE_TUNED = eight(42.3, 4.68, 67.60, 72.56, 86.92, 81.53, 90.57, 88.06)
+ABLATIONS = {  # COCO, SNLI-VE, MNLI; TC.1.6 diverged
+    "T4.1": (38.79, 69.27, 81.41), "T4.2": (40.13, 68.17, 80.58), "T4.3": (39.02, 68.82, 81.15),
+    "T4.4": (36.32, 69.68, 81.09), "T4.5": (38.24, 69.76, 81.31), "T4.6": (39.46, 69.06, 81.67),
+    "T4.7": (38.61, 70.22, 81.45), "T4.8": (35.03, 68.57, 79.62),
+    "TC.1.1": (38.79, 69.27, 81.41), "TC.1.2": (33.39, 68.53, 81.01),
+    "TC.1.3": (36.65, 69.07, 80.64), "TC.1.4": (38.75, 68.66, 81.66),
+    "TC.1.5": (38.63, 69.14, 81.09), "TC.1.6": (), "TC.1.7": (29.88, 70.39, 83.74),
+    "TC.1.8": (39.96, 69.31, 79.88), "TC.1.9": (40.98, 68.72, 81.08),
+    "TC.1.10": (38.88, 65.77, 61.47), "TC.1.11": (37.18, 65.01, 59.87),
+    "TC.1.12": (37.87, 68.70, 81.11)}
 # T<table>.<line> on validation: mAP of COCO and VG, else accuracy. Not here are the lines of other
 # systems: DETR, VisualBERT and BERT in Table 3, and the comparisons of footnotes 6, 7 and 8.
 PAPER = {
@@ -643,26 +648,7 @@ PAPER = {
     "T3.4": eight(38.9, 3.22, 67.58, 74.20, 87.99, 81.33, 90.61, 89.17),
     "T3.5": eight(39.0, 3.29, 66.97, 73.16, 87.95, 80.91, 90.64, 89.29),
     **{f"T3.6-{t}": {t: x} for t, x in FINE_TUNED.items()},
-    "T4.1": dict(coco=38.79, snli_ve=69.27, mnli=81.41),
-    "T4.2": dict(coco=40.13, snli_ve=68.17, mnli=80.58),
-    "T4.3": dict(coco=39.02, snli_ve=68.82, mnli=81.15),
-    "T4.4": dict(coco=36.32, snli_ve=69.68, mnli=81.09),
-    "T4.5": dict(coco=38.24, snli_ve=69.76, mnli=81.31),
-    "T4.6": dict(coco=39.46, snli_ve=69.06, mnli=81.67),
-    "T4.7": dict(coco=38.61, snli_ve=70.22, mnli=81.45),
-    "T4.8": dict(coco=35.03, snli_ve=68.57, mnli=79.62),
-    "TC.1.1": dict(coco=38.79, snli_ve=69.27, mnli=81.41),
-    "TC.1.2": dict(coco=33.39, snli_ve=68.53, mnli=81.01),
-    "TC.1.3": dict(coco=36.65, snli_ve=69.07, mnli=80.64),
-    "TC.1.4": dict(coco=38.75, snli_ve=68.66, mnli=81.66),
-    "TC.1.5": dict(coco=38.63, snli_ve=69.14, mnli=81.09),
-    "TC.1.6": {},  # diverged
-    "TC.1.7": dict(coco=29.88, snli_ve=70.39, mnli=83.74),
-    "TC.1.8": dict(coco=39.96, snli_ve=69.31, mnli=79.88),
-    "TC.1.9": dict(coco=40.98, snli_ve=68.72, mnli=81.08),
-    "TC.1.10": dict(coco=38.88, snli_ve=65.77, mnli=61.47),
-    "TC.1.11": dict(coco=37.18, snli_ve=65.01, mnli=59.87),
-    "TC.1.12": dict(coco=37.87, snli_ve=68.70, mnli=81.11)}
+    **{line: dict(zip(("coco", "snli_ve", "mnli"), row)) for line, row in ABLATIONS.items()}}
 PAPER_TEST = {  # COCO and VQAv2 test-dev, SNLI-VE test, GLUE's server
     "T1.4": dict(coco=41.1, vqa2=67.47),
     "T2.4": dict(coco=41.1, vqa2=67.47),
@@ -683,8 +669,9 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
     for task, metrics in results.items():
         number = theirs.get(task, "-") if theirs else ""
         part = f"{metrics['samples']} of {metrics['of']} samples" if "of" in metrics else ""
-        for metric in [name for name in metrics if name not in PART]:
-            rows.append((task, metric, f"{metrics[metric]:.2f}", number, part))
+        for metric, value in metrics.items():
+            if metric not in PART:
+                rows.append((task, metric, f"{value:.2f}", number, part))
             task = number = ""  # the paper's number is the first metric
     return "\n".join("{:<9} {:<18} {:>8} {:>14}  {}".format(*row).rstrip() for row in rows)
 
