@@ -1,22 +1,23 @@
-"""Section 4: from a data set to the number that the paper prints for it, to files and to pictures.
+"""Section 4: from a data set to the numbers that the paper prints, to files and to pictures.
 
     python eval.py --checkpoint runs/T3.5/last.pt --data data --tasks coco,vqa2
     python eval.py --checkpoint runs/T3.5/last.pt --image cat.jpg --question "what is on the mat?"
 
 | task       | metric             | computed by                                            |
 |------------|--------------------|--------------------------------------------------------|
-| coco, vg   | AP, AP50           | `average_precision`: pycocotools                       |
+| coco, vg   | AP, AP50           | `average_precision`, with pycocotools                  |
 | vg         | attribute_accuracy | `attribute_hits`                                       |
-| vqa2       | accuracy           | `vqa_accuracy`: the official scorer's rule             |
-| all others | accuracy           | share of right labels; qqp also F1 of "duplicate"      |
+| vqa2       | accuracy           | `vqa_accuracy`, the official scorer's rule             |
+| all others | accuracy           | share of right labels; for qqp also F1 of "duplicate"  |
 
-Results are in percent, as in the paper's tables. Images are taken as --micro_batch says, by default
-as in training: padding several to one size changes features near the padding a little (as in DETR),
-and AP with them. Under torchrun each process predicts its share; rank 0 puts them together.
+Results are in percent, as in the paper's tables. By default --micro_batch is the training's, as
+padding several images to one size changes the features near the padding a little (as in DETR), and
+AP with them. Under torchrun each process predicts its share, and rank 0 puts them together.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -44,82 +45,526 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert, box_iou
 
 
-# ---- The paper's numbers -------------------------------------------------------------------------
-def _table(text: str, after_slash: bool = False) -> dict[str, dict[str, float]]:
-    """{row: {task: number}}; "-": none; A,B: lines of the same runs; A-*: a run for each task."""
-    (_, *tasks), *rows = (line.split() for line in text.strip().splitlines())
-    table = {}
-    for names, *cells in rows:
-        cells = [cell.partition("/")[2 * after_slash].strip("-") for cell in cells]
-        row = {task: float(cell) for task, cell in zip(tasks, cells) if cell}
-        for name in names.split(","):
-            table |= {name[:-1] + t: {t: x} for t, x in row.items()} if "*" in name else {name: row}
-    return table
+# ---- Metrics -------------------------------------------------------------------------------------
+def vqa_accuracy(answer: str, given: list[str]) -> float:
+    """Agreement with the annotators' answers in 0..1: min(1, 3 k / n), where k of n agree.
+
+    Of ten annotators three make an answer nearly right and four right (0, 0.3, 0.6, 0.9, 1). That
+    is what the official evaluation (footnote 1) computes as the mean over all ways to leave one
+    annotator out of min(1, agreeing / 3). Own data may have fewer answers; a single one that agrees
+    then scores 1. The training targets (`Vqa2.scores`) follow the same rule."""
+    answer, *given = (x.replace("\n", " ").replace("\t", " ").strip() for x in [answer, *given])
+    # A trap: where ten answers are one string, the official script compares them as they are.
+    if len(given) != 10 or len(set(given)) > 1:
+        answer, *given = (data.normalise_answer(x) for x in [answer, *given])
+    return min(1.0, 3 * given.count(answer) / len(given))
 
 
-# T<table>.<line> on validation: COCO and VG mAP, else accuracy. After a slash: COCO and VQAv2
-# test-dev, SNLI-VE test, GLUE's server. Others' systems: T3.7 DETR, T3.8 VisualBERT (footnote 6),
-# T3.9 BERT; footnotes 7 and 8 compare more of them, in no table. TC.1.6 diverged.
-TABLES = """
-line               coco   vg        vqa2     snli_ve       qnli       mnli        qqp       sst2
-T1.1-*,T2.1-*      40.6 3.87       66.38           -          -          -          -          -
-T1.2               40.8 3.91       68.84           -          -          -          -          -
-T1.3               37.2 4.05       68.79           -          -          -          -          -
-T1.4,T2.4     40.8/41.1 4.53 67.30/67.47           -          -          -          -          -
-T2.2               40.2    -       66.88           -          -          -          -          -
-T2.3                  - 3.83       68.49           -          -          -          -          -
-T3.1-*             40.6 3.87       66.38       70.52      91.62      84.23      91.18      91.63
-T3.2               32.2 2.54       67.38       74.31      87.68      81.76      90.44      89.40
-T3.3               33.8 2.69       67.36       74.14      87.99      81.40      90.62      89.40
-T3.4               38.9 3.22       67.58       74.20      87.99      81.33      90.61      89.17
-T3.5               39.0 3.29 66.97/67.03 73.16/73.16 87.95/88.0 80.91/79.8 90.64/88.4 89.29/91.5
-T3.6-*             42.3 4.68       67.60       72.56      86.92      81.53      90.57      88.06
-T3.7               43.3 4.02           -           -          -          -          -          -
-T3.8                  -    - 67.36/67.37 75.69/75.09          -          -          -          -
-T3.9                  -    -           -           - 91.25/90.4 83.90/83.4 90.54/88.9 92.43/93.7
-T4.1,TC.1.1       38.79    -           -       69.27          -      81.41          -          -
-T4.2              40.13    -           -       68.17          -      80.58          -          -
-T4.3              39.02    -           -       68.82          -      81.15          -          -
-T4.4              36.32    -           -       69.68          -      81.09          -          -
-T4.5              38.24    -           -       69.76          -      81.31          -          -
-T4.6              39.46    -           -       69.06          -      81.67          -          -
-T4.7              38.61    -           -       70.22          -      81.45          -          -
-T4.8              35.03    -           -       68.57          -      79.62          -          -
-TC.1.2            33.39    -           -       68.53          -      81.01          -          -
-TC.1.3            36.65    -           -       69.07          -      80.64          -          -
-TC.1.4            38.75    -           -       68.66          -      81.66          -          -
-TC.1.5            38.63    -           -       69.14          -      81.09          -          -
-TC.1.6                -    -           -           -          -          -          -          -
-TC.1.7            29.88    -           -       70.39          -      83.74          -          -
-TC.1.8            39.96    -           -       69.31          -      79.88          -          -
-TC.1.9            40.98    -           -       68.72          -      81.08          -          -
-TC.1.10           38.88    -           -       65.77          -      61.47          -          -
-TC.1.11           37.18    -           -       65.01          -      59.87          -          -
-TC.1.12           37.87    -           -       68.70          -      81.11          -          -
-"""
-PAPER, PAPER_TEST = _table(TABLES), _table(TABLES, after_slash=True)
-
-# The validation scores that the authors give for their published checkpoints (README).
-RELEASED = _table("""
-line                     coco    vg   vqa2  snli_ve   qnli   mnli    qqp   sst2
-released-coco           40.54     -      -        -      -      -      -      -
-released-coco-no-task   40.15     -      -        -      -      -      -      -
-released-all            38.99  3.29  66.96    73.16  87.90  80.90  90.65  89.22
-released-all-no-task    38.47  3.31  68.25    74.07  88.15  80.61  90.61  88.50
-""")
+def f1_score(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """F1 of class 1 in 0..1, GLUE's second number for QQP: 2 TP / (2 TP + FP + FN)."""
+    hits = np.sum((predicted == 1) & (truth == 1))
+    return 2 * hits / max(1, np.sum(predicted == 1) + np.sum(truth == 1))
 
 
-def results_table(results: dict, experiment: str | None = None, split: str = "val") -> str:
-    """Task, metric, this run and, where the paper has the same setting, its number."""
-    theirs = (PAPER_TEST if split == "test" else PAPER | RELEASED).get(experiment)
-    who = f"{'authors' if experiment in RELEASED else 'paper'} {experiment}" if theirs else ""
-    rows = [("task", "metric", "this run", who)]
-    for task, metrics in results.items():
-        number = theirs.get(task, "-") if theirs else ""
-        for metric, value in metrics.items():
-            rows.append((task, metric, f"{value:.2f}", number))
-            task = number = ""  # the paper's is the first metric
-    return "\n".join("{:<9} {:<18} {:>8} {:>14}".format(*row).rstrip() for row in rows)
+def average_precision(truth: COCO, found: dict[int, np.ndarray], block: int = 200) -> dict:
+    """AP (Section 4.1's mAP, mean over IoU 0.50..0.95) and AP50 in percent, over the images in
+    `found`: {image id: its detections, as `to_rows` returns them}.
+
+    pycocotools keeps a record for each class x area x image, which takes gigabytes with VG's 1,600
+    classes and 2,000 images. Classes do not affect each other, so we score them block by block,
+    and for one range of areas, all that AP needs: the same numbers in a third of the time. As in
+    pycocotools, classes without a (non-crowd) box in these images do not count in the mean.
+    Returns {} if there are no boxes at all."""
+    images = list(found)
+    boxes = truth.loadAnns(truth.getAnnIds(imgIds=images, iscrowd=False))
+    classes = sorted({box["category_id"] for box in boxes})
+    if not classes:
+        return {}
+    predicted, precision = COCO(), []
+    gc.disable()  # it would visit millions of new dicts again and again: 6 times as slow
+    try:
+        with contextlib.redirect_stdout(None):  # pycocotools prints
+            predicted.dataset = {"annotations": to_annotations(found)}
+            predicted.createIndex()
+            for start in range(0, len(classes), block):
+                scorer = COCOeval(truth, predicted, "bbox")
+                scorer.params.imgIds = images
+                scorer.params.catIds = classes[start:start + block]
+                scorer.params.maxDets = [100]
+                scorer.params.areaRng, scorer.params.areaRngLbl = [[0, 1e10]], ["all"]
+                scorer.evaluate()
+                scorer.accumulate()
+                precision.append(scorer.eval["precision"][..., 0, 0])  # (10 IoUs, recalls, classes)
+    finally:
+        gc.enable()
+    precision = np.concatenate(precision, axis=2)
+    return {"AP": 100 * precision.mean(), "AP50": 100 * precision[0].mean()}
+
+
+def to_rows(found: Detections) -> np.ndarray:
+    """One image's detections (q, 6): x, y, w, h in pixels, score, class."""
+    boxes = box_convert(found.boxes.double(), "xyxy", "xywh")
+    return torch.column_stack([boxes, found.scores, found.labels]).numpy()
+
+
+def to_annotations(found: dict[int, np.ndarray]) -> list[dict]:
+    """COCO.loadRes's records, without polygons. Image ids stay exact: dates and hashes are beyond
+    2**53, where doubles end. Records are numbered from 1, as 0 means "not matched"."""
+    records = []
+    for image, rows in found.items():
+        for x, y, w, h, score, label in rows.tolist():
+            records.append({"id": len(records) + 1, "image_id": image, "category_id": int(label),
+                            "bbox": [x, y, w, h], "score": score, "area": w * h})
+    return records
+
+
+def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, int]:
+    """(right, counted) in one image of VG. The truth is boxes (n, 4) x0, y0, x1, y1 in pixels,
+    labels (n,), attributes (n, 16) padded with -1.
+
+    Counted are true boxes with attributes that a prediction of their class overlaps by an IoU of
+    at least 0.5. One is right if the highest attribute of the prediction that overlaps best is
+    among its own."""
+    iou = box_iou(boxes.double(), found.boxes.double())               # (n, q)
+    best = iou.masked_fill(labels[:, None] != found.labels, 0).max(1)
+    counted = (best.values >= 0.5) & (attributes >= 0).any(1)
+    right = (attributes == found.attributes[best.indices][:, None]).any(1)
+    return int((right & counted).sum()), int(counted.sum())
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------
+PART = ("samples", "of")  # in a task's results beside its metrics, if not all samples were scored
+print_once = functools.cache(print)  # each evaluation of a training meets the same pictures again
+
+
+def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_workers: int = 0,
+             limit: int = 0, precision: str = "fp32", out=None, allow_partial=False) -> dict:
+    """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
+
+    A score over a part of its split has the two numbers beside it, "samples" and "of". A test
+    split's file that would lack samples is an InputError, unless `allow_partial`.
+    micro_batch: samples at a time; 0: one image, or 32 texts. limit: at most so many of each task,
+    always the same; 0: all.
+    Under torch.distributed all processes call this; rank 0 gets the results, the others {}."""
+    was_training, results = model.training, {}
+    model.eval()
+    for name, dataset in datasets.items():
+        indices, total = drawn_indices(len(dataset), limit), len(dataset) + dataset.missing
+        must_be_whole = dataset.split == "test" and out is not None and not allow_partial
+        if must_be_whole:
+            require_whole(dataset, total - len(indices))  # before the work
+        items, unusable = predict_split(model, dataset, indices, device, micro_batch, num_workers,
+                                        precision)
+        if dist.is_initialized() and dist.get_rank() > 0:
+            continue
+        for reason in unusable.values():
+            print_once(f"warning: {reason}")
+        if dataset.missing or unusable:
+            print(f"warning: {name}: evaluated on {len(items)} of {total} samples (pictures "
+                  f"missing: {dataset.missing}, unusable: {len(unusable)})", flush=True)
+        if must_be_whole:
+            require_whole(dataset, total - len(items))
+        if not items:
+            print(f"{name}: no samples")
+            continue
+        if out is not None:
+            write_predictions(out / "predictions", dataset, items)
+        indices = [index for index in indices.tolist() if index not in unusable]
+        if metrics := score(dataset, indices, items):
+            results[name] = {metric: round(float(x), 6) for metric, x in metrics.items()}
+            if len(items) < total:
+                results[name] |= {"samples": len(items), "of": total}
+    model.train(was_training)
+    return results
+
+
+def drawn_indices(total: int, limit: int) -> np.ndarray:
+    """`limit` of `total` indices (0: all of them), in order. Random rather than every n-th, because
+    labels may be periodic."""
+    return np.sort(np.random.default_rng(0).permutation(total)[:limit or total])
+
+
+def require_whole(dataset, lacking: int) -> None:
+    """A test server refuses a file that lacks samples, or counts them as wrong."""
+    if lacking:
+        raise InputError(f"{dataset.path}: {lacking} of its samples are missing ({dataset.missing} "
+                         f"without picture), so the file for {dataset.task.name}'s test server is "
+                         "not written; --allow_partial writes it all the same")
+
+
+def predict_split(model: UniT, dataset, indices, device, micro_batch: int, num_workers: int,
+                  precision: str) -> tuple[list, dict]:
+    """An item of `predictions` for each sample that can be used, and {index: reason} of the others.
+    Each process predicts its share of the indices and gets what all of them found."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    indices = np.array_split(indices, world)[rank]
+    batches = data.eval_loader(dataset, indices, micro_batch, num_workers)
+    if rank == 0:
+        batches = progress(dataset.task.name, batches, len(indices))
+    items, unusable = [], {}
+    for batch, faults in batches:
+        unusable |= faults
+        if batch is not None:
+            items += predictions(model, batch, device, precision)
+    if world == 1:
+        return items, unusable
+    shares = [None] * world
+    dist.all_gather_object(shares, (items, unusable))
+    items = [item for share, _ in shares for item in share]
+    return items, {index: reason for _, share in shares for index, reason in share.items()}
+
+
+def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
+    """One item a sample: (id, class), or (image id, rows, (right, counted) attributes)."""
+    answers = run_model(model, batch, device, precision)
+    if isinstance(answers, torch.Tensor):
+        return list(zip(batch.ids, answers.argmax(-1).tolist()))
+    items = []
+    for i, found in enumerate(answers):
+        hits = (0, 0)
+        if batch.attributes is not None:
+            scale = batch.sizes[i].flip(0).repeat(2)                  # width, height, width, height
+            corners = box_convert(batch.boxes[i], "cxcywh", "xyxy") * scale
+            hits = attribute_hits(found, corners, batch.labels[i], batch.attributes[i])
+        items.append((batch.ids[i], to_rows(found), hits))
+    return items
+
+
+@torch.no_grad()
+def run_model(model: UniT, batch: Batch, device, precision: str = "fp32"):
+    """A batch's logits (B, C) in float32, or for detection a list of B Detections."""
+    batch = batch.to(device)
+    with autocast(device, precision):
+        outputs = model(batch)
+        if outputs.boxes is not None:
+            return unit.postprocess(model, outputs, batch)
+    logits = outputs.logits[-1].float()
+    if model.tasks[batch.task].soft_scores:
+        logits[:, 0] = -torch.inf  # class 0 is <unk>, which is never an answer (released system)
+    return logits
+
+
+def progress(name: str, batches, total: int):
+    """Passes batches on, and prints every ten seconds how far it is and how long it will take."""
+    start, shown, done = time.time(), time.time(), 0
+    for batch, faults in batches:
+        yield batch, faults
+        done += len(faults) + len(batch or ())
+        if time.time() - shown > 10:
+            shown = time.time()
+            left = timedelta(seconds=round((shown - start) * (total / done - 1)))
+            print(f"  {name}: {done} of {total}, ETA {left}", flush=True)
+
+
+def score(dataset, indices, items: list) -> dict:
+    """The metrics of predictions, in percent; {} where the truth is not known (test splits)."""
+    task, names = dataset.task, dataset.class_names
+    if task.kind == "detection":
+        found = {image: rows for image, rows, _ in items}
+        metrics = average_precision(dataset.ground_truth(), found)
+        right, counted = np.sum([hits for _, _, hits in items], axis=0)
+        if counted:
+            metrics["attribute_accuracy"] = 100 * right / counted
+        return metrics
+    answers = np.array([answer for _, answer in items])
+    if task.soft_scores:
+        given = [dataset.answers(index) for index in indices]
+        agree = [vqa_accuracy(names[answer], ten) for answer, ten in zip(answers, given) if ten]
+        return {"accuracy": 100 * np.mean(agree)} if agree else {}
+    truth = np.array([dataset.label(index) for index in indices])
+    if (truth < 0).any():
+        return {}
+    metrics = {"accuracy": 100 * np.mean(answers == truth)}
+    if task.name == "qqp":
+        metrics["F1"] = 100 * f1_score(answers, truth)
+    return metrics
+
+
+# ---- One input -----------------------------------------------------------------------------------
+def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
+            text_pair: str | None = None, task: str | None = None) -> list[dict]:
+    """The model's answers about a picture (its path), a text, or both, the likeliest first.
+
+    Each is {"label", "score"}; in detection also "box", [x0, y0, x1, y1] in pixels of the upright
+    picture, and "attribute" where the task has attributes. Names and word pieces come from the
+    checkpoint, so no data are needed."""
+    task = choose_task(model, image is not None, text is not None, task)
+    sample = data.Sample(id=0)
+    if image is not None:
+        if not Path(image).is_file():
+            raise InputError(f"{image}: no such picture; check --image")
+        pixels = data.read_image(image)  # upright, as no annotations disagree with its EXIF
+        sample.size = tuple(pixels.shape[1:])
+        pixels = data.resize_for_evaluation(pixels, model.config.image_size, floor=task.text)
+        sample.image = data.normalise(pixels)
+    if text is not None:  # a terminal may send bytes that are not UTF-8; they become "?"
+        text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))
+        tokenizer = data.Tokenizer(checkpoint["vocab"])
+        sample.tokens, sample.types = tokenizer.encode(text, text_pair, task.max_tokens)
+    device = next(model.parameters()).device
+    return answers_to(model, task, sample, checkpoint["labels"][task.name], device)
+
+
+def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[dict]:
+    """The answers of `predict` to a data.Sample; `labels` are the checkpoint's, of this task."""
+    answer, = run_model(model, data.collate(task, [sample]), device)
+    if task.kind == "classification":
+        # Trained with binary cross entropy, each answer is a yes or no of its own.
+        binary = task.soft_scores and model.config.binary_vqa_loss
+        scores = answer.sigmoid() if binary else answer.softmax(-1)
+        return [{"label": labels["classes"][i], "score": float(scores[i])}
+                for i in scores.argsort(descending=True).tolist()]
+    found = []
+    for i in answer.scores.argsort(descending=True).tolist():
+        found.append({"label": labels["classes"][answer.labels[i]],
+                      "score": float(answer.scores[i]),
+                      "box": [round(x, 1) for x in answer.boxes[i].tolist()]})
+        if answer.attributes is not None:
+            found[-1]["attribute"] = labels["attributes"][answer.attributes[i]]
+    return found
+
+
+def choose_task(model: UniT, image: bool, text: bool, name: str | None, question=True) -> Task:
+    """The task of that name. Without a name, the model's first task with these inputs: for a
+    picture and a text VQA (soft scores) if the text is a `question`, else SNLI-VE. A text alone
+    does not say which task is meant, unless the model has only one."""
+    fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
+    if name is not None:
+        chosen = [t for t in fit if t.name == name]
+    elif image and text:
+        chosen = [t for t in fit if t.soft_scores == question] or fit
+    else:
+        chosen = fit if image or len(fit) == 1 else []
+    if not chosen:
+        given = "an image and a text" if image and text else "an image" if image else "a text"
+        names = ", ".join(t.name for t in fit) or "none"
+        raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take "
+                         f"{given} are: {names}; choose one of them")
+    return chosen[0]
+
+
+# ---- Files: results, and what the test servers take ----------------------------------------------
+# The names of files that GLUE's server takes. Its zip has eleven files, of which four are ours (we
+# do not know whether it accepts fewer). VQA's server wants all of test2015 even to score test-dev.
+GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
+
+
+def require_writable(out: Path) -> None:
+    """Creates the folder --out, and raises InputError before the work if it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out")
+
+
+def write_json(path: Path, value) -> None:
+    with data.whole_file(path) as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log.jsonl, if there is one, without any that a crash left half written."""
+    records = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith("}\n") and "iteration" in (record := json.loads(line)):
+                records.append(record)
+    return records
+
+
+def write_predictions(folder: Path, dataset, items: list) -> None:
+    """One data set's file for its test server; other splits and tasks in the same format."""
+    task, split, stem = dataset.task, dataset.split, dataset.path.stem
+    if task.kind == "detection":
+        # Of instances_val2017 or image_info_test-dev2017 the server wants the last part.
+        part = stem.rpartition("_")[2] if task.name == "coco" else f"{task.name}_{split}"
+        path = folder / f"detections_{part}_UniT_results.json"
+        write_detections(path, dataset.class_names, items)
+    elif task.soft_scores:  # v2_OpenEnded_mscoco_test2015_questions -> vqa_..._UniT_results
+        stem = stem.replace("v2_", "vqa_").replace("questions", "UniT_results")
+        answers = [{"question_id": i, "answer": dataset.class_names[a]} for i, a in items]
+        write_json(folder / f"{stem}.json", answers)
+    else:
+        name, labels = GLUE_FILES.get(task.name, task.name), dataset.words or dataset.class_names
+        if split != "test":
+            name += f"_{split}"
+        with data.whole_file(folder / f"{name}.tsv") as file:
+            file.write("index\tprediction\n")
+            file.writelines(f"{i}\t{labels[a]}\n" for i, a in items)
+
+
+def write_detections(path: Path, names: list[str], items: list) -> None:
+    """COCO's result JSON, boxes to 0.1 pixel, and a zip of it. Texts, as test-dev has two million
+    records, too many for dicts. Classes that do not exist (COCO's ten gaps) are left out, as the
+    metric never looks at them."""
+    record = '{"image_id":%d,"category_id":%d,"bbox":[%.1f,%.1f,%.1f,%.1f],"score":%.5f}'
+    records = []
+    for image, rows, _ in items:
+        for *box, score, label in rows.tolist():
+            if names[int(label)]:
+                records.append(record % (image, label, *box, score))
+    with data.whole_file(path) as file:
+        file.write("[" + ",\n".join(records) + "]")
+    with data.whole_file(path.with_suffix(".zip"), "wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(path, path.name)
+
+
+# ---- Pictures (Figures 3, E.1 and D.1; Appendices D and E) ---------------------------------------
+WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
+FONT = ImageFont.load_default(SIZE)
+COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
+
+
+def title(found: dict) -> str:
+    return f"{found.get('attribute', '')} {found['label']}".strip()
+
+
+def to_picture(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())           # (3, H, W) uint8 -> (H, W, 3)
+
+
+def save_picture(picture: Image.Image, path) -> None:
+    with data.whole_file(path, "wb") as file:
+        picture.save(file, "PNG")
+
+
+def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
+    """A copy of the picture, `scale` times as large (small ones have no room for letters), with the
+    boxes that `predict` found; the first of `found` is drawn on top."""
+    # A picture may be one pixel wide, or high: no side becomes 0, and none fills the memory.
+    scale = min(scale, 10 * WIDTH / picture.height)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    picture = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)  # stays sharp
+    draw, corner = ImageDraw.Draw(picture), [width - 1, height - 1] * 2
+    boxes = [(np.array(thing["box"]) * scale).clip(0, corner).tolist() for thing in found]
+    drawn = list(zip(found, boxes, itertools.cycle(COLOURS)))[::-1]
+    for _, box, colour in drawn:
+        draw.rectangle(box, outline=colour, width=3)
+    for thing, (x, y, _, _), colour in drawn:  # names last: no line crosses them
+        name = f"{title(thing)} {thing['score']:.2f}"
+        x = max(0, min(x, width - draw.textlength(name, FONT) - 8))
+        draw.text((x + 5, y + 3), name, "white", FONT, stroke_width=3, stroke_fill=colour)
+    return picture
+
+
+def tile(picture: Image.Image, lines: list[tuple[str, str]]) -> Image.Image:
+    """A picture, and below it lines (text, colour), wrapped to a tile's width."""
+    wrapped = [(part, colour) for text, colour in lines
+               for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9)]
+    top, step = picture.height + 4, SIZE + 5
+    border = 0, 0, WIDTH - picture.width, 4 + step * len(wrapped)  # left, above, right, below
+    result = ImageOps.expand(picture, border, "white")
+    for i, (part, colour) in enumerate(wrapped):
+        ImageDraw.Draw(result).text((0, top + step * i), part, colour, FONT)
+    return result
+
+
+def save_grid(tiles: list[Image.Image], path) -> None:
+    """Four tiles a row, as a PNG; no file without tiles."""
+    if not tiles:
+        return
+    rows = [tiles[i:i + 4] for i in range(0, len(tiles), 4)]
+    heights = [max(t.height for t in row) + PAD for row in rows]
+    size = len(rows[0]) * (WIDTH + PAD) + PAD, sum(heights) + PAD
+    sheet = Image.new("RGB", size, "white")
+    for i, t in enumerate(tiles):
+        sheet.paste(t, (PAD + i % 4 * (WIDTH + PAD), PAD + sum(heights[:i // 4])))
+    save_picture(sheet, path)
+
+
+def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
+    """One held-out input with the model's answer: green if right, red with the truth if wrong."""
+    task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
+    labels = {"classes": names, "attributes": dataset.attribute_names}
+    answers = answers_to(model, task, sample, labels, device)
+    picture, lines = Image.new("RGB", (WIDTH, 1), "white"), [(task.name, "#808080")]
+    if task.image:  # boxes are in the pixels of this size
+        picture = to_picture(dataset.picture(index)).resize(sample.size[::-1])
+        sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
+        picture = draw_boxes(picture, sure, WIDTH / picture.width)
+    if task.kind == "classification":
+        lines += [(f'"{text}"', "black") for text in dataset.texts(index)]
+        answer, scores = answers[0]["label"], sample.scores
+        line = f"prediction: {answer}", "#1b7f3b"
+        if scores is not None and scores[names.index(answer)] < 0.5:
+            line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
+        lines.append(line)
+    return tile(picture, lines)
+
+
+def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
+    """Figures 3 and E.1: four inputs of each data set, and the answers of a model in eval mode."""
+    tiles = []
+    for dataset in datasets.values():
+        for index in drawn_indices(len(dataset), 4):
+            with contextlib.suppress(data.UnusablePicture):  # `evaluate` has printed which
+                tiles.append(show_sample(model, dataset, index, device))
+    save_grid(tiles, path)
+
+
+def curves_picture(log, path) -> None:
+    """Figure D.1: each metric against iterations, a panel per task, from a run's log.jsonl."""
+    series = defaultdict(lambda: defaultdict(list))  # {task: {metric: [(iteration, value)]}}
+    for entry in read_log(log):
+        for task, metrics in entry.get("results", {}).items():
+            for metric, value in metrics.items():
+                if metric not in PART:
+                    series[task][metric].append((entry["iteration"], value))
+    save_grid([panel(task, metrics) for task, metrics in series.items()], path)
+
+
+def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
+    """One plot of {metric: [(iteration, percent)]}, a line per metric."""
+    plot = Image.new("RGB", (WIDTH, 190), "white")
+    draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
+    iterations, values = np.concatenate(list(metrics.values())).T
+    low, high = min(90, values.min() // 10 * 10), min(100, values.max() // 10 * 10 + 10)
+    last = int(iterations.max())
+
+    def at(iteration, value):
+        return (np.interp(iteration, (0, last), (left, right)),
+                np.interp(value, (low, high), (bottom, top)))
+    for value in (low, (low + high) / 2, high):
+        draw.line((at(0, value), at(last, value)), "#cccccc")
+        draw.text((left - 5, at(0, value)[1]), f"{value:g}", "black", FONT, "rm")
+    draw.text((right, bottom + 5), f"{last:,} iterations", "black", FONT, "ra")
+    for points, colour in zip(metrics.values(), COLOURS):
+        points = [at(*point) for point in points]
+        draw.line(points, colour, 2, joint="curve")
+        for point in points:
+            draw.circle(point, 2, colour)
+    return tile(plot, [(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)])
+
+
+# ---- Processes and precision ---------------------------------------------------------------------
+def start_processes() -> tuple[int, int, torch.device]:
+    """rank, number of processes, device; joins torchrun's group if there is one (train.py's too).
+
+    CPU tensors travel by gloo even where gradients go by NCCL, so the numbers that processes
+    exchange between iterations (boxes counted, signals received) never synchronise the GPU."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        # cuDNN's attention has had NaN gradients under a mask (torch 2.13 on Hopper).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def autocast(device, precision: str):
+    kind = torch.device(device).type
+    if (kind, precision) == ("cuda", "bf16") and not torch.cuda.is_bf16_supported(False):
+        raise InputError("--precision bf16: this GPU does not support it; use fp16")
+    return torch.autocast(kind, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 # ---- A trained model from its file ---------------------------------------------------------------
@@ -164,482 +609,6 @@ def starting_weights(path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]
     return unit.released_model(found, path, **heads).state_dict(), {}, "the authors' weights"
 
 
-# ---- Metrics -------------------------------------------------------------------------------------
-def vqa_accuracy(answer: str, ten_answers: list[str]) -> float:
-    """Agreement with ten annotators in 0..1, as the official evaluation (footnote 1) has it.
-
-    Leave one annotator out, count who of the other nine agrees: three make the answer right. The
-    mean over the ten is 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 and more who agree."""
-    answer, *ten = (x.replace("\n", " ").replace("\t", " ").strip() for x in [answer, *ten_answers])
-    # A trap: where all ten answers are one string, the official script compares them as they are.
-    if len(set(ten)) > 1:
-        answer, *ten = (data.normalise_answer(x) for x in [answer, *ten])
-    agree = [x == answer for x in ten]
-    return sum(min(1.0, (sum(agree) - own) / 3) for own in agree) / len(ten)
-
-
-def f1_score(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """F1 of class 1 in 0..1, GLUE's second number for QQP: 2 TP / (2 TP + FP + FN)."""
-    hits = np.sum((predicted == 1) & (truth == 1))
-    return 2 * hits / max(1, np.sum(predicted == 1) + np.sum(truth == 1))
-
-
-def average_precision(truth: COCO, rows: np.ndarray, image_ids: list, block: int = 200) -> dict:
-    """AP (Section 4.1's mAP, mean over IoU 0.50..0.95) and AP50 in percent; rows as of `to_rows`.
-
-    pycocotools keeps a record for each class x area x image: gigabytes with VG's 1,600 classes and
-    2,000 images. Classes don't see each other, so they go through it block by block, and for all
-    areas in one, which is all that AP needs: the same numbers in a third of the time. A class that
-    these images have no box of (but crowds) has no part in the mean, here as there. {}: no box."""
-    boxes = truth.loadAnns(truth.getAnnIds(imgIds=image_ids, iscrowd=False))
-    classes = sorted({box["category_id"] for box in boxes})
-    if not classes:
-        return {}
-    found, precision = COCO(), []
-    gc.disable()  # it would walk millions of new dicts again and again: 6 times as slow
-    try:
-        with contextlib.redirect_stdout(None):  # it prints
-            found.dataset = {"annotations": to_annotations(rows)}
-            found.createIndex()
-            for start in range(0, len(classes), block):
-                scorer = COCOeval(truth, found, "bbox")
-                vars(scorer.params).update(
-                    imgIds=image_ids, catIds=classes[start:start + block], maxDets=[100],
-                    areaRng=[[0, 1e10]], areaRngLbl=["all"])
-                scorer.evaluate()
-                scorer.accumulate()
-                precision.append(scorer.eval["precision"][..., 0, 0])  # (10 IoUs, recalls, classes)
-    finally:
-        gc.enable()
-    precision = np.concatenate(precision, axis=2)
-    return {"AP": 100 * precision.mean(), "AP50": 100 * precision[0].mean()}
-
-
-def to_rows(image_id: int, found: Detections) -> np.ndarray:
-    """One image's detections (q, 7): image id, x, y, w, h, score, class (COCO.loadRes's order)."""
-    boxes = box_convert(found.boxes.double(), "xyxy", "xywh")
-    ids = torch.full_like(boxes[:, 0], image_id)
-    return torch.column_stack([ids, boxes, found.scores, found.labels]).numpy()
-
-
-def to_annotations(rows: np.ndarray) -> list[dict]:
-    """As COCO.loadRes, without polygons, and for zero rows too. Ids from 1: 0 is "not matched"."""
-    return [{"id": n, "image_id": int(image), "category_id": int(label), "bbox": [x, y, w, h],
-             "score": s, "area": w * h}
-            for n, (image, x, y, w, h, s, label) in enumerate(rows.tolist(), 1)]
-
-
-def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, int]:
-    """(right, counted) in one image of VG. The truth: boxes (n, 4) x0, y0, x1, y1 in pixels, labels
-    (n,), attributes (n, 16) padded with -1.
-
-    Counted: true boxes with attributes that a prediction of their class overlaps by an IoU of at
-    least 0.5. Right: the highest attribute of the one that overlaps best is among theirs."""
-    iou = box_iou(boxes.double(), found.boxes.double())               # (n, q)
-    best = iou.masked_fill(labels[:, None] != found.labels, 0).max(1)
-    counted = (best.values >= 0.5) & (attributes >= 0).any(1)
-    right = (attributes == found.attributes[best.indices][:, None]).any(1)
-    return int((right & counted).sum()), int(counted.sum())
-
-
-# ---- Evaluation ----------------------------------------------------------------------------------
-def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_workers: int = 0,
-             limit: int = 0, precision: str = "fp32", out=None) -> dict:
-    """{task: {metric: percent}}; with `out`, the predictions go to OUT/predictions.
-
-    micro_batch: samples at a time; 0: one image, or 32 texts. limit: at most so many of each task,
-    always the same; 0: all.
-    Under torch.distributed all processes call this; rank 0 gets the results, the others {}."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    was_training, results = model.training, {}
-    model.eval()
-    for name, dataset in datasets.items():
-        indices = some(len(dataset), limit or len(dataset))
-        if not len(indices):
-            if rank == 0:
-                print(f"{name}: no samples")
-            continue
-        mine = np.array_split(indices, world)[rank]
-        batches = data.eval_loader(dataset, mine, micro_batch, num_workers)
-        batches = progress(name, batches, len(mine)) if rank == 0 else batches
-        items = [item for batch in batches for item in predictions(model, batch, device, precision)]
-        if world > 1:
-            parts = [None] * world if rank == 0 else None
-            dist.gather_object(items, parts)
-            items = list(itertools.chain(*parts or []))
-        if rank == 0:
-            if out is not None:
-                write_predictions(out / "predictions", dataset, items)
-            if metrics := score(dataset, indices, items):
-                results[name] = {k: round(float(v), 6) for k, v in metrics.items()}
-    model.train(was_training)
-    return results
-
-
-def some(total: int, count: int) -> np.ndarray:
-    """`count` of `total` indices, in order. Drawn: every n-th could follow the labels' pattern."""
-    return np.sort(np.random.default_rng(0).permutation(total)[:count])
-
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def autocast(device, precision: str):
-    kind = torch.device(device).type
-    if (kind, precision) == ("cuda", "bf16") and not torch.cuda.is_bf16_supported(False):
-        raise InputError("--precision bf16: this GPU has none; take fp16")
-    return torch.autocast(kind, PRECISIONS[precision], enabled=precision != "fp32")
-
-
-def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
-    """One item a sample: (id, class), or (image id, rows, (right, counted) attributes)."""
-    answers = run_model(model, batch, device, precision)
-    if isinstance(answers, torch.Tensor):
-        return list(zip(batch.ids, answers.argmax(-1).tolist()))
-    items = []
-    for i, found in enumerate(answers):
-        hits = (0, 0)
-        if batch.attributes is not None:
-            scale = batch.sizes[i].flip(0).repeat(2)                  # width, height, width, height
-            corners = box_convert(batch.boxes[i], "cxcywh", "xyxy") * scale
-            hits = attribute_hits(found, corners, batch.labels[i], batch.attributes[i])
-        items.append((batch.ids[i], to_rows(batch.ids[i], found), hits))
-    return items
-
-
-@torch.no_grad()
-def run_model(model: UniT, batch: Batch, device, precision: str = "fp32"):
-    """A batch's logits (B, C) in float32, or for detection a list of B Detections."""
-    batch = batch.to(device)
-    with autocast(device, precision):
-        outputs = model(batch)
-        if outputs.boxes is not None:
-            return unit.postprocess(model, outputs, batch)
-    logits = outputs.logits[-1].float()
-    if model.tasks[batch.task].soft_scores:
-        logits[:, 0] = -torch.inf  # class 0 is <unk>, which is never an answer (released system)
-    return logits
-
-
-def progress(name: str, batches, total: int):
-    """Passes batches on and tells every ten seconds how far it is and how long it will take."""
-    start = shown = time.time()
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch)
-        if time.time() - shown > 10:
-            shown = time.time()
-            left = timedelta(seconds=round((shown - start) * (total / done - 1)))
-            print(f"  {name}: {done} of {total}, ETA {left}", flush=True)
-
-
-def score(dataset, indices, items: list) -> dict:
-    """The metrics of predictions, in percent; {} where the truth is not known (test splits)."""
-    task, answers = dataset.task, [item[1] for item in items]
-    if task.kind == "detection":
-        metrics = average_precision(dataset.ground_truth(), np.concatenate(answers),
-                                    [item[0] for item in items])
-        right, counted = np.sum([item[2] for item in items], axis=0)
-        return metrics | ({"attribute_accuracy": 100 * right / counted} if counted else {})
-    if task.soft_scores:
-        agree = [vqa_accuracy(dataset.class_names[a], ten)
-                 for a, ten in zip(answers, map(dataset.answers, indices)) if ten]
-        return {"accuracy": 100 * np.mean(agree)} if agree else {}
-    truth, answers = np.array([dataset.label(i) for i in indices]), np.array(answers)
-    if (truth < 0).any():
-        return {}
-    metrics = {"accuracy": 100 * np.mean(answers == truth)}
-    return metrics | ({"F1": 100 * f1_score(answers, truth)} if task.name == "qqp" else {})
-
-
-# ---- Files: results, and what the test servers take ----------------------------------------------
-# GLUE's server: names of files. Its zip has eleven, four of which are ours (whether it takes fewer
-# is not known); VQA's wants all of test2015, also to score test-dev.
-GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
-
-
-def require_writable(out: Path) -> None:
-    """Makes the folder --out: that nothing can be written there is said before the work."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise InputError(f"{out}: cannot write there ({error.strerror}); choose another --out")
-
-
-def write_json(path: Path, value) -> None:
-    with data.whole_file(path) as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a log.jsonl, if there is one, less what a crash left half written."""
-    records = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        with contextlib.suppress(ValueError):
-            if line.endswith("}\n") and "iteration" in (record := json.loads(line)):
-                records.append(record)
-    return records
-
-
-def write_predictions(folder: Path, dataset, items: list) -> None:
-    """One data set's file for its test server; other splits and tasks in the same format."""
-    task, split, stem = dataset.task, dataset.split, dataset.path.stem
-    if task.kind == "detection":
-        # Of instances_val2017 or image_info_test-dev2017 the server wants the last part.
-        part = stem.rpartition("_")[2] if task.name == "coco" else f"{task.name}_{split}"
-        path = folder / f"detections_{part}_UniT_results.json"
-        write_detections(path, dataset.class_names, items)
-    elif task.soft_scores:  # v2_OpenEnded_mscoco_test2015_questions -> vqa_..._UniT_results
-        stem = stem.replace("v2_", "vqa_").replace("questions", "UniT_results")
-        write_json(folder / f"{stem}.json", [{"question_id": i, "answer": dataset.class_names[a]}
-                                             for i, a in items])
-    else:
-        name, labels = GLUE_FILES.get(task.name, task.name), dataset.words or dataset.class_names
-        name += "" if split == "test" else f"_{split}"
-        with data.whole_file(folder / f"{name}.tsv") as file:
-            file.write("index\tprediction\n")
-            file.writelines(f"{i}\t{labels[a]}\n" for i, a in items)
-
-
-def write_detections(path: Path, names: list[str], items: list) -> None:
-    """COCO's result JSON, boxes to 0.1 pixel, and a zip of it. test-dev makes two million records,
-    too many for dicts. Classes that do not exist (COCO's ten gaps) are left out, as the metric
-    never looks at them."""
-    used = np.array([name != "" for name in names])
-    rows = np.concatenate([rows for _, rows, _ in items])
-    rows = rows[used[rows[:, 6].astype(int)]][:, [0, 6, 1, 2, 3, 4, 5]]
-    record = '{"image_id":%d,"category_id":%d,"bbox":[%.1f,%.1f,%.1f,%.1f],"score":%.5f}'
-    with data.whole_file(path) as file:
-        file.write("[")
-        np.savetxt(file, rows[:-1], record, newline=",\n")
-        np.savetxt(file, rows[-1:], record, newline="")
-        file.write("]")
-    with data.whole_file(path.with_suffix(".zip"), "wb") as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.write(path, path.name)
-
-
-# ---- One input -----------------------------------------------------------------------------------
-def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
-            text_pair: str | None = None, task: str | None = None) -> list[dict]:
-    """The model's answers about a picture (its path), a text, or both, the likeliest first.
-
-    Detection: {"label", "score", "box": [x0, y0, x1, y1] in pixels}, and "attribute" where the task
-    has them; else {"label", "score"}. Names and word pieces: the checkpoint's, no data needed."""
-    task = choose_task(model, image is not None, text is not None, task)
-    sample = data.Sample(id=0)
-    if image is not None:
-        if not Path(image).is_file():
-            raise InputError(f"{image}: no such picture; check --image")
-        pixels = data.read_image(image)
-        sample.size = tuple(pixels.shape[1:])
-        pixels = data.resize_for_evaluation(pixels, model.config.image_size, floor=task.text)
-        sample.image = data.normalise(pixels)
-    if text is not None:  # letters that are no UTF-8, as a terminal may give, become "?"
-        text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))
-        tokenizer = data.Tokenizer(checkpoint["vocab"])
-        sample.tokens, sample.types = tokenizer.encode(text, text_pair, task.max_tokens)
-    device = next(model.parameters()).device
-    return answers_to(model, task, sample, checkpoint["labels"][task.name], device)
-
-
-def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[dict]:
-    """What `predict` returns, of a data.Sample and a checkpoint's labels of this task."""
-    answer, = run_model(model, data.collate(task, [sample]), device)
-    if task.kind == "classification":
-        # Trained with binary cross entropy, each answer is a yes or no of its own.
-        binary = task.soft_scores and model.config.binary_vqa_loss
-        scores = answer.sigmoid() if binary else answer.softmax(-1)
-        return [{"label": labels["classes"][i], "score": float(scores[i])}
-                for i in scores.argsort(descending=True).tolist()]
-    found = []
-    for i in answer.scores.argsort(descending=True).tolist():
-        found.append({"label": labels["classes"][answer.labels[i]],
-                      "score": float(answer.scores[i]),
-                      "box": [round(x, 1) for x in answer.boxes[i].tolist()]})
-        if answer.attributes is not None:
-            found[-1]["attribute"] = labels["attributes"][answer.attributes[i]]
-    return found
-
-
-def choose_task(model: UniT, image: bool, text: bool, name: str | None, question=True) -> Task:
-    """The task of that name; without one, the first of the model's that takes these inputs: of a
-    picture and a text the one with soft scores (VQA) if that is a `question`, else SNLI-VE."""
-    fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
-    fit.sort(key=lambda t: t.soft_scores != question)
-    named = [t for t in fit if t.name == name]
-    if named or (name is None and fit and (image or len(fit) == 1)):
-        return (named or fit)[0]
-    given = " and ".join(["an image"] * image + ["a text"] * text)
-    raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take "
-                     f"{given} are: {', '.join(t.name for t in fit) or 'none'}; give one of them")
-
-
-# ---- Pictures (Figures 3, E.1 and D.1; Appendices D and E) ---------------------------------------
-WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
-FONT = ImageFont.load_default(SIZE)
-COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
-
-
-def title(found: dict) -> str:
-    return f"{found.get('attribute', '')} {found['label']}".strip()
-
-
-def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
-    """A copy of the picture, `scale` times as large (small ones have no room for letters), with
-    what `predict` found drawn in; the first of `found` on top."""
-    # A picture may be one pixel wide, or high: no side of 0, and none that fills the memory.
-    scale = min(scale, 10 * WIDTH / picture.height)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    picture = picture.convert("RGB").resize(size, Image.Resampling.BOX)  # small ones stay sharp
-    draw, corner = ImageDraw.Draw(picture), 2 * (np.array(size) - 1).tolist()
-    boxes = [(np.array(f["box"]) * scale).clip(0, corner).tolist() for f in found]
-    drawn = list(zip(found, boxes, itertools.cycle(COLOURS)))[::-1]
-    for _, box, colour in drawn:
-        draw.rectangle(box, outline=colour, width=3)
-    for thing, (x, y, _, _), colour in drawn:  # names last: no line crosses them
-        name = f"{title(thing)} {thing['score']:.2f}"
-        x = max(0, min(x, size[0] - draw.textlength(name, FONT) - 8))
-        draw.text((x + 5, y + 3), name, "white", FONT, stroke_width=3, stroke_fill=colour)
-    return picture
-
-
-def tile(picture: Image.Image, lines: list[tuple[str, str]]) -> Image.Image:
-    """A picture, and below it lines (text, colour), wrapped to a tile's width."""
-    lines = [(part, colour) for text, colour in lines
-             for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9)]
-    top, step = picture.height + 4, SIZE + 5
-    border = 0, 0, WIDTH - picture.width, 4 + step * len(lines)  # left, above, right, below
-    result = ImageOps.expand(picture, border, "white")
-    for i, (part, colour) in enumerate(lines):
-        ImageDraw.Draw(result).text((0, top + step * i), part, colour, FONT)
-    return result
-
-
-def save_grid(tiles: list[Image.Image], path) -> None:
-    """Four tiles a row, as a PNG; none without tiles."""
-    if not tiles:
-        return
-    rows = [tiles[i:i + 4] for i in range(0, len(tiles), 4)]
-    heights = [max(t.height for t in row) + PAD for row in rows]
-    size = len(rows[0]) * (WIDTH + PAD) + PAD, sum(heights) + PAD
-    sheet = Image.new("RGB", size, "white")
-    for i, t in enumerate(tiles):
-        sheet.paste(t, (PAD + i % 4 * (WIDTH + PAD), PAD + sum(heights[:i // 4])))
-    with data.whole_file(path, "wb") as file:
-        sheet.save(file, "PNG")
-
-
-def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
-    """One held-out input with the model's answer: green if right, red with the truth if wrong."""
-    task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
-    labels = {"classes": names, "attributes": dataset.attribute_names}
-    answers = answers_to(model, task, sample, labels, device)
-    picture, lines = Image.new("RGB", (WIDTH, 1), "white"), [(task.name, "#808080")]
-    if task.image:  # boxes are in the pixels of this size
-        pixels = dataset.picture(index).permute(1, 2, 0).numpy()                      # (H, W, 3)
-        picture = Image.fromarray(pixels).resize(sample.size[::-1])
-        sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
-        picture = draw_boxes(picture, sure, WIDTH / picture.width)
-    if task.kind == "classification":
-        lines += [(f'"{text}"', "black") for text in dataset.texts(index)]
-        answer, scores = answers[0]["label"], sample.scores
-        line = f"prediction: {answer}", "#1b7f3b"
-        if scores is not None and scores[names.index(answer)] < 0.5:
-            line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
-        lines.append(line)
-    return tile(picture, lines)
-
-
-def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
-    """Figures 3 and E.1: four inputs of each data set, and the answers of a model in eval mode."""
-    save_grid([show_sample(model, dataset, i, device) for dataset in datasets.values()
-               for i in some(len(dataset), 4)], path)
-
-
-def curves_picture(log, path) -> None:
-    """Figure D.1: each metric against iterations, a panel per task, from a run's log.jsonl."""
-    series = defaultdict(lambda: defaultdict(list))  # {task: {metric: [(iteration, value)]}}
-    for entry in read_log(log):
-        for task, metrics in entry.get("results", {}).items():
-            for metric, value in metrics.items():
-                series[task][metric].append((entry["iteration"], value))
-    save_grid([panel(task, metrics) for task, metrics in series.items()], path)
-
-
-def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
-    """One plot of {metric: [(iteration, percent)]}, a line per metric."""
-    plot = Image.new("RGB", (WIDTH, 190), "white")
-    draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
-    iterations, values = zip(*itertools.chain(*metrics.values()))
-    low, high = min(90, min(values) // 10 * 10), min(100, max(values) // 10 * 10 + 10)
-    last = max(iterations)
-
-    def at(iteration, value):
-        return (np.interp(iteration, (0, last), (left, right)),
-                np.interp(value, (low, high), (bottom, top)))
-    for value in (low, (low + high) / 2, high):
-        draw.line((at(0, value), at(last, value)), "#cccccc")
-        draw.text((left - 5, at(0, value)[1]), f"{value:g}", "black", FONT, "rm")
-    draw.text((right, bottom + 5), f"{last:,} iterations", "black", FONT, "ra")
-    for points, colour in zip(metrics.values(), COLOURS):
-        points = [at(*point) for point in points]
-        draw.line(points, colour, 2, joint="curve")
-        for point in points:
-            draw.circle(point, 2, colour)
-    return tile(plot, [(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)])
-
-
-# ---- The command line ----------------------------------------------------------------------------
-def parser() -> argparse.ArgumentParser:
-    p = data.Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    g = p.add_argument_group("the model (one of the two)")
-    g = g.add_mutually_exclusive_group(required=True).add_argument
-    g("--checkpoint", metavar="FILE", help="what train.py saved, for example runs/T3.3/last.pt")
-    g("--released", metavar="FILE", help="the authors' published file, .tar.gz or the .pth in it")
-    g = p.add_argument_group("whole data sets").add_argument
-    g("--data", metavar="DIR", help="folder of the data sets [that of the training, or data]")
-    g("--tasks", type=lambda x: x.split(","), metavar="A,B", help="some of the model's tasks [all]")
-    g("--split", choices=["val", "test"], default="val",
-      help="test: writes what the test servers take into OUT/predictions [val]")
-    g("--out", metavar="DIR", help="where everything goes [the folder of the model's file]")
-    g("--eval_samples", type=data.between(0), default=0, metavar="INT",
-      help="at most so many of each task [0: all]")
-    g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
-    g("--micro_batch", type=data.between(0), metavar="INT",
-      help="samples at a time; 0: one image, or 32 texts [that of the training, or 0]")
-    g("--num_workers", type=data.between(0), default=2, metavar="INT", help="data workers [2]")
-    g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
-    group = p.add_argument_group("one input (no data set needed)")
-    g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    g("--image", metavar="FILE", help="a picture; alone: its boxes x0, y0, x1, y1, also drawn")
-    either("--question", metavar="TEXT", help="a question about --image")
-    either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
-    g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
-    return p
-
-
-def start_processes() -> tuple[int, int, torch.device]:
-    """rank, number of processes, device; joins torchrun's group if there is one (train.py's too).
-
-    CPU tensors travel by gloo even where gradients go by NCCL: what the processes tell each other
-    between iterations (boxes counted, stop?) then costs the GPU no synchronisation."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        # cuDNN's attention has had NaN gradients under a mask (torch 2.13 on Hopper).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
     """The authors' model, what `predict` needs beside it, and its row of RELEASED. Their files hold
     no names: these come from `folder`; numbers stand in for what is not there."""
@@ -660,6 +629,102 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
     return model, {"labels": labels, "vocab": folder / "bert" / "vocab.txt"}, name
 
 
+# ---- The paper's numbers -------------------------------------------------------------------------
+def eight(*numbers: float) -> dict[str, float]:
+    return dict(zip(("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2"), numbers))
+
+
+# Models of one task each (T3.1), and those of Appendix B, fine-tuned from T3.5 (T3.6).
+SINGLE = eight(40.6, 3.87, 66.38, 70.52, 91.62, 84.23, 91.18, 91.63)
+FINE_TUNED = eight(42.3, 4.68, 67.60, 72.56, 86.92, 81.53, 90.57, 88.06)
+ABLATIONS = {  # COCO, SNLI-VE, MNLI; TC.1.6 diverged
+    "T4.1": (38.79, 69.27, 81.41), "T4.2": (40.13, 68.17, 80.58), "T4.3": (39.02, 68.82, 81.15),
+    "T4.4": (36.32, 69.68, 81.09), "T4.5": (38.24, 69.76, 81.31), "T4.6": (39.46, 69.06, 81.67),
+    "T4.7": (38.61, 70.22, 81.45), "T4.8": (35.03, 68.57, 79.62),
+    "TC.1.1": (38.79, 69.27, 81.41), "TC.1.2": (33.39, 68.53, 81.01),
+    "TC.1.3": (36.65, 69.07, 80.64), "TC.1.4": (38.75, 68.66, 81.66),
+    "TC.1.5": (38.63, 69.14, 81.09), "TC.1.6": (), "TC.1.7": (29.88, 70.39, 83.74),
+    "TC.1.8": (39.96, 69.31, 79.88), "TC.1.9": (40.98, 68.72, 81.08),
+    "TC.1.10": (38.88, 65.77, 61.47), "TC.1.11": (37.18, 65.01, 59.87),
+    "TC.1.12": (37.87, 68.70, 81.11)}
+# T<table>.<line> on validation: mAP of COCO and VG, else accuracy. Not here are the lines of other
+# systems: DETR, VisualBERT and BERT in Table 3, and the comparisons of footnotes 6, 7 and 8.
+PAPER = {
+    **{f"T1.1-{t}": {t: SINGLE[t]} for t in ("coco", "vg", "vqa2")},
+    "T1.2": dict(coco=40.8, vg=3.91, vqa2=68.84),
+    "T1.3": dict(coco=37.2, vg=4.05, vqa2=68.79),
+    "T1.4": dict(coco=40.8, vg=4.53, vqa2=67.30),
+    **{f"T2.1-{t}": {t: SINGLE[t]} for t in ("coco", "vg", "vqa2")},
+    "T2.2": dict(coco=40.2, vqa2=66.88),
+    "T2.3": dict(vg=3.83, vqa2=68.49),
+    "T2.4": dict(coco=40.8, vg=4.53, vqa2=67.30),
+    **{f"T3.1-{t}": {t: x} for t, x in SINGLE.items()},
+    "T3.2": eight(32.2, 2.54, 67.38, 74.31, 87.68, 81.76, 90.44, 89.40),
+    "T3.3": eight(33.8, 2.69, 67.36, 74.14, 87.99, 81.40, 90.62, 89.40),
+    "T3.4": eight(38.9, 3.22, 67.58, 74.20, 87.99, 81.33, 90.61, 89.17),
+    "T3.5": eight(39.0, 3.29, 66.97, 73.16, 87.95, 80.91, 90.64, 89.29),
+    **{f"T3.6-{t}": {t: x} for t, x in FINE_TUNED.items()},
+    **{line: dict(zip(("coco", "snli_ve", "mnli"), row)) for line, row in ABLATIONS.items()}}
+PAPER_TEST = {  # COCO and VQAv2 test-dev, SNLI-VE test, GLUE's server
+    "T1.4": dict(coco=41.1, vqa2=67.47),
+    "T2.4": dict(coco=41.1, vqa2=67.47),
+    "T3.5": dict(vqa2=67.03, snli_ve=73.16, qnli=88.0, mnli=79.8, qqp=88.4, sst2=91.5)}
+RELEASED = {  # what the authors report for their published checkpoints, on validation (README)
+    "released-coco": dict(coco=40.54),
+    "released-coco-no-task": dict(coco=40.15),
+    "released-all": eight(38.99, 3.29, 66.96, 73.16, 87.90, 80.90, 90.65, 89.22),
+    "released-all-no-task": eight(38.47, 3.31, 68.25, 74.07, 88.15, 80.61, 90.61, 88.50)}
+
+
+def results_table(results: dict, experiment: str | None = None, split: str = "val") -> str:
+    """Task, metric, this run, the paper's number if it has the same setting and, if the score is
+    over a part of the split, of how many samples."""
+    theirs = (PAPER_TEST if split == "test" else PAPER | RELEASED).get(experiment)
+    who = "authors" if experiment in RELEASED else "paper"
+    rows = [("task", "metric", "this run", f"{who} {experiment}" if theirs else "", "")]
+    for task, metrics in results.items():
+        number = theirs.get(task, "-") if theirs else ""
+        part = f"{metrics['samples']} of {metrics['of']} samples" if "of" in metrics else ""
+        for metric, value in metrics.items():
+            if metric not in PART:
+                rows.append((task, metric, f"{value:.2f}", number, part))
+            task = number = ""  # the paper's number is the first metric
+    return "\n".join("{:<9} {:<18} {:>8} {:>14}  {}".format(*row).rstrip() for row in rows)
+
+
+# ---- The command line ----------------------------------------------------------------------------
+def parser() -> argparse.ArgumentParser:
+    p = data.Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    path, number = os.path.expanduser, data.between(0)
+    g = p.add_argument_group("the model (one of the two)")
+    g = g.add_mutually_exclusive_group(required=True).add_argument
+    g("--checkpoint", type=path, metavar="FILE", help="a file of train.py: runs/T3.3/last.pt")
+    g("--released", type=path, metavar="FILE", help="the authors' .tar.gz, or the .pth in it")
+    g = p.add_argument_group("whole data sets").add_argument
+    g("--data", type=path, metavar="DIR", help="folder of the data sets [the training's, or data]")
+    g("--tasks", type=lambda x: x.split(","), metavar="A,B", help="some of the model's tasks [all]")
+    g("--split", choices=["val", "test"], default="val",
+      help="test: writes the files for the test servers into OUT/predictions [val]")
+    g("--allow_partial", action="store_true",
+      help="write a test server's file even if samples are missing")
+    g("--out", type=path, metavar="DIR", help="folder of all results [that of the model's file]")
+    g("--eval_samples", type=number, default=0, metavar="INT",
+      help="at most so many of each task [0: all]")
+    g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
+    g("--micro_batch", type=number, metavar="INT",
+      help="samples at a time; 0: one image, or 32 texts [the training's, or 0]")
+    g("--num_workers", type=number, default=2, metavar="INT", help="data workers [2]")
+    g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
+    group = p.add_argument_group("one input (no data set needed)")
+    g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    g("--image", type=path, metavar="FILE", help="a picture; alone: prints and draws its boxes")
+    either("--question", metavar="TEXT", help="a question about --image")
+    either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
+    g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
+    return p
+
+
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
     """The split's data sets, checked to have the model's classes (`labels`; {}: not known)."""
     if lost := [t for t in tasks if t not in model.tasks]:
@@ -674,7 +739,7 @@ def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folde
 
 
 def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
-    """Prints what the model says about one input; detections are drawn too."""
+    """Prints the model's answers about one input; detections are drawn too."""
     text = args.question or args.text
     for name in args.tasks or [None]:
         task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
@@ -685,30 +750,30 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
         for a in shown:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
         if detection:
-            picture = Image.open(args.image)
+            picture = to_picture(data.read_image(args.image))
             path = out / f"prediction_{task.name}.png"
-            with data.whole_file(path, "wb") as file:
-                draw_boxes(picture, shown, max(1, WIDTH / picture.width)).save(file, "PNG")
+            save_picture(draw_boxes(picture, shown, max(1, WIDTH / picture.width)), path)
             print(f"{len(shown)} boxes of at least 50%, drawn into {path}")
 
 
 def run(args: argparse.Namespace) -> None:
     rank, _, device = start_processes()
-    file = Path(args.checkpoint or args.released)
     one_input = args.image, args.question, args.text, args.text_pair
-    # An empty one would silently evaluate whole data sets.
     if args.question and not args.image:
         raise InputError("--question is about a picture: give --image, too")
     if "" in one_input or (args.text_pair and not args.text):
+        # An empty one would silently evaluate whole data sets.
         raise InputError("--image, --question, --text and --text_pair must not be empty, and "
                          "--text_pair goes with --text")
+    file = Path(args.checkpoint or args.released)
     if args.released:
-        folder = Path(args.data or "data")
+        folder, trained = Path(args.data or "data"), {}
         model, checkpoint, name = released_checkpoint(file, folder)
     else:
         model, checkpoint = load_checkpoint(file)
         checkpoint.pop("optimizer", None)  # twice the model's memory
-        folder = Path(args.data or checkpoint.get("train", {}).get("data", "data"))
+        trained = checkpoint.get("train", {})
+        folder = Path(args.data or trained.get("data", "data"))
         name = file.resolve().parent.name  # runs/T3.5/last.pt
     model.to(device)
     out = Path(args.out or file.parent)
@@ -716,22 +781,22 @@ def run(args: argparse.Namespace) -> None:
         require_writable(out)
     if any(one_input):
         return answer_one(args, model, checkpoint, out)
-    # Unasked, VG's lack of a test split is no mistake; as the model's only task it is.
+    # VG has no test split: skip it silently, unless it is the only task.
     lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]
     tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
     datasets = load_datasets(model, labels, tasks, args.split, folder)
     micro_batch = args.micro_batch
     if micro_batch is None:
-        micro_batch = checkpoint.get("train", {}).get("micro_batch", 0)
-    results = evaluate(model, datasets, device, micro_batch, args.num_workers,
-                       args.eval_samples, args.precision, out)
+        micro_batch = trained.get("micro_batch", 0)
+    results = evaluate(model, datasets, device, micro_batch, args.num_workers, args.eval_samples,
+                       args.precision, out, args.allow_partial)
     if rank > 0:
         return
     print(results_table(results, name, args.split))
     print(f"images: {micro_batch or 1} at a time; predictions: {out / 'predictions'}")
     path = out / ("results.json" if args.split == "val" else "results_test.json")
-    with contextlib.suppress(OSError, ValueError, TypeError):  # of other tasks, from before
+    with contextlib.suppress(OSError, ValueError, TypeError):  # earlier results of other tasks
         results = json.loads(path.read_text()) | results
     write_json(path, results)
     if args.figures:

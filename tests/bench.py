@@ -591,9 +591,9 @@ def random_truth(num_images: int, num_classes: int, boxes_each: int) -> COCO:
     return truth
 
 
-def random_predictions(truth: COCO, num_images: int, queries: int = 100) -> np.ndarray:
-    """(images x queries, 7) rows as of `eval.to_rows`; the first ones lie near true boxes."""
-    rng, blocks = np.random.default_rng(1), []
+def random_predictions(truth: COCO, num_images: int, queries: int = 100) -> dict:
+    """{image: (queries, 6) as of `eval.to_rows`}; the first ones lie near true boxes."""
+    rng, found = np.random.default_rng(1), {}
     for image in range(1, num_images + 1):
         true = truth.imgToAnns[image]
         boxes = torch.from_numpy(rng.uniform(0, 300, (queries, 4)))
@@ -604,8 +604,8 @@ def random_predictions(truth: COCO, num_images: int, queries: int = 100) -> np.n
             boxes[n] = torch.tensor([x, y, x + w, y + h]) + torch.from_numpy(rng.normal(0, 5, 4))
             labels[n] = thing["category_id"]
         scores = torch.from_numpy(rng.random(queries))
-        blocks.append(evaluation.to_rows(image, unit.Detections(scores, labels, boxes)))
-    return np.concatenate(blocks)
+        found[image] = evaluation.to_rows(unit.Detections(scores, labels, boxes))
+    return found
 
 
 def inside_pycocotools(function) -> tuple[float, float]:
@@ -630,16 +630,16 @@ def metric(flags) -> None:
     num_images, num_vg = (500, 200) if flags.quick else (5000, 2000)
     heading(f"The COCO metric, {num_images} pictures x 100 boxes", ("ours", "pycocotools"))
     truth = random_truth(num_images, 80, 7)
-    rows, ids = random_predictions(truth, num_images), list(range(1, num_images + 1))
-    whole, theirs = inside_pycocotools(lambda: evaluation.average_precision(truth, rows, ids))
+    found = random_predictions(truth, num_images)
+    whole, theirs = inside_pycocotools(lambda: evaluation.average_precision(truth, found))
     part = (whole - theirs) / theirs
     row("our part beside pycocotools' within it", f"{whole - theirs:.3g} s", f"{theirs:.3g} s",
         f"{part:.1%}", "< 15%", part < 0.15)
 
     def plainly():
         with redirect_stdout(StringIO()):
-            found = truth.loadRes(rows)
-            scorer = COCOeval(truth, found, "bbox")
+            rows = [np.insert(rows, 0, image, axis=1) for image, rows in found.items()]
+            scorer = COCOeval(truth, truth.loadRes(np.concatenate(rows)), "bbox")
             scorer.evaluate(), scorer.accumulate(), scorer.summarize()
     plain = timed(plainly)
     row("all of it, pycocotools as documented", f"{whole:.3g} s", f"{plain:.3g} s",
@@ -651,9 +651,8 @@ def metric(flags) -> None:
 
 def vg_peak(num_images: int) -> tuple[float, float]:
     truth = random_truth(num_images, 1600, 20)
-    rows = random_predictions(truth, num_images)
-    seconds = timed(lambda: evaluation.average_precision(truth, rows,
-                                                         list(range(1, num_images + 1))))
+    found = random_predictions(truth, num_images)
+    seconds = timed(lambda: evaluation.average_precision(truth, found))
     return memory("VmHWM"), seconds
 
 

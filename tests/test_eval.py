@@ -3,6 +3,8 @@ import contextlib
 import io
 import json
 import re
+import shutil
+import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 import data
 import eval as evaluation
 import unit
+from conftest import ROOT, run_python
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -46,6 +49,9 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
     ("1 2", ["1/2"] * 4 + ["half"] * 6, 1.0),
     ("t shirt", ["t-shirt"] * 4 + ["shirt"] * 6, 1.0),
     ("2", ["two"] * 5 + ["the two"] * 5, 1.0),
+    # own data with fewer answers: 3 k / n, at most 1, always normalised
+    ("cat", ["cat"], 1.0), ("yes", ["A yes."], 1.0), ("dog", ["cat"], 0.0),
+    ("cat", ["cat", "dog"], 1.0), ("cat", ["dog"] * 4 + ["cat"], 0.6), ("no", ["No."] * 9, 1.0),
 ])
 def test_vqa_accuracy(answer, ten, expected):
     assert evaluation.vqa_accuracy(answer, ten) == pytest.approx(expected, abs=1e-12)
@@ -75,30 +81,31 @@ def truth_of(rows) -> COCO:
 
 def test_average_precision_by_hand():
     truth = truth_of([(7, 3, (0, 0, 10, 10), 0), (7, 3, (50, 50, 10, 10), 0)])
-    rows = np.array([[7, 0, 0, 10, 10, 0.9, 3],        # right
-                     [7, 200, 200, 10, 10, 0.8, 3],    # wrong
-                     [7, 50, 50, 10, 10, 0.7, 3]])     # right: precision 1 to recall 0.5, then 2/3
-    expected = 100 * (51 + 50 * 2 / 3) / 101           # of the 101 recalls, 0 to 0.50 and 0.51 to 1
-    result = evaluation.average_precision(truth, rows, [7])
+    rows = np.array([[0, 0, 10, 10, 0.9, 3],        # right
+                     [200, 200, 10, 10, 0.8, 3],    # wrong
+                     [50, 50, 10, 10, 0.7, 3]])     # right: precision 1 to recall 0.5, then 2/3
+    expected = 100 * (51 + 50 * 2 / 3) / 101        # of the 101 recalls, 0 to 0.50 and 0.51 to 1
+    result = evaluation.average_precision(truth, {7: rows})
     assert result == {"AP": pytest.approx(expected), "AP50": pytest.approx(expected)}
 
 
 def test_average_precision_counts_each_iou():
     """A box that overlaps by 0.6 is right at 0.50, 0.55 and 0.60, three of ten thresholds."""
     truth = truth_of([(1, 1, (0, 0, 10, 10), 0)])
-    result = evaluation.average_precision(truth, np.array([[1, 0, 0, 10, 6.001, 0.5, 1]]), [1])
+    result = evaluation.average_precision(truth, {1: np.array([[0, 0, 10, 6.001, 0.5, 1]])})
     assert result == {"AP": pytest.approx(30), "AP50": pytest.approx(100)}
 
 
 def test_average_precision_ignores_crowds_and_other_images():
     truth = truth_of([(1, 1, (0, 0, 10, 10), 0), (1, 1, (40, 40, 50, 50), 1),
                       (1, 2, (0, 0, 9, 9), 1), (2, 3, (0, 0, 10, 10), 0)])
-    rows = np.array([[1, 45, 45, 10, 10, 0.9, 1],  # inside the crowd: neither right nor wrong
-                     [1, 0, 0, 10, 10, 0.5, 1]])
-    assert evaluation.average_precision(truth, rows, [1])["AP"] == pytest.approx(100)
-    assert evaluation.average_precision(truth, rows, [1, 2])["AP"] == pytest.approx(50)
-    assert evaluation.average_precision(truth, np.empty((0, 7)), [1]) == {"AP": 0, "AP50": 0}
-    assert evaluation.average_precision(truth_of([]), rows, [1]) == {}
+    rows = np.array([[45, 45, 10, 10, 0.9, 1],  # inside the crowd: neither right nor wrong
+                     [0, 0, 10, 10, 0.5, 1]])
+    none = np.empty((0, 6))
+    assert evaluation.average_precision(truth, {1: rows})["AP"] == pytest.approx(100)
+    assert evaluation.average_precision(truth, {1: rows, 2: none})["AP"] == pytest.approx(50)
+    assert evaluation.average_precision(truth, {1: none}) == {"AP": 0, "AP50": 0}
+    assert evaluation.average_precision(truth_of([]), {1: rows}) == {}
 
 
 def random_scene(images=12, classes=23, seed=0):
@@ -113,6 +120,11 @@ def random_scene(images=12, classes=23, seed=0):
     return truth_of(truth), np.array(rows), list(range(1, images + 1))
 
 
+def by_image(rows: np.ndarray, images) -> dict:
+    """Rows as COCO.loadRes takes them -> what `average_precision` takes."""
+    return {image: rows[rows[:, 0] == image, 1:] for image in images}
+
+
 def test_blocks_of_classes_give_the_numbers_of_pycocotools_in_one_go():
     truth, rows, images = random_scene()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -120,7 +132,7 @@ def test_blocks_of_classes_give_the_numbers_of_pycocotools_in_one_go():
         scorer.evaluate(), scorer.accumulate(), scorer.summarize()
     assert 5 < 100 * scorer.stats[0] < 95
     for block in (1, 4, 200):
-        result = evaluation.average_precision(truth, rows, images, block)
+        result = evaluation.average_precision(truth, by_image(rows, images), block)
         assert result["AP"] == pytest.approx(100 * scorer.stats[0], abs=1e-10)
         assert result["AP50"] == pytest.approx(100 * scorer.stats[1], abs=1e-10)
 
@@ -132,12 +144,21 @@ def detections(boxes, labels, attributes=None, scores=None):
                            None if attributes is None else torch.tensor(attributes))
 
 
-def test_rows_are_those_of_pycocotools():
-    rows = evaluation.to_rows(401244, detections([[10, 20, 40, 60]], [5], scores=[0.25]))
-    assert rows.tolist() == [[401244, 10, 20, 30, 40, 0.25, 5]]
-    assert evaluation.to_annotations(rows) == [
-        {"id": 1, "image_id": 401244, "category_id": 5, "bbox": [10, 20, 30, 40], "score": 0.25,
+@pytest.mark.parametrize("image", [401244, 20240115093000001, 2**63 - 1])
+def test_records_are_those_of_pycocotools(image, tmp_path):
+    """Image ids are exact, in the metric and in the server's file. 2**53 is where doubles end."""
+    rows = evaluation.to_rows(detections([[10, 20, 40, 60]], [5], scores=[0.25]))
+    assert rows.tolist() == [[10, 20, 30, 40, 0.25, 5]]
+    assert evaluation.to_annotations({image: rows}) == [
+        {"id": 1, "image_id": image, "category_id": 5, "bbox": [10, 20, 30, 40], "score": 0.25,
          "area": 1200}]
+    near = {image - 1: rows[:0], image: rows}  # perfect for one of two
+    truth = truth_of([(i, 5, (10, 20, 30, 40), 0) for i in near])
+    assert evaluation.average_precision(truth, near)["AP"] == pytest.approx(100 * 51 / 101)
+    evaluation.write_detections(tmp_path / "found.json", ["x"] * 6, [(image, rows, (0, 0))])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == [{"image_id": image, "category_id": 5, "bbox": [10, 20, 30, 40],
+                      "score": 0.25}]
 
 
 def test_attribute_hits():
@@ -240,7 +261,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(folder, tmp_path_factory):
     """A file as train.py saves it, of a small model with random weights."""
-    tasks, datasets = data.load(folder, NAMES, "val", 32, "flip")
+    tasks, datasets = data.load(folder, NAMES, "val", 32)
     torch.manual_seed(0)
     model = unit.UniT(SMALL, tasks)
     path = tmp_path_factory.mktemp("run") / "last.pt"
@@ -350,30 +371,124 @@ def test_limit_and_the_mode_comes_back(checkpoint, folder, capsys):
     model.train()
     evaluation.evaluate(model, datasets, "cpu", limit=2)
     assert model.training and len(set(seen)) == 2
-    assert evaluation.some(100, 3).tolist() == sorted(set(evaluation.some(100, 3).tolist()))
-    assert evaluation.some(5, 9).tolist() == [0, 1, 2, 3, 4]
+    three = evaluation.drawn_indices(100, 3).tolist()
+    assert three == sorted(set(three)) and len(three) == 3
+    assert evaluation.drawn_indices(5, 9).tolist() == evaluation.drawn_indices(5, 0).tolist()
     datasets["coco"].ids = datasets["coco"].ids[:0]
     assert evaluation.evaluate(model, {"coco": datasets["coco"]}, "cpu") == {}
     assert "coco: no samples" in capsys.readouterr().out
 
 
 def evaluate_as(rank: int, world: int, checkpoint, folder, out) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
+    if world > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", f"file://{out}/store", rank=rank,
+                                             world_size=world)
     model, _ = evaluation.load_checkpoint(checkpoint)
     _, datasets = data.load(folder, NAMES, "val", 32)
     results = evaluation.evaluate(model, datasets, "cpu", micro_batch=1, out=out)
     assert rank == 0 or results == {}
-    evaluation.write_json(Path(out) / f"results{rank}.json", results)
+    evaluation.write_json(out / f"results{rank}.json", results)
 
 
-def test_two_processes_count_every_sample_once(checkpoint, folder, val_run, tmp_path):
-    torch.multiprocessing.spawn(evaluate_as, (2, checkpoint, folder, tmp_path), nprocs=2)
-    both, one = (json.loads(p.read_text())
-                 for p in (tmp_path / "results0.json", val_run / "results.json"))
+def test_two_processes_count_every_sample_once(checkpoint, folder, tmp_path):
+    """With a picture missing, and one in the second process's share that cannot be used."""
+    copy = spoil(folder, tmp_path / "data", [3], [13])
+    evaluate_as(0, 1, checkpoint, copy, tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    torch.multiprocessing.spawn(evaluate_as, (2, checkpoint, copy, tmp_path / "two"), nprocs=2)
+    one, both = (json.loads((tmp_path / name / "results0.json").read_text())
+                 for name in ("one", "two"))
     assert both == {t: pytest.approx(metrics, abs=1e-3) for t, metrics in one.items()}
-    for file in (val_run / "predictions").glob("*.tsv"):
-        assert (tmp_path / "predictions" / file.name).read_text() == file.read_text()
+    assert (both["coco"]["samples"], both["coco"]["of"]) == (3, 5)
+    for file in (tmp_path / "one/predictions").glob("*.tsv"):
+        assert (tmp_path / "two/predictions" / file.name).read_text() == file.read_text()
+
+
+# --- parts of a split ---------------------------------------------------------------------------
+
+def spoil(folder: Path, copy: Path, missing: list, broken: list) -> Path:
+    """A copy of the data where these pictures, by number, are missing or hold no picture."""
+    shutil.copytree(folder, copy)
+    for path in copy.rglob("*.jpg"):
+        number = int(re.search(r"(\d+)\.jpg", path.name)[1])
+        if number in missing:
+            path.unlink()
+        elif number in broken:
+            path.write_bytes(b"<html>")
+    return copy
+
+
+@pytest.mark.parametrize("missing, broken, limit, count", [
+    ([3], [], 0, 4), ([], [9], 0, 4), ([3, 5], [9], 0, 2), ([], [], 4, 4), ([], [], 5, 5),
+    ([], [3, 5, 9, 12, 13], 0, 0)])
+def test_a_score_over_a_part_says_so(missing, broken, limit, count, checkpoint, folder, tmp_path,
+                                     capsys):
+    copy, out = spoil(folder, tmp_path / "data", missing, broken), tmp_path / "out"
+    tasks, workers = NAMES[:4], len(missing)  # with workers, and without
+    evaluation.main(["--checkpoint", str(checkpoint), "--data", str(copy), "--out", str(out),
+                     "--tasks", ",".join([*tasks, "qnli"]), "--eval_samples", str(limit),
+                     "--num_workers", str(workers)])
+    printed, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert ("of" in results["qnli"]) == (limit == 4)  # it has no pictures
+    for task in tasks:
+        warning = (f"warning: {task}: evaluated on {count} of 5 samples "
+                   f"(pictures missing: {len(missing)}, unusable: {len(broken)})")
+        assert (warning in printed) == bool(missing or broken)
+        if not count:
+            assert f"{task}: no samples" in printed and task not in results
+            continue
+        part = {"samples": count, "of": 5} if count < 5 else {}
+        assert {key: results[task].get(key) for key in part} == part
+        line = re.search(rf"^{task} .*", printed, re.M)[0]
+        assert line.endswith(f"  {count} of 5 samples") == (count < 5)
+    if broken:  # the reason once, though COCO and VQAv2 meet the same picture
+        assert printed.count(f"val2017/{broken[0]:012}.jpg: ") == 1
+    if count:  # labels are those of the samples that are left
+        lines = (out / "predictions/snli_ve_val.tsv").read_text().splitlines()[1:]
+        pairs = [line.split("\t") for line in lines]
+        truth = ["entailment", "neutral", "contradiction", "neutral", "entailment"]
+        right = [label == truth[int(number)] for number, label in pairs]
+        assert len(right) == count
+        assert results["snli_ve"]["accuracy"] == pytest.approx(100 * np.mean(right), abs=1e-4)
+
+
+@pytest.mark.parametrize("task, file", [
+    ("coco", "detections_test-dev2017_UniT_results.json"),
+    ("vqa2", "vqa_OpenEnded_mscoco_test2015_UniT_results.json"), ("sst2", "SST-2.tsv")])
+@pytest.mark.parametrize("missing, broken, limit", [([3, 5], [], 0), ([], [9, 12], 0), ([], [], 3)])
+def test_a_server_s_file_is_complete_or_not_written(task, file, missing, broken, limit, checkpoint,
+                                                    folder, tmp_path, capsys, monkeypatch):
+    copy, path = spoil(folder, tmp_path / "data", missing, broken), tmp_path / "predictions" / file
+    command = ["--checkpoint", str(checkpoint), "--data", str(copy), "--out", str(tmp_path),
+               "--tasks", task, "--split", "test", "--eval_samples", str(limit),
+               "--num_workers", "0"]
+    if task == "sst2" and not limit:
+        evaluation.main(command)
+        assert path.exists()
+        return
+    with pytest.raises(SystemExit) as stop, monkeypatch.context() as patch:
+        if not broken:  # known before the work
+            patch.delattr(evaluation, "predict_split")
+        evaluation.main(command)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and " 2 of its samples are missing" in error
+    assert "--allow_partial" in error and not path.exists()
+    evaluation.main([*command, "--allow_partial"])
+    warned = "evaluated on 3 of 5 samples" in capsys.readouterr().out
+    assert path.exists() and warned == (not limit)
+
+
+def test_curves_are_of_metrics_alone(tmp_path):
+    log = [{"iteration": n, "results": {"coco": {"AP": 5.0 * n, "samples": 4, "of": 90}}}
+           for n in (1, 2)]
+    drawn = []
+    for name, entries in ("part", log), ("all", [
+            {**x, "results": {"coco": {"AP": x["results"]["coco"]["AP"]}}} for x in log]):
+        write(tmp_path / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in entries))
+        evaluation.curves_picture(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png")
+        drawn.append(Image.open(tmp_path / f"{name}.png").tobytes())
+    assert drawn[0] == drawn[1]
 
 
 # --- one input -----------------------------------------------------------------------------------
@@ -411,6 +526,37 @@ def test_one_input_on_the_command_line(checkpoint, folder, tmp_path, capsys):
     assert Image.open(tmp_path / "prediction_coco.png").width == 320
     evaluation.main([*command, "--text", "a cat", "--text_pair", "a dog", "--tasks", "mnli,qqp"])
     assert re.search(r"mnli:\n.*entailment|qqp:\n.*duplicate", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_one_picture_is_turned_upright(orientation, checkpoint, tmp_path, capsys):
+    """As its EXIF says, for the model and in what is drawn. A PNG: nothing is lost."""
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    upright = {2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 6: np.rot90(pixels, -1),
+               8: np.rot90(pixels)}[orientation]
+    Image.fromarray(np.ascontiguousarray(upright)).save(tmp_path / "upright.png")
+    printed, drawn = [], []
+    for name in ("turned", "upright"):
+        evaluation.main(["--checkpoint", str(checkpoint), "--tasks", "coco", "--out", str(tmp_path),
+                         "--image", str(tmp_path / f"{name}.png")])
+        printed.append(capsys.readouterr().out)
+        with Image.open(tmp_path / "prediction_coco.png") as picture:
+            drawn.append((picture.size, picture.tobytes()))
+    assert printed[0] == printed[1] and drawn[0] == drawn[1]
+    assert drawn[0][0] == (320, round(320 / upright.shape[1] * upright.shape[0]))
+
+
+def test_a_console_that_lacks_a_letter_prints_a_question_mark(checkpoint, tmp_path, monkeypatch):
+    loaded = torch.load(checkpoint, weights_only=True)
+    loaded["labels"]["sst2"]["classes"] = ["schön", "größer"]
+    torch.save(loaded, tmp_path / "last.pt")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    printed = run_python([sys.executable, ROOT / "eval.py", "--checkpoint", tmp_path / "last.pt",
+                          "--text", "a cat", "--tasks", "sst2"])
+    assert "sch?n" in printed and "gr??er" in printed
 
 
 def test_released_model_has_names_from_the_data_folder(checkpoint, folder, tmp_path, monkeypatch,
@@ -509,12 +655,14 @@ def test_results_table():
         ["F1", "88.00"]]
     assert "paper T3.5" in lines[0] and "paper" not in evaluation.results_table(results)
     assert "authors" in evaluation.results_table(results, "released-all")
+    part = evaluation.results_table({"coco": {"AP": 1.0, "samples": 5, "of": 60}}, "T3.5")
+    assert part.splitlines()[1].split() == "coco AP 1.00 39.0 5 of 60 samples".split()
     assert "73.16" in evaluation.results_table({"snli_ve": {"accuracy": 70.0}}, "T3.5", "test")
 
 
 def test_every_line_of_the_papers_tables_is_there():
     lines = {re.sub(r"-\w+$", "", name) for name in evaluation.PAPER}
-    lengths = {"1": 4, "2": 4, "3": 9, "4": 8, "C.1": 12}
+    lengths = {"1": 4, "2": 4, "3": 6, "4": 8, "C.1": 12}
     assert lines == {f"T{t}.{n + 1}" for t, length in lengths.items() for n in range(length)}
     assert evaluation.PAPER["T3.6-qnli"] == {"qnli": 86.92} and evaluation.PAPER["TC.1.6"] == {}
     assert [n for n in evaluation.PAPER if n.startswith("T3.1-")] == [f"T3.1-{t}" for t in NAMES]

@@ -30,7 +30,7 @@ import train
 import unit
 from conftest import ROOT, run_python
 from test_data import make_vqa, picture, read, vocabulary, write
-from test_eval import truth_of
+from test_eval import by_image, truth_of
 from unit import InputError
 
 
@@ -207,11 +207,11 @@ def check_detection(dataset, batch, rng):
     terms = unit.detection_losses(unit.Outputs(hidden, *head(hidden)), batch, head)
     sum(term.sum() for term in terms.values()).backward()
     assert hidden.grad.isfinite().all() and all(t.isfinite().all() for t in terms.values())
-    rows = np.array([[i, *rng.uniform(1, 30, 4), rng.random(), rng.integers(1, 4)]
-                     for i in dataset.ids for _ in range(2)])
+    found = {i: np.array([[*rng.uniform(1, 30, 4), rng.random(), rng.integers(1, 4)]] * 2)
+             for i in dataset.ids.tolist()}
     truth = dataset.ground_truth()
     assert sorted(truth.getImgIds()) == sorted(dataset.ids)
-    metrics = evaluation.average_precision(truth, rows, dataset.ids.tolist())
+    metrics = evaluation.average_precision(truth, found)
     assert all(0 <= value <= 100 for value in metrics.values())
 
 
@@ -565,7 +565,7 @@ def test_generated_average_precision():
                      for _ in range(rng.integers(0, 3))]
         found = evaluation.average_precision(
             truth_of(truth) if truth else truth_of([(1, 1, [0, 0, 1, 1], 0)]),
-            np.array(rows).reshape(-1, 7), images)
+            by_image(np.array(rows).reshape(-1, 7), images))
         labels = sorted({c for _, c, _, crowd in truth if not crowd})
         if not labels:
             assert found == {}
@@ -971,10 +971,10 @@ def test_crowds_are_never_matched_and_never_counted(as_found):
     assert len(query) == len(set(target.tolist())) == 8
     image, truth = int(dataset.ids[index]), dataset.ground_truth()
     things = [a for a in truth.imgToAnns[image] if not a["iscrowd"] and min(a["bbox"][2:]) > 0]
-    rows = np.array([[image, *a["bbox"], 0.9, a["category_id"]] for a in things])
-    inside = np.repeat([[image, *(dataset.boxes[crowd] + (1, 1, -2, -2)), 0.99,
-                         dataset.labels[crowd]]], 30, 0)
-    scores = [evaluation.average_precision(truth, x, [image])["AP50"]
+    rows = np.array([[*a["bbox"], 0.9, a["category_id"]] for a in things])
+    inside = np.repeat([[*(dataset.boxes[crowd] + (1, 1, -2, -2)), 0.99, dataset.labels[crowd]]],
+                       30, 0)
+    scores = [evaluation.average_precision(truth, {image: x})["AP50"]
               for x in (rows, np.concatenate([inside, rows]))]
     assert scores[0] > 90 and scores[1] == pytest.approx(scores[0])
 
