@@ -53,11 +53,6 @@ def strings(texts) -> np.ndarray:
     return np.array(texts, np.dtypes.StringDType())
 
 
-def printable(text: str) -> str:
-    """Line breaks and the like escaped."""
-    return repr(text)[1:-1]
-
-
 LAYOUT = "the README says where each file belongs"
 
 
@@ -95,64 +90,41 @@ def table(content, key: str, path: Path) -> list[dict]:
     return rows
 
 
-def whole(value) -> int:
-    """An id, exact and within 64 bits. Own exports have some as 12.0 or, as a text, "12"."""
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 53:
-        value = int(value)
-    if isinstance(value, int) and abs(value) < 2 ** 63:
-        return int(value)
-    raise ValueError
+KINDS = {int: "one whole number of at most 64 bits", float: "one finite number", str: "a text",
+         list: "a list"}
 
 
-def finite(value) -> float:
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    raise ValueError
+def converted(value, kind: type):
+    """A JSON value as `kind`, one of KINDS; raises ValueError if it is none."""
+    if kind is int and isinstance(value, str) and value.isdecimal():
+        value = int(value)  # own exports have ids as texts
+    if kind in (int, float):
+        good = isinstance(value, (int, float)) and abs(value) < 2 ** 63 and kind(value) == value
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        raise ValueError
+    return value if isinstance(value, kind) else kind(value)
 
 
-def box(value) -> tuple[float, float, float, float]:
-    x, y, w, h = value
-    return finite(x), finite(y), finite(w), finite(h)
-
-
-def instance_of(kind: type):
-    def check(value):
-        if isinstance(value, kind):
-            return value
-        raise TypeError
-    return check
-
-
-# What a field may hold: how it is checked and converted, and its name in errors.
-WHOLE, NUMBER = (whole, "one whole number of at most 64 bits"), (finite, "one finite number")
-BOX, TEXT = (box, "4 finite numbers"), (instance_of(str), "a text")
-LIST = (instance_of(list), "a list")
-
-
-def column(rows: list[dict], name: str, path: Path, kind: tuple, default=None) -> list:
-    """Field `name` of all rows, converted by `kind` (one of those above). A row that lacks it, or
-    has null, gets `default`; without one, and for a wrong value, the error names the row."""
-    (convert, expected), values, number = kind, [], 0
+def column(rows: list[dict], name: str, path: Path, kind: type, default=None) -> list:
+    """Field `name` of all rows. A row that lacks it, or has null, gets `default`; if there is none,
+    and for a value that is not of this kind, the error names the row."""
+    values, number = [], 0
     try:
         for number, row in enumerate(rows):
             value = row.get(name)
-            values.append(convert(value) if value is not None or default is None else default)
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        record = f"({rows[number]!r:.120})"
-        raise bad(path, f"record {number}: {name!r} is not {expected} {record}") from None
+            missing = value is None and default is not None
+            values.append(default if missing else converted(value, kind))
+    except (AttributeError, ValueError):
+        problem = f"record {number}: {name!r} is not {KINDS[kind]} ({rows[number]!r:.120})"
+        raise bad(path, problem) from None
     return values
 
 
 def ids_of(rows: list[dict], name: str, path: Path) -> np.ndarray:
     """(n,) int64."""
-    return np.array(column(rows, name, path, WHOLE), np.int64)
-
-
-def first_of(ids: np.ndarray) -> np.ndarray:
-    """(n,) -> (n,) bool: does the id occur here for the first time?"""
-    return np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
+    return np.array(column(rows, name, path, int), np.int64)
 
 
 def require(good, problem: str, path: Path, rows: list) -> None:
@@ -160,6 +132,10 @@ def require(good, problem: str, path: Path, rows: list) -> None:
     if not np.all(good):
         number = int(np.argmin(good))
         raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
+
+
+def counted(reasons: Counter) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
 
 
 @contextlib.contextmanager
@@ -222,8 +198,7 @@ class UnusablePicture(InputError):
 def read_image(path: Path | str, size=None) -> Tensor:
     """(3, H, W) uint8 RGB, laid out as (H, W, 3): the layout that torchvision resizes fastest.
 
-    `size`: height and width in the annotations. A scaled copy is as good, as boxes are relative;
-    any other size raises UnusablePicture.
+    `size`: height and width in the annotations, if they state them; see `upright`.
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode."""
     try:
         # Warnings (odd metadata, very large) are not our concern; opening gives some, too.
@@ -236,40 +211,36 @@ def read_image(path: Path | str, size=None) -> Tensor:
                 picture = picture.convert("RGBA")
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:                       # PIL raises many kinds
-        raise UnusablePicture(f"{path}: cannot be read as a picture ({error}); fetch it again, or "
-                              "delete it: pictures that are not there are skipped") from None
-    height, width, _ = pixels.shape
-    # The smaller of two copies has its sides rounded to a pixel.
-    if size is not None and skew(pixels.shape, size) > max(height + width, sum(size)):
-        exchanged = ", exchanged" if skew((width, height), size) <= max(height + width, sum(size)) else ""
-        raise UnusablePicture(f"{path}: its width and height are {width} x {height}, in the "
-                              f"annotations {size[1]} x {size[0]}{exchanged}; correct those")
+        raise UnusablePicture(f"{path}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def skew(shape, size) -> int:
-    """0 if two (height, width, ...) have one aspect ratio, else more."""
-    return abs(int(shape[0]) * int(size[1]) - int(shape[1]) * int(size[0]))
 
 
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+         8: Image.Transpose.ROTATE_90}
 
 
 def upright(picture: Image.Image, size) -> Image.Image:
-    """Turned as EXIF's orientation says, as viewers and most labelling tools show it, unless only
-    the stored picture has the shape of the annotations (`size`, as above)."""
+    """The picture turned as EXIF says, as viewers and most labelling tools do; as it is stored if
+    only so it has the shape of the annotations (`size`: height, width). A scaled copy of that is
+    as good, as boxes are relative; any other shape is an error."""
     picture.load()
-    turned = picture
-    with contextlib.suppress(Exception):  # damaged EXIF says nothing
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-        if orientation in TURNS:
-            turned = picture.transpose(TURNS[orientation])
-    stored_fits_better = size is not None and (
-        skew((picture.height, picture.width), size) < skew((turned.height, turned.width), size))
-    return picture if stored_fits_better else turned
+    views = [picture]
+    with contextlib.suppress(Exception):  # no EXIF, damaged EXIF, or not turned
+        views.insert(0, picture.transpose(TURNS[picture.getexif()[ExifTags.Base.Orientation]]))
+    if size is None:
+        return views[0]
+    height, width = size
+
+    def skew(view):
+        return abs(view.height * width - view.width * height)
+    best = min(views, key=skew)  # the first of equals
+    # The smaller of two copies has its sides rounded to a pixel.
+    if skew(best) > max(height + width, best.height + best.width):
+        raise ValueError(f"its width and height are {picture.width} x {picture.height}, but "
+                         f"{width} x {height} in the annotations")
+    return best
 
 
 def scaled(length: int, image_size: int) -> int:
@@ -481,24 +452,23 @@ class Dataset:
     def locate(self, names: list[str]) -> tuple[list[str], np.ndarray]:
         """-> the names on the disk, (n,) bool: is the picture in `self.folder`? An error if none
         is."""
-        found, folders = dict.fromkeys(names), {""}
+        found, folders = dict.fromkeys(names), set()
         for name in found:
             parts = re.split(r"[/\\]", name)
             if os.path.isabs(name) or ".." in parts or re.match("[A-Za-z]:", name):
                 raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
-            folders.update(unicodedata.normalize(form, "/".join(parts[:-1]))
-                           for form in ("NFC", "NFD"))
+            folder = "/".join(parts[:-1])
+            folders.update({folder, unicodedata.normalize("NFD", folder)})
         there = [os.path.join(folder, name) for folder in sorted(folders)
                  for name in list_folder(self.folder / folder)]
-        exact, similar = set(there), {spelling(name): name for name in reversed(there)}
-        for name in found:
-            found[name] = name if name in exact else similar.get(spelling(name))
+        known = {spelling(name): name for name in reversed(there)} | dict(zip(there, there))
+        found = {name: known.get(name) or known.get(spelling(name)) for name in found}
         if other := [name for name in found if found[name] not in (name, None)]:
-            self.notes.append(f"{len(other):,} pictures found under another spelling (ending, accents,"
-                              f" \\; the first: {printable(other[0])})")
+            self.notes.append(f"{len(other):,} pictures found under another spelling (accents, "
+                              f"ending, \\) of their names, the first {other[0]!r}")
         present = np.array([found[name] is not None for name in names], bool)
         if not present.all():
-            first = f"(the first: {printable(names[np.argmin(present)])})"
+            first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"  # escaped for printing
             if not present.any():
                 raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
                           "unpack the pictures there")
@@ -520,7 +490,7 @@ class Dataset:
     def summary(self) -> str:
         line = f"{self.task.name:8}{self.split:6}{len(self):>9,} samples "
         line += f"{self.num_images:>9,} pictures" if self.task.image else " " * 18
-        skipped = ", ".join(f"{count:,} {why}" for why, count in self.skipped.items() if count)
+        skipped = counted(self.skipped)
         notes = ["no samples"] * (not len(self)) + [f"skipped: {skipped}"] * bool(skipped)
         return "; ".join([line, *notes, *self.notes]).rstrip()
 
@@ -571,11 +541,11 @@ class Coco(Dataset):
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
         images = table(content, "images", path)
-        ids, names = ids_of(images, "id", path), column(images, "file_name", path, TEXT)
+        ids, names = ids_of(images, "id", path), column(images, "file_name", path, str)
         sizes = np.stack([ids_of(images, side, path) for side in ("height", "width")], 1)
         require((sizes > 0).all(1), "has an image of no size", path, images)
         names, present = self.locate(names)
-        first = first_of(ids)
+        first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
         self.skipped["repeated image ids"] = int((~first).sum())
         keep = np.flatnonzero(first & present)
         self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
@@ -587,68 +557,71 @@ class Coco(Dataset):
         The length is the number of classes: 91, 1601 and 401 on the official files."""
         rows, path = table(content, key, self.path), self.path
         ids = ids_of(rows, "id", path)
-        require(first_of(ids), f"of {key} has an id that occurred before", path, rows)
+        if len(set(ids.tolist())) < len(ids):
+            raise bad(path, f"an id occurs twice in {key}", "which of its names counts is not known")
         require((ids >= 0) & (ids < MAX_CLASSES),
                 f"of {key} has an id outside 0..{MAX_CLASSES - 1}", path, rows)
-        names = dict(zip(ids.tolist(), column(rows, "name", path, TEXT)))
+        names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
         return [names.get(number, "") for number in range(max(names, default=0) + 1)]
 
     def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
         """Annotations, grouped by image. `listed`: ids of all images, those without picture too."""
         path, owners = self.path, ids_of(rows, "image_id", self.path)
+        if rows and isinstance(rows[0]["image_id"], str):
+            self.notes.append("image_id is a text: read as a number")
         self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
         places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
         # Stable: in the file's order. -1 has no picture, and goes.
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
         sizes, boxes = self.sizes[places[order]], self.given_boxes(rows)[order]
-        areas = np.array(column(rows, "area", path, NUMBER, default=math.nan))[order]
+        areas = np.array(column(rows, "area", path, float, default=math.nan))[order]
         labels = ids_of(rows, "category_id", path)
         used = np.flatnonzero([bool(name) for name in self.class_names])
         require(np.isin(labels, used), "has a category_id not in its categories", path, rows)
         self.starts = np.searchsorted(places[order], np.arange(len(self) + 1))
         self.boxes, self.labels = boxes, labels[order].astype(np.int16)  # x, y, w, h in pixels
         self.areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-        self.crowd = np.array(column(rows, "iscrowd", path, WHOLE, default=0), bool)[order]
+        self.crowd = np.array(column(rows, "iscrowd", path, int, default=0), bool)[order]
         self.check_boxes(boxes, sizes)
         full = not_empty(clipped(boxes, sizes))
         self.usable = full & ~self.crowd  # what is trained on
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (no training; the metric keeps them)"] = int(self.crowd.sum())
         if self.split == "train" and not self.usable.any():
-            raise bad(path, "no box to learn from is left", "look at its annotations")
+            raise bad(path, f"no box to learn from (left out: {counted(self.skipped)})")
         if size := self.task.num_attributes:
-            lists = column(rows, "attribute_ids", path, LIST)
+            lists = column(rows, "attribute_ids", path, list)
             require([all(type(n) is int and 0 <= n < size for n in x) for x in lists],
                     f"has attribute_ids outside 0..{size - 1}", path, rows)
             self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
 
     def given_boxes(self, rows: list[dict]) -> np.ndarray:
         """(n, 4) x, y, w, h as in the file; where there is only a segmentation, the box round it."""
-        made = 0
-        for row in rows:
-            if row.get("bbox") is None and row.get("segmentation"):
-                row["bbox"], made = box_round(row["segmentation"]), made + 1
+        made = [row for row in rows if row.get("bbox") is None and row.get("segmentation")]
+        for row in made:
+            row["bbox"] = box_round(row["segmentation"])
         if made:
-            self.notes.append(f"{made:,} boxes (bbox) made from segmentations")
-        if rows and isinstance(rows[0]["image_id"], str):
-            self.notes.append("ids given as texts (image_id) read as numbers")
-        return np.array(column(rows, "bbox", self.path, BOX), np.float64).reshape(-1, 4)
+            self.notes.append(f"{len(made):,} boxes (bbox) made from segmentations")
+        boxes = column(rows, "bbox", self.path, list)
+        require([len(box) == 4 and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box)
+                 for box in boxes], "has a bbox that is not 4 finite numbers", self.path, rows)
+        return np.array(boxes, np.float64).reshape(-1, 4)
 
     def check_boxes(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
         """Other conventions than x, y, w, h in pixels show in the whole file, and are refused.
         boxes (n, 4), sizes (n, 2) height, width."""
         low, high, sides = boxes[:, :2], boxes[:, 2:], sizes[:, ::-1] + 1  # 1 pixel: rounding
-        beyond = (low + high > sides).any(1)
-        corners = ((low <= high) & (high <= sides)).all(1)
+        beyond = (low + high > sides).any(1).sum()
+        corners = ((low <= high) & (high <= sides)).all(1).sum()
         fix = "COCO's are x, y, width, height in pixels: convert them"
         if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
             raise bad(self.path, "all boxes lie in 0..1, relative to their pictures", fix)
-        if beyond.sum() > 0.1 * len(boxes) and corners.sum() > 0.99 * len(boxes):
-            raise bad(self.path, f"{beyond.sum():,} of {len(boxes):,} boxes go beyond their pictures,"
-                      " and all look like corners x0, y0, x1, y1", fix)
-        if beyond.any():
-            self.notes.append(f"{beyond.sum():,} boxes go beyond their pictures: clipped")
+        if beyond > 0.1 * len(boxes) and corners > 0.99 * len(boxes):
+            raise bad(self.path, f"{beyond:,} of {len(boxes):,} boxes go beyond their pictures, and "
+                      "all look like corners x0, y0, x1, y1", fix)
+        if beyond:
+            self.notes.append(f"{beyond:,} boxes go beyond their pictures: clipped")
 
     def crowded(self, queries: int) -> int:
         """How many pictures have more boxes to learn from than that: no query is left for some."""
@@ -710,7 +683,7 @@ class VisualGenome(Coco):
         if not self.path.exists():
             splits, dropped = prepare_vg(self.data)
             content = splits[self.split]
-            self.skipped.update(dropped[self.split])
+            self.notes.append(f"dropped from train and val: {counted(dropped)}")
             self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
                               f"{self.data} --prepare vg` makes it once")
         super().read(content)
@@ -719,7 +692,7 @@ class VisualGenome(Coco):
 def coco_val_ids(data: Path) -> set[int]:
     """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
     path = data / "coco/annotations/instances_val2017.json"
-    return set(column(table(read_json(path), "images", path), "id", path, WHOLE))
+    return set(column(table(read_json(path), "images", path), "id", path, int))
 
 
 def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
@@ -729,45 +702,40 @@ def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
             {name.lower(): number for number, names in enumerate(lines, 1) for name in names})
 
 
-def prepare_vg(data: Path) -> tuple[dict[str, dict], dict[str, Counter]]:
-    """Raw Visual Genome -> {split: content} in COCO's style, {split: {what was dropped: how many}}.
+def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
+    """Raw Visual Genome -> {"train": content, "val": content} in COCO's style, what was dropped.
 
     Pictures in COCO val2017 (by `coco_id` in image_data.json; half are COCO's) go to val."""
     objects, object_ids = read_classes(data / "vg/objects_vocab.txt")
     attributes, attribute_ids = read_classes(data / "vg/attributes_vocab.txt")
-    held_out, images, row = coco_val_ids(data), {}, None
+    held_out, dropped, images, row = coco_val_ids(data), Counter(), {}, None
     splits = {split: {"categories": objects, "attributes": attributes, "images": [],
                       "annotations": []} for split in ("train", "val")}
-    dropped = {split: Counter() for split in splits}
     path = data / "vg/image_data.json"
     try:
         for row in read_json(path):
             number = row["image_id"]
-            split = "val" if row["coco_id"] in held_out else "train"
             if number in images:
-                dropped[split]["repeated image ids"] += 1
+                dropped["repeated image ids"] += 1
                 continue
             name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
             image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
-            images[number] = image, split
-            splits[split]["images"].append(image)
+            images[number] = image, splits["val" if row["coco_id"] in held_out else "train"]
+            images[number][1]["images"].append(image)
         path = data / "vg/attributes.json"
         for row in read_json(path):
-            # A second row is unknown, too.
-            image, split = images.pop(row["image_id"], (None, "train"))
+            image, split = images.pop(row["image_id"], (None, None))  # a second row is unknown
             if image is None:
-                dropped[split]["rows of unknown or repeated images"] += 1
+                dropped["rows of unknown or repeated images"] += 1
                 continue
-            boxes, lost = splits[split]["annotations"], dropped[split]
             for thing in row["attributes"]:
-                if found := convert_object(thing, image, object_ids, attribute_ids, lost):
-                    boxes.append({"id": len(boxes) + 1, **found})
+                if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
+                    split["annotations"].append({"id": len(split["annotations"]) + 1, **found})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise bad(path, f"a row lacks {error} ({row!r:.120})") from None
     if splits["train"]["images"] and not splits["train"]["annotations"]:
-        lost = ", ".join(f"{count:,} {reason}" for reason, count in dropped["train"].items())
-        raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on; dropped: {lost}",
-                  "take the vocabulary of 1,600 objects")
+        raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
+                  "take the vocabulary that fits these objects")
     return splits, dropped
 
 
@@ -861,13 +829,13 @@ class Vqa2(Classification):
     @classmethod
     def sources(cls, data: Path, split: str) -> tuple[dict[str, str], dict[str, str]]:
         """{part: file} of the questions, {part: file} of the annotations."""
-        asked, answered = cls.parts[split], cls.parts["train"]
-        test, development = (cls.questions.format(x) for x in ("test2015", "test-dev2015"))
-        if split == "test" and (data / development).exists() and not (data / test).exists():
-            asked = ["test-dev2015"]
-        if (data / cls.vocabulary).exists():  # else it is made of the answers of both parts
-            answered = asked if split != "test" else []
-        return ({part: cls.questions.format(part) for part in asked},
+        parts, development = cls.parts[split], cls.questions.format("test-dev2015")
+        if not (data / cls.files[split][0]).exists() and (data / development).exists():
+            parts = ["test-dev2015"] if split == "test" else parts
+        answered = [] if split == "test" else parts
+        if not (data / cls.vocabulary).exists():  # then it is made of the answers of both parts
+            answered = cls.parts["train"]
+        return ({part: cls.questions.format(part) for part in parts},
                 {part: cls.annotations.format(part) for part in answered})
 
     @classmethod
@@ -910,8 +878,8 @@ class Vqa2(Classification):
     def read_questions(self, path: Path):
         """(question id, image id, question) of each."""
         rows = table(read_json(path), "questions", path)
-        return zip(column(rows, "question_id", path, WHOLE), column(rows, "image_id", path, WHOLE),
-                   column(rows, "question", path, TEXT))
+        return zip(column(rows, "question_id", path, int), column(rows, "image_id", path, int),
+                   column(rows, "question", path, str))
 
     def read_annotations(self, path: Path) -> tuple[dict[int, list[str]], list[str]]:
         """{question id: answers}, the most common answer of each question."""
@@ -920,10 +888,10 @@ class Vqa2(Classification):
             return sys.intern(str(row["answer"])) if "answer" in row else row
 
         rows = table(read_json(path, shorten), "annotations", path)
-        answers, ids = column(rows, "answers", path, LIST), column(rows, "question_id", path, WHOLE)
+        answers, ids = column(rows, "answers", path, list), column(rows, "question_id", path, int)
         require([set(map(type, texts)) <= {str} for texts in answers], "has a bad answer", path,
                 rows)
-        common = column(rows, "multiple_choice_answer", path, TEXT, default="")
+        common = column(rows, "multiple_choice_answer", path, str, default="")
         return dict(zip(ids, answers)), [
             text or max(texts, key=texts.count, default="") for text, texts in zip(common, answers)]
 
@@ -1282,13 +1250,11 @@ PRETRAINED = {"bert/vocab.txt": "all tasks with text",
 
 
 def splits(data: Path, names: list[str]):
-    """Yields the Dataset of each split that can be read, and prints a line for each: how much is
-    there, what was skipped and why, or which files are missing. Without `names` all eight; those
-    of which nothing is there are one line."""
-    absent = []
+    """Yields the Dataset of each split of these tasks, having printed a line for each: how much is
+    there, what was skipped and why, or which files are missing. No names: all that have files."""
     for task in tasks_named(names) or TASKS:
         if not names and not (data / task.dataset.files["train"][0]).parent.exists():
-            absent.append(task.name)
+            print(f"{task.name:8}nothing is there")
             continue
         for split in task.dataset.files:
             try:
@@ -1299,8 +1265,6 @@ def splits(data: Path, names: list[str]):
             else:
                 print(dataset.summary, flush=True)
                 yield dataset
-    if absent:
-        print(f"nothing is there of {', '.join(absent)}")
 
 
 def report(data: Path, names: list[str]) -> None:
@@ -1314,7 +1278,7 @@ def report(data: Path, names: list[str]) -> None:
 
 
 def problem_of(path: str, size) -> str:
-    """Why `read_image` cannot use a picture; "" if it can."""
+    """Why a picture cannot be used; "" if it can."""
     try:
         read_image(path, size)
     except UnusablePicture as error:
@@ -1324,31 +1288,27 @@ def problem_of(path: str, size) -> str:
 
 def check_pictures(data: Path, names: list[str]) -> int:
     """--check: opens every picture once, on all cores -> how many cannot be used."""
-    usable, unusable = set(), 0
+    opened, unusable = set(), 0
     for dataset in splits(data, names):
-        files = {}
-        if dataset.task.image:
-            files = dict(map(dataset.picture_file, range(len(dataset))))
-        files = {path: size for path, size in files.items() if path not in usable}
-        problems, start, shown = [], time.monotonic(), 0
+        if not dataset.task.image:
+            continue
+        files = dict(map(dataset.picture_file, range(len(dataset))))
+        files = {path: size for path, size in files.items() if path not in opened}
+        opened.update(files)
+        problems, start = [], time.monotonic()
         with ProcessPoolExecutor() as pool:
             found = pool.map(problem_of, files, files.values(), chunksize=16)
-            for done, (path, problem) in enumerate(zip(files, found), 1):
-                if problem:
-                    problems.append(problem)
-                else:
-                    usable.add(path)
-                now = time.monotonic() - start
-                if now - shown > 1 or done == len(files):
-                    shown, left = now, timedelta(seconds=round(now / done * (len(files) - done)))
-                    print(f"\r    {done:,} of {len(files):,} pictures opened, ETA {left}",
-                          end="\n" if done == len(files) else "", file=sys.stderr, flush=True)
+            for done, problem in enumerate(found, 1):
+                problems += [problem] if problem else []
+                if done % 100 == 0 or done == len(files):
+                    seconds = (time.monotonic() - start) / done * (len(files) - done)
+                    print(f"\r  {done:,} of {len(files):,} pictures opened, ETA "
+                          f"{timedelta(seconds=round(seconds))}", end="", file=sys.stderr)
+        print(file=sys.stderr)
+        print(f"  {len(problems):,} of {len(files):,} pictures cannot be used", flush=True)
+        for problem in problems[:10]:
+            print(f"  {problem}")
         unusable += len(problems)
-        if problems:
-            print(f"    {len(problems):,} of {len(files):,} pictures cannot be used:")
-            print("\n".join(f"    {problem}" for problem in problems[:5]))
-            if len(problems) > 5:
-                print(f"    and {len(problems) - 5:,} more")
     return unusable
 
 
@@ -1360,8 +1320,7 @@ def write_vg(data: Path) -> None:
         with whole_file(path) as file:
             file.write(json.dumps(content))
         print(f"{path}: {len(content['images']):,} pictures, {len(content['annotations']):,} boxes")
-    for reason, count in (dropped["train"] + dropped["val"]).items():
-        print(f"dropped: {count:,} {reason}")
+    print(f"dropped: {counted(dropped)}")
 
 
 class Parser(argparse.ArgumentParser):
