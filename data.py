@@ -377,7 +377,7 @@ def normalise_answer(text: str) -> str:
 def ten_answers(answers: list[str]) -> list[str]:
     """VQA's rule is for ten people's answers. Of fewer each is repeated in turn (ours), so that a
     right answer can score 1 whatever their number; of more the first ten count."""
-    return list(islice(cycle(answers), 10))
+    return answers if len(answers) == 10 else list(islice(cycle(answers), 10))
 
 
 # ---- Readers -------------------------------------------------------------------------------------
@@ -463,9 +463,10 @@ class Dataset:
                  for name in list_folder(self.folder / folder)]
         known = {spelling(name): name for name in reversed(there)} | dict(zip(there, there))
         found = {name: known.get(name) or known.get(spelling(name)) for name in found}
-        if other := [name for name in found if found[name] not in (name, None)]:
-            self.notes.append(f"{len(other):,} pictures found under another spelling (accents, "
-                              f"ending, \\) of their names, the first {other[0]!r}")
+        usual = {name for name in found if name.endswith((".jpg", ".jpeg", ".png"))}
+        if odd := [name for name in found if found[name] and (found[name] != name or name not in usual)]:
+            self.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, endings "
+                              f"or \\ in the annotations (the first: {odd[0]!r})")
         present = np.array([found[name] is not None for name in names], bool)
         if not present.all():
             first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"  # escaped for printing
@@ -683,9 +684,9 @@ class VisualGenome(Coco):
         if not self.path.exists():
             splits, dropped = prepare_vg(self.data)
             content = splits[self.split]
-            self.notes.append(f"dropped from train and val: {counted(dropped)}")
             self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
                               f"{self.data} --prepare vg` makes it once")
+            self.notes.append(f"dropped from train and val: {counted(dropped)}")
         super().read(content)
 
 
@@ -864,8 +865,8 @@ class Vqa2(Classification):
                     rows.append((number, -1, name, [text]))
                     answers.append(given[part].get(number, []))
         if both:
-            self.notes.append(f"{both:,} training questions have image ids that are also held out: "
-                              "train2017's pictures are taken")
+            self.notes.append(f"{both:,} training questions have image ids that are in val2017, too: "
+                              "they are asked about train2017's pictures")
         if few := sum(0 < len(texts) < 10 for texts in answers):
             self.notes.append(f"{few:,} questions have fewer than ten answers: repeated up to ten")
         if self.split == "train":
@@ -899,7 +900,7 @@ class Vqa2(Classification):
         """val2017's images; without COCO's file those of val2014's questions."""
         if (self.data / VisualGenome.raw[-1]).exists():
             return coco_val_ids(self.data)
-        self.notes.append(f"no {VisualGenome.raw[-1]}: all of train2014 trains, val2014 is held out")
+        self.notes.append(f"without {VisualGenome.raw[-1]} train2014 trains, val2014 evaluates")
         path = self.data / self.files["val"][0]
         return {image for _, image, _ in self.read_questions(path)}
 
@@ -949,7 +950,7 @@ class Vqa2(Classification):
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
         self.classes = np.array([forms.get(normalise_answer(text), -1) for text in different],
                                 np.int32)
-        places = (different[text] for texts in answers for text in ten_answers(texts))
+        places = map(different.__getitem__, chain.from_iterable(map(ten_answers, answers)))
         self.answer_places = np.fromiter(places, np.int32).reshape(len(rows), -1 if rows else 0)
         if self.split == "train":
             known = (self.classes[self.answer_places] >= 0).any(1)  # else there is no loss
