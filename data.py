@@ -26,7 +26,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain, compress, cycle, islice, product
+from itertools import chain, compress, product
 from pathlib import Path
 
 import numpy as np
@@ -372,12 +372,6 @@ def normalise_answer(text: str) -> str:
     result = re.sub(r"\.(?![0-9])", "", result, count=32)
     words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
-
-
-def ten_answers(answers: list[str]) -> list[str]:
-    """VQA's rule is for ten people's answers. Of fewer each is repeated in turn (ours), so that a
-    right answer can score 1 whatever their number; of more the first ten count."""
-    return answers if len(answers) == 10 else list(islice(cycle(answers), 10))
 
 
 # ---- Readers -------------------------------------------------------------------------------------
@@ -855,20 +849,22 @@ class Vqa2(Classification):
         self.task = replace(self.task, num_classes=len(self.class_names))
         held_out = self.held_out() if self.split != "test" else set()
         pictures = pictures_by_id(self.data, *self.folders[self.split])
-        rows, answers, both = [], [], 0
+        rows, answers, both = [], [], Counter()
         for part, file in questions.items():
             for number, image, text in self.read_questions(self.data / file):
                 name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
-                if held and part == "train2014" and name.startswith("coco/train"):
-                    held, both = False, both + 1  # a picture of its own, for all its id
+                if held and part == "train2014":  # own data, where ids occur in both splits
+                    held = not name.startswith("coco/train")
+                    both[held] += 1
                 if held == (self.split == "val"):
                     rows.append((number, -1, name, [text]))
                     answers.append(given[part].get(number, []))
-        if both:
-            self.notes.append(f"{both:,} training questions have image ids that are in val2017, too: "
-                              "they are asked about train2017's pictures")
+        self.skipped["training questions on pictures of val2017"] = both[True]
+        if both[False]:
+            self.notes.append(f"{both[False]:,} training questions have image ids that are in val2017,"
+                              " too, and are asked about train2017's pictures")
         if few := sum(0 < len(texts) < 10 for texts in answers):
-            self.notes.append(f"{few:,} questions have fewer than ten answers: repeated up to ten")
+            self.notes.append(f"{few:,} questions have fewer than ten answers")
         if self.split == "train":
             for row, answer in self.genome_questions(held_out):
                 rows.append(row)
@@ -890,11 +886,12 @@ class Vqa2(Classification):
 
         rows = table(read_json(path, shorten), "annotations", path)
         answers, ids = column(rows, "answers", path, list), column(rows, "question_id", path, int)
-        require([set(map(type, texts)) <= {str} for texts in answers], "has a bad answer", path,
-                rows)
+        good = [set(map(type, texts)) <= {str} for texts in answers]
+        require(good, "has a bad answer", path, rows)
         common = column(rows, "multiple_choice_answer", path, str, default="")
-        return dict(zip(ids, answers)), [
-            text or max(texts, key=texts.count, default="") for text, texts in zip(common, answers)]
+        common = [text or max(texts, key=texts.count, default="")
+                  for text, texts in zip(common, answers)]
+        return dict(zip(ids, answers)), common
 
     def held_out(self) -> set[int]:
         """val2017's images; without COCO's file those of val2014's questions."""
@@ -948,28 +945,33 @@ class Vqa2(Classification):
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        self.classes = np.array([forms.get(normalise_answer(text), -1) for text in different],
-                                np.int32)
-        places = map(different.__getitem__, chain.from_iterable(map(ten_answers, answers)))
-        self.answer_places = np.fromiter(places, np.int32).reshape(len(rows), -1 if rows else 0)
+        classes = np.array([forms.get(normalise_answer(text), -1) for text in different], np.int32)
+        lengths = np.array([len(texts) for texts in answers], np.int64)
+        # One after the other, those of question i from starts[i] to starts[i + 1].
+        places = np.fromiter(map(different.__getitem__, chain.from_iterable(answers)), np.int32)
         if self.split == "train":
-            known = (self.classes[self.answer_places] >= 0).any(1)  # else there is no loss
+            owners = np.repeat(np.arange(len(rows)), lengths)
+            known = np.bincount(owners, classes[places] >= 0, len(rows)) > 0  # else no loss
             self.skipped["without an answer in the vocabulary"] = int((~known).sum())
-            rows, self.answer_places = list(compress(rows, known)), self.answer_places[known]
+            rows, places, lengths = list(compress(rows, known)), places[known[owners]], lengths[known]
         self.fill(rows)
-        self.answer_texts = strings(different)
+        self.classes, self.answer_texts, self.answer_places = classes, strings(different), places
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
 
     def answers(self, index: int) -> list[str]:
-        """The ten answers as given; none on a test split."""
-        return [self.answer_texts[n] for n in self.answer_places[index]]
+        """As given, ten in the official files; none on a test split."""
+        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
+        return [self.answer_texts[place] for place in own]
 
     def scores(self, index: int) -> Tensor | None:
-        """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy."""
+        """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy.
+        Of n it is 3 n_agreeing / n, at most 1 (ours): one answer alone scores 1."""
         if self.split == "test":
             return None
-        classes = torch.from_numpy(self.classes[self.answer_places[index]]).long()
+        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
+        classes = torch.from_numpy(self.classes[own]).long()
         counts = torch.bincount(classes[classes >= 0], minlength=self.task.num_classes)
-        return (0.3 * counts).clamp(max=1)
+        return (3 * counts / len(own)).clamp(max=1)
 
 
 class SnliVe(Classification):
