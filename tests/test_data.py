@@ -996,7 +996,8 @@ def test_the_reasons_arrive(small, tmp_path):
 def test_no_usable_picture_is_an_error_at_once(small, tmp_path):
     datasets = spoilt(small, tmp_path, [1, 2, 3, 4, 5, 6])
     for workers in (0, 1):
-        with pytest.raises(InputError, match=r"\Acoco: .*(\d.jpg: .*){3}--check --tasks coco") as error:
+        says = r"\Acoco: .*(\d.jpg: .*){3}--check --tasks coco"
+        with pytest.raises(InputError, match=says) as error:
             load_all(datasets, num_workers=workers)
         assert "\n" not in str(error.value)
 
