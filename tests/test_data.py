@@ -988,9 +988,9 @@ def test_the_reasons_arrive(small, tmp_path):
     for workers in (0, 1):
         (_, reasons), = data.train_loader(datasets, schedule, num_workers=workers)
         assert len(reasons) == 1 and "2.jpg: cannot be read as a picture" in reasons[0]
-        left_out = []
-        batches = list(data.eval_loader(datasets["coco"], range(6), 1, workers, left_out))
-        assert [b.ids for b in batches] == [[1], [3], [4], [5], [6]] and left_out == reasons
+        found = list(data.eval_loader(datasets["coco"], range(6), 1, workers))
+        assert [b and b.ids for b, _ in found] == [[1], None, [3], [4], [5], [6]]
+        assert found[1][1] == {1: reasons[0]}
 
 
 def test_no_usable_picture_is_an_error_at_once(small, tmp_path):
