@@ -15,7 +15,6 @@ import functools
 import gc
 import json
 import math
-import multiprocessing.connection
 import multiprocessing.util
 import os
 import pickle
@@ -1295,8 +1294,10 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
             look()  # one may have died meanwhile
     except InputError as error:  # a worker's comes with its traceback, of which it is the last line
         raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
-    except (OSError, EOFError, RuntimeError) as error:  # "connection reset", say: one is dying
-        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+    except (OSError, EOFError, RuntimeError) as error:
+        waiting = False
+        for worker in workers:  # "connection reset", say: one is just dying
+            worker.join(0.2)
         if isinstance(error, RuntimeError) and not ended():
             raise  # a fault of the program
         reason = f"one has ended, exit status {ended()[0]}" if ended() else last_line(error)

@@ -464,7 +464,7 @@ class Log:
         such a step and halves the scale, which begins at 65536."""
         faults = [f"term {name}, samples {record.ids} (this process's)"
                   for name, value in record.terms.items() if not math.isfinite(value)]
-        if not record.norm.isfinite():  # such a step was not taken, but a loss like that is no use
+        if not record.norm.isfinite():  # this step was not taken
             faults += [f"gradient of {name}" for name, x in record.norms.items()
                        if not x.isfinite()] + ["gradient of all parameters together"]
         self.faults_in_a_row = self.faults_in_a_row + 1 if faults else 0
@@ -501,7 +501,7 @@ def summary(pending: list[Record]) -> str:
 # ---- The loop (Section 3.5) ----------------------------------------------------------------------
 def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
     """The gradient of this process's micro-batches -> its shares of the loss terms."""
-    rank, world_size = processes()
+    _, world_size = processes()
     device, dtype = next((p.device, p.dtype) for p in step.parameters())
     totals: dict[str, Tensor] = {}
     for k, batch in enumerate(batches):
@@ -527,6 +527,7 @@ def update(step, optimizer, scaler, batches, train, num_boxes):
                 p.grad = torch.zeros_like(p)
     reached = {name: p for group in optimizer.param_groups
                for name, p in zip(group["param_names"], group["params"]) if p.grad is not None}
+    # As clip_grad_norm_ does it, which keeps the norm of each to itself.
     norms = torch._foreach_norm([p.grad for p in reached.values()])
     norm = torch.linalg.vector_norm(torch.stack(norms))
     nn.utils.clip_grads_with_norm_(reached.values(), train.clip, norm)
@@ -574,10 +575,18 @@ def fetch(stream) -> tuple[list[Batch], list[str], str]:
         return [], [], str(error)
 
 
+def leave(out: Path, iteration: int, signals: list[int], problem: str) -> None:
+    print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
+    if problem:
+        raise InputError(problem)
+    sys.exit(128 + signals[0] if signals else 1)
+
+
 def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state) -> dict:
     """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
     and vocabulary, go into each checkpoint."""
-    start, (rank, world_size) = state["iteration"] if state else 0, processes()
+    start = state["iteration"] if state else 0
+    rank, world_size = processes()
     device = next(model.parameters()).device
     step, optimizer, scaler = set_up(model, train, state, device)
     stream = data.train_loader(datasets, make_schedule(datasets, train), start, rank, world_size,
@@ -610,10 +619,7 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
             if stopping:  # all processes, before the same iteration
                 keep(iteration)
                 barrier()  # until it is saved: torchrun kills all once one has left
-                print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
-                if problem:
-                    raise InputError(problem)
-                sys.exit(128 + signals[0] if signals else 1)
+                leave(out, iteration, signals, problem)
             # This alone determines dropout, so checkpoints need not store generator states.
             torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
             lr = set_learning_rate(optimizer, iteration, train)

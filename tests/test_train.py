@@ -89,7 +89,7 @@ def test_sampling_probabilities_are_table_a2():
 @pytest.fixture()
 def model():
     torch.manual_seed(0)
-    tasks = [unit.Task(n, "classification", False, True, 2, 3, max_tokens=8) for n in ("a", "b")]
+    tasks = [unit.Task(n, "classification", False, True, 3, 2, max_tokens=8) for n in ("a", "b")]
     return unit.UniT(unit.Config(
         bert_width=8, bert_heads=2, bert_ff=8, bert_layers=1, vocab_size=20, max_positions=8,
         decoder_width=8, decoder_heads=2, decoder_ff=8, decoder_layers=1, dropout=0.0), tasks)
@@ -333,7 +333,8 @@ def test_more_than_one_unusable_picture_in_100_ends_the_run(tmp_path, number, me
     problem = log.too_many_unusable()
     assert bool(problem) == ends
     if ends:
-        assert re.match(rf"coco: {number} pictures of {met} .*0.jpg.*1.jpg.*2.jpg.*--check", problem)
+        says = rf"coco: {number} pictures of {met} .*0.jpg.*1.jpg.*2.jpg.*--check"
+        assert re.match(says, problem)
 
 
 def test_a_run_that_saved_nothing_starts_anew(small_tiny_data, tmp_path):
