@@ -783,9 +783,9 @@ OFFICIAL = {"coco": dict(image=(722, 772)), "vg": dict(image=(669, 789)),
             "mnli": dict(tokens=70), "qqp": dict(tokens=51), "sst2": dict(tokens=29)}
 # GPUs, their peak (10^12 operations a second each, dense, of NVIDIA's data sheets), and the share of
 # it that a training reaches. fp32: DETR's README trains an epoch of COCO in 28 minutes on 8 V100,
-# which is 17% by this file's count of DETR. Half precision: NVIDIA's ResNet-50 gains 2.9 by it on 8
+# which is 16% at 0.28 TFLOP a picture (PyTorch's count of transformers' DETR at 722 x 772). Half precision: NVIDIA's ResNet-50 gains 2.9 by it on 8
 # V100-32GB (DeepLearningExamples), where the peak gains 8: 6%, taken for the newer GPUs as well.
-MACHINES = {"8 V100 fp32": (8, 15.7, 0.17), "8 V100 fp16": (8, 125, 0.06),
+MACHINES = {"8 V100 fp32": (8, 15.7, 0.16), "8 V100 fp16": (8, 125, 0.06),
             "8 A100 bf16": (8, 312, 0.06), "8 H100 bf16": (8, 989, 0.06),
             "1 4090 bf16": (1, 165, 0.06)}
 GB, CARDS, RESERVED = 10 ** 9, (16, 24, 32, 80), 1.5  # GB; of each card, for CUDA and cuDNN
