@@ -200,9 +200,9 @@ class AuthorsAdamW(torch.optim.AdamW):
 
 
 def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str = "fp32",
-            lr: float = 1e-9):
-    """A function that takes one training step, as train.py does. The learning rate is so small
-    that all steps see the same weights."""
+            lr: float = 1e-9, parts: int = 1):
+    """A function that takes one training step, as train.py does, on `parts` times the batch. The
+    learning rate is so small that all steps see the same weights."""
     settings = train.TrainConfig(batch_size=len(batch), precision=precision, lr=lr, lr_backbone=lr)
     device = next(model.parameters()).device
     step, scaler = train.Step(model), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -214,7 +214,8 @@ def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str =
         for group in optimizer.param_groups:
             group["fused"] = False
     boxes = sum(len(x) for x in batch.labels or [])
-    update = functools.partial(train.update, step, optimizer, scaler, [batch], settings, boxes)
+    update = functools.partial(train.update, step, optimizer, scaler, [batch] * parts, settings,
+                               boxes)
     if not authors:
         return update
 
@@ -901,14 +902,11 @@ def counted_and_measured(image: tuple, **config) -> tuple[float, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
                                 profile_memory=True) as profile:
         model = make_model(dropout=0.0, **config).train()
-        settings, step = train.TrainConfig(batch_size=2, lr=1e-9), train.Step(model)
-        optimizer = train.make_optimizer(model, settings)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        for _ in range(2):  # the second has the optimiser's state
-            train.update(step, optimizer, scaler, [batch, batch], settings, 14, 1, CPU)
+        step = trainer(model, batch, False, parts=2)
+        step(), step()  # the second has the optimiser's state
     events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
     changes = [x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())]
-    loss, kept = kept_by_autograd(model, lambda: sum(step(batch, 2, 14).values()))
+    loss, kept = kept_by_autograd(model, lambda: sum(model.losses(model(batch), batch).values()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = sum(x.numel() for x in model.state_dict().values())
     return ((4 * (stored + 3 * trained) + kept) / MIB, max(itertools.accumulate(changes)) / MIB)
