@@ -978,7 +978,7 @@ def unpack_released(found: dict[str, Tensor], path) -> dict[str, Tensor]:
             tensors[key] = tensor
     for key in list(tensors):  # the same tensor under a second name
         original = key.replace("bert_model.embeddings.", "bert_model.module.embeddings.")
-        if key.startswith("decoders."):  # decoders.GROUP.NAME.rest
+        if key.startswith("decoders.") and key.count(".") > 2:  # decoders.GROUP.NAME.rest
             original = "decoder." + key.split(".", 3)[3]
         if original != key and original in tensors:
             alias = tensors.pop(key)

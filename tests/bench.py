@@ -3,7 +3,8 @@
     python tests/bench.py                          # pictures of 800 x 1066; half an hour on 2 cores
     python tests/bench.py --quick                  # pictures of 480 x 640, fewer rounds: 5 minutes
     python tests/bench.py --only inference,text    # some of: inference, training, text, matching,
-                                                   # data, annotations, evaluation, growth, gpu
+                                                   # data, annotations, evaluation, growth, cost,
+                                                   # gpu
     python tests/bench.py --only gpu --peak_tflops 989
 
 Ours and the yardstick take turns in one process (A B A B), on all cores, so that whatever else the
@@ -19,9 +20,11 @@ least and the greatest of the rounds. Peaks of memory are those of a fresh proce
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,7 +34,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -197,9 +200,9 @@ class AuthorsAdamW(torch.optim.AdamW):
 
 
 def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str = "fp32",
-            lr: float = 1e-9):
-    """A function that takes one training step, as train.py does. The learning rate is so small
-    that all steps see the same weights."""
+            lr: float = 1e-9, parts: int = 1):
+    """A function that takes one training step, as train.py does, on `parts` times the batch. The
+    learning rate is so small that all steps see the same weights."""
     settings = train.TrainConfig(batch_size=len(batch), precision=precision, lr=lr, lr_backbone=lr)
     device = next(model.parameters()).device
     step, scaler = train.Step(model), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -211,7 +214,8 @@ def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str =
         for group in optimizer.param_groups:
             group["fused"] = False
     boxes = sum(len(x) for x in batch.labels or [])
-    update = functools.partial(train.update, step, optimizer, scaler, [batch], settings, boxes)
+    update = functools.partial(train.update, step, optimizer, scaler, [batch] * parts, settings,
+                               boxes)
     if not authors:
         return update
 
@@ -768,9 +772,181 @@ def gpu_busy(workers: int, number: int = 200) -> tuple[float, float]:
     return alone / fed, number / alone
 
 
+# What a run costs, calculated -----------------------------------------------------------------
+
+# What the model is given in training: pictures (height, width) and word pieces, means of official
+# rows after data.py's transforms. Pictures: 100 rows of instances_train2017.json (COCO, VQAv2) and
+# image_data.json (VG), 15 of Flickr30k. Texts: 1,000 of VQAv2, 482 of SNLI-VE, one at a time; QNLI's
+# dev set, 480 rows of MNLI, 160 of QQP, 1,000 of SST-2: the longest of the eight that a GPU pads.
+OFFICIAL = {"coco": dict(image=(722, 772)), "vg": dict(image=(669, 789)),
+            "vqa2": dict(image=(906, 1020), tokens=10),
+            "snli_ve": dict(image=(844, 1099), tokens=11), "qnli": dict(tokens=82),
+            "mnli": dict(tokens=70), "qqp": dict(tokens=51), "sst2": dict(tokens=29)}
+# GPUs, their peak (10^12 operations a second each, dense, of NVIDIA's data sheets), and the share of
+# it that a training reaches. fp32: DETR's README trains an epoch of COCO in 28 minutes on 8 V100,
+# which is 16% at 0.28 TFLOP a picture (PyTorch's count of transformers' DETR at 722 x 772). Half precision: NVIDIA's ResNet-50 gains 2.9 by it on 8
+# V100-32GB (DeepLearningExamples), where the peak gains 8: 6%, taken for the newer GPUs as well.
+MACHINES = {"8 V100 fp32": (8, 15.7, 0.16), "8 V100 fp16": (8, 125, 0.06),
+            "8 A100 bf16": (8, 312, 0.06), "8 H100 bf16": (8, 989, 0.06),
+            "1 4090 bf16": (1, 165, 0.06)}
+GB, CARDS, RESERVED = 10 ** 9, (16, 24, 32, 80), 1.5  # GB; of each card, for CUDA and cuDNN
+
+
+def first_queries(logits, boxes, labels, targets):
+    """In place of `unit.match`, which needs numbers: as many pairs."""
+    layers, counts = len(logits), torch.tensor([len(x) for x in labels])
+    image = torch.arange(len(counts)).repeat_interleave(counts)
+    query = torch.cat([torch.arange(n) for n in counts])
+    target = torch.arange(len(image))
+    return (torch.arange(layers).repeat_interleave(len(image)),
+            *(x.repeat(layers) for x in (image, query, target)))
+
+
+def gpu_attention(query, key, value, bias=None, dropout=0.0):
+    """By the memory-efficient kernel, whose backward pass computes the scores again."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, bias, True, dropout)[0]
+
+
+def gpu_dropout(x, p=0.5, training=True, inplace=False):
+    return torch.native_dropout(x, p, True)[0] if training and p else x
+
+
+def as_on_a_gpu():
+    """A context in which a model on the meta device takes the steps that it takes on a GPU."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.multiple(
+        nn.functional, dropout=gpu_dropout, scaled_dot_product_attention=gpu_attention))
+    stack.enter_context(mock.patch.object(unit, "match", first_queries))
+    stack.enter_context(mock.patch.object(  # knows no meta device
+        torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
+    return stack
+
+
+def kept_by_autograd(model: unit.UniT, forward) -> tuple[Tensor, int]:
+    """forward(), and the bytes that autograd keeps for the backward pass: each storage once, those
+    of parameters and buffers not."""
+    kept, own = {}, {x.untyped_storage()._cdata for x in model.state_dict().values()}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        kept[storage._cdata] = storage
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        value = forward()
+    return value, sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+@functools.cache
+def count(config: unit.Config, task: str, frozen: tuple = (), size: int = 1):
+    """Operations a sample, forward and in all, and bytes kept by autograd for `size` samples; the
+    operations are those of products, convolutions and attention (2 for each multiplication)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.device("meta"):
+        model = unit.UniT(config, [TASKS[task]]).train()
+    for name, p in model.named_parameters():
+        if train.part_of(name) in frozen:
+            p.requires_grad_(False)
+    batch = make_batch(task, size, **OFFICIAL[task]).to("meta")
+    if TASKS[task].num_attributes:
+        batch.attributes = [torch.zeros(len(x), 16, dtype=torch.int64, device="meta")
+                            for x in batch.labels]
+    with as_on_a_gpu(), FlopCounterMode(display=False) as counter:
+        loss, kept = kept_by_autograd(
+            model, lambda: sum(model.losses(model(batch), batch).values()))
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward / size, counter.get_total_flops() / size, kept
+
+
+def experiment_cost(name: str) -> dict:
+    """Of one of train.EXPERIMENTS: operations a sample of each task (`each`), an iteration and in
+    all, days by machine, and GB of parameters, of gradients sent and received, of a checkpoint."""
+    settings = train.EXPERIMENTS[name]
+    config = unit.Config(**{field.name: settings[field.name] for field in fields(unit.Config)
+                            if field.name in settings})
+    run = train.TrainConfig(**{field.name: settings[field.name] for field in
+                               fields(train.TrainConfig) if field.name in settings})
+    with torch.device("meta"):
+        model = unit.UniT(config, [TASKS[task] for task in run.tasks])
+    trained = sum(p.numel() for name, p in model.named_parameters()
+                  if p.requires_grad and train.part_of(name) not in run.freeze)
+    stored = sum(x.numel() for x in model.state_dict().values())
+    alike = replace(config, shared_decoder=True)  # a sample passes one decoder in any case
+    each = {task: count(alike, task, run.freeze)[1] for task in run.tasks}
+    chances = train.table_a2(run.tasks)
+    mean = sum(p * each[task] for task, p in zip(run.tasks, chances)) / sum(chances)
+    total = mean * run.batch_size * run.iterations
+    days = {machine: total / (gpus * peak * 1e12 * share) / 86400
+            for machine, (gpus, peak, share) in MACHINES.items()}
+    return dict(each=each, iteration=mean * run.batch_size, total=total, days=days,
+                parameters=4 * stored / GB, traffic=2 * 7 / 8 * 4 * trained / GB,
+                checkpoint=4 * (stored + 2 * trained) / GB)
+
+
+def memory_of(task: str) -> tuple[float, float]:
+    """GB for whatever micro-batch (parameters, gradients, AdamW's two moments), and a sample."""
+    config = unit.Config()
+    with torch.device("meta"):
+        model = unit.UniT(config, data.TASKS)
+    one, two = (count(config, task, (), size)[2] for size in (1, 2))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(x.numel() for x in model.state_dict().values())
+    return (4 * (stored + 3 * trained) + 2 * one - two) / GB, (two - one) / GB
+
+
+def counted_and_measured(image: tuple, **config) -> tuple[float, float]:
+    """MiB of a training on the CPU: as counted, and the greatest sum of what PyTorch allocated. Two
+    micro-batches: in the second all four parts are there, as always under DistributedDataParallel."""
+    batch = make_batch("coco", 1, image)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        model = make_model(dropout=0.0, **config).train()
+        step = trainer(model, batch, False, parts=2)
+        step(), step()  # the second has the optimiser's state
+    events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
+    changes = [x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())]
+    loss, kept = kept_by_autograd(model, lambda: sum(model.losses(model(batch), batch).values()))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stored = sum(x.numel() for x in model.state_dict().values())
+    return ((4 * (stored + 3 * trained) + kept) / MIB, max(itertools.accumulate(changes)) / MIB)
+
+
+def cost(flags) -> None:
+    print("\nCost, calculated: experiment, TFLOP an iteration, EFLOP a run, days on each machine, GB "
+          "of gradients\nthat a GPU of 8 sends in an iteration, GB of a checkpoint, TFLOP a sample "
+          "of each task")
+    print("; ".join(f"{name}: {share:.0%} of {peak} TFLOPS" for name, (_, peak, share) in
+                    MACHINES.items()))
+    print(f"{'':<13}{'T/it':>7}{'EFLOP':>7}", *(f"{name:>12}" for name in MACHINES),
+          f"{'sent':>6}{'file':>6}")
+    chosen = ("T1.1-coco", "T3.3", "T4.1") if flags.quick else train.EXPERIMENTS
+    for name in chosen:
+        c = experiment_cost(name)
+        each = ", ".join(f"{task} {flops / 1e12:.2f}" for task, flops in c["each"].items())
+        print(f"{name:<13}{c['iteration'] / 1e12:>7.1f}{c['total'] / 1e18:>7.1f}",
+              *(f"{days:>12.1f}" for days in c["days"].values()),
+              f"{c['traffic']:>6.2f}{c['checkpoint']:>6.2f}  {each}", flush=True)
+    print(f"\nMemory of all eight tasks in fp32, GB, and the largest micro-batch that fits a card "
+          f"of so many GB, {RESERVED} of them left to CUDA")
+    print(f"{'':<10}{'size':<28}{'forward':>9}{'all':>7}{'fixed':>7}{'sample':>8}",
+          *(f"{card:>6}" for card in CARDS), " (TFLOP a sample, GB)")
+    for task, size in OFFICIAL.items():
+        forward, total, _ = count(unit.Config(), task)
+        fixed, sample = memory_of(task)
+        fit = (max(0, int((card - RESERVED - fixed) / sample)) for card in CARDS)
+        print(f"{task:<10}{str(size)[1:-1]:<28}{forward / 1e12:>9.3f}{total / 1e12:>7.3f}"
+              f"{fixed:>7.2f}{sample:>8.3f}", *(f"{n:>6}" for n in fit), flush=True)
+    image = (320, 416) if flags.quick else OFFICIAL["coco"]["image"]
+    counted, measured = in_child(counted_and_measured, image)
+    row(f"\nmemory of a step, {image[0]} x {image[1]}, cpu: counted, measured",
+        f"{counted:.0f} MiB", f"{measured:.0f} MiB", f"{measured / counted:.3f}", "0.9..1.1",
+        0.9 < measured / counted < 1.1)
+
+
 PARTS = {"inference": inference, "training": training, "text": text, "matching": matching,
          "data": pictures, "annotations": annotations, "evaluation": metric, "growth": growth,
-         "gpu": gpu}
+         "cost": cost, "gpu": gpu}
 
 
 def main() -> None:

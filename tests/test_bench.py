@@ -95,6 +95,58 @@ def test_pictures_are_the_same_as_with_pil(tmp_path):
         assert difference.abs().max() < 0.05  # a few steps of 1/255
 
 
+def test_operations_by_hand(monkeypatch):
+    """A sentence of 6 tokens behind the task vector, [CLS] alone, 25 queries; 2 for each product."""
+    monkeypatch.setitem(bench.OFFICIAL, "qnli", dict(tokens=6))
+    w, ff, d, dff, n, q = 8, 16, 4, 12, 7, 25
+    config = unit.Config(bert_width=w, bert_heads=2, bert_ff=ff, bert_layers=3, vocab_size=30_000,
+                         decoder_width=d, decoder_heads=2, decoder_ff=dff, decoder_layers=2)
+    bert_layer = 4 * n * w * w + 2 * n * n * w + 2 * n * w * ff
+    into_decoder = 2 * w * d                                  # [CLS], and its position
+    self_attention = 4 * q * d * d + 2 * q * q * d
+    cross_attention = 2 * q * d * d + 2 * d * d + 2 * q * d   # keys and values of one state
+    head = d * d + 2 * d
+    by_hand = 2 * (3 * bert_layer + into_decoder + head
+                   + 2 * (self_attention + cross_attention + 2 * q * d * dff))
+    forward, total, kept = bench.count(config, "qnli")
+    assert forward == by_hand and 2.5 < total / forward < 3.5
+    # Of three the mean, but for the position, which is projected once.
+    assert bench.count(config, "qnli", (), 3)[0] * 3 == by_hand * 3 - 2 * 2 * w * d
+    assert 2 < bench.count(config, "qnli", (), 3)[2] / kept < 3
+    assert bench.count(config, "qnli", ("text_encoder",))[1] < total - forward / 2
+
+
+def test_what_autograd_keeps_is_counted_once():
+    """x * x keeps x, exp its result, which `sin` keeps again; a parameter is not counted."""
+    model = torch.nn.Linear(4, 4, bias=False)
+    x = torch.randn(10, 4, requires_grad=True)
+    _, kept = bench.kept_by_autograd(model, lambda: model((x * x).exp().sin()))
+    assert kept == 4 * (40 + 40 + 40)  # x, exp's result, sin's, which the product keeps
+
+
+def test_counted_memory_is_the_measured():
+    counted, measured = bench.counted_and_measured(
+        (192, 256), encoder_layers=2, decoder_layers=2, decoder_width=64)
+    assert 0.9 < measured / counted < 1.1
+
+
+def test_cost_of_an_experiment(monkeypatch):
+    """Table A.2's mix (0.65 of it has pictures), 64 samples, 500k iterations."""
+    monkeypatch.setattr(bench, "count", lambda config, task, frozen: (
+        0, 1e12 if bench.TASKS[task].image else 1e11, 0))
+    found = bench.experiment_cost("T3.3")
+    assert found["iteration"] == pytest.approx(64 * (0.65 * 1e12 + 0.35 * 1e11))
+    assert found["total"] == pytest.approx(found["iteration"] * 500_000)
+    assert found["days"]["8 V100 fp32"] == pytest.approx(
+        found["total"] / (8 * 15.7e12 * 0.16 * 86400))
+    # 201M parameters less what the release carries without use; 222,400 are frozen.
+    assert found["parameters"] == pytest.approx(0.803, abs=0.002)
+    assert found["checkpoint"] == pytest.approx(3 * 0.803, abs=0.005)
+    assert found["traffic"] == pytest.approx(0.802 * 7 / 4, abs=0.005)
+    frozen = bench.experiment_cost("TC.1.10")
+    assert frozen["traffic"] < 0.5 * bench.experiment_cost("TC.1.9")["traffic"]
+
+
 def test_the_gpu_part_runs(monkeypatch, capsys):
     """Each line of it, with the CPU in the GPU's place and everything small: its figures mean
     nothing here, but the day on which a GPU is there shall not be lost to a misprint."""
