@@ -420,7 +420,7 @@ def spoil(folder: Path, copy: Path, missing: list, broken: list) -> Path:
 
 
 @pytest.mark.parametrize("missing, broken, limit, count", [
-    ([3], [], 0, 4), ([], [9], 0, 4), ([3, 5], [9], 0, 2), ([], [], 4, 4), ([], [], 5, 5),
+    ([3], [], 0, 4), ([], [5], 0, 4), ([3, 5], [9], 0, 2), ([], [], 4, 4), ([], [], 5, 5),
     ([], [3, 5, 9, 12, 13], 0, 0)])
 def test_a_score_over_a_part_says_so(missing, broken, limit, count, checkpoint, folder, tmp_path,
                                      capsys):
@@ -656,7 +656,8 @@ def test_results_table():
     assert "paper T3.5" in lines[0] and "paper" not in evaluation.results_table(results)
     assert "authors" in evaluation.results_table(results, "released-all")
     part = evaluation.results_table({"coco": {"AP": 1.0, "samples": 5, "of": 60}}, "T3.5")
-    assert part.splitlines()[1].split() == "coco AP 1.00 39.0 5 of 60 samples".split()
+    assert [" ".join(x.split()) for x in part.splitlines()[1:]] == [
+        "coco AP 1.00 39.0 5 of 60 samples"]
     assert "73.16" in evaluation.results_table({"snli_ve": {"accuracy": 70.0}}, "T3.5", "test")
 
 
