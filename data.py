@@ -1,53 +1,46 @@
 """UniT (Hu & Singh, 2021), Section 4: eight data sets, from official files to a `unit.Batch`.
 
     files --Dataset--> flat arrays --sample(index, rng)--> Sample --collate--> Batch
-    (seed, iteration) --Schedule--> task and indices --train_loader--> (iteration, Batch)
+    (seed, iteration) --Schedule--> task and indices --train_loader--> batches of an iteration
 
 A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
-
-A record that cannot be used is skipped and counted (`Dataset.skipped`, told by `Dataset.summary`)
-where the real files have such records and other implementations skip them too. Else the run stops
-with an `InputError` that names file, record and fix:
-
-| skipped and counted                            | stops the run                               |
-|------------------------------------------------|---------------------------------------------|
-| a picture that is not in its folder            | none of a split's pictures is there         |
-| an image id that occurs again (the first one   | a file name that leads out of the folder    |
-| counts); a box of an image not listed          | a picture that cannot be decoded            |
-| a box of no size once clipped to its image     | a box that is not four finite numbers       |
-| crowd boxes, in training                       | a category or attribute id out of range     |
-| VG: objects without a name or not in the       | a row that lacks a field read here          |
-| vocabulary; repeated or unknown images         | JSON cut short; text that is not UTF-8      |
-| VQA: questions without answers, in training    |                                             |
-| also those without one in the vocabulary       |                                             |
-| GLUE: too few or too many columns; label "-"   | too few columns in a test split: the server |
-| SNLI-VE: label "-"                             | wants every row; a label that is not known  |
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import gc
 import json
+import math
+import multiprocessing.connection
+import multiprocessing.util
 import os
+import pickle
 import re
 import signal
 import sys
+import time
+import unicodedata
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import chain, compress, product
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from unit import Batch, InputError, Task  # first: it makes `import torchvision` safe
+# First, as it makes `import torchvision` safe.
+from unit import Batch, InputError, Task, between, what_is_wrong
 
 from torchvision.transforms.v2 import functional as F
 
@@ -80,7 +73,8 @@ def parse_file(path: Path, parse, kind: str):
     except OSError as error:
         raise bad(path, error.strerror, LAYOUT) from None
     except (ValueError, RecursionError) as error:
-        raise bad(path, f"not valid {kind} ({error})", "cut short? unpack it again") from None
+        problem = what_is_wrong(path, text=True) or f"not valid {kind} ({error})"
+        raise bad(path, problem, "cut short? unpack it again") from None
 
 
 def read_json(path: Path, hook=None):
@@ -103,29 +97,41 @@ def table(content, key: str, path: Path) -> list[dict]:
     return rows
 
 
-def column(rows: list[dict], name: str, path: Path, dtype, width: int = 0, first: int = 0):
-    """Field `name` of all rows: a list if `dtype` is str or list, else an array (n,) or (n, width)
-    of finite numbers. The first row without such a value is an error; rows[0] is number `first`."""
+KINDS = {int: "one whole number of at most 64 bits", float: "one finite number", str: "a text",
+         list: "a list"}
+
+
+def converted(value, kind: type):
+    """A JSON value as `kind`, one of KINDS; raises ValueError if it is none."""
+    if kind is int and isinstance(value, str) and value.isdecimal():
+        value = int(value)  # own exports have ids as texts
+    if kind in (int, float):
+        good = isinstance(value, (int, float)) and abs(value) < 2 ** 63 and kind(value) == value
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        raise ValueError
+    return value if isinstance(value, kind) else kind(value)
+
+
+def column(rows: list[dict], name: str, path: Path, kind: type, default=None) -> list:
+    """Field `name` of all rows. A row that lacks it, or has null, gets `default`; if there is none,
+    and for a value that is not of this kind, the error names the row."""
+    values, number = [], 0
     try:
-        values = [row[name] for row in rows]
-        if dtype in (str, list):
-            if not all(isinstance(value, dtype) for value in values):
-                raise TypeError
-            return values
-        given, shape = np.array(values), (len(rows), width) if width else (len(rows),)
-        with np.errstate(invalid="ignore"):
-            values = given.astype(dtype)
-        # Compared, as an id of 1.5 would become 1.
-        if given.shape not in (shape, (0,)) or not (np.isfinite(values) & (values == given)).all():
-            raise ValueError
-        return values.reshape(shape)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        if len(rows) > 1:  # which one is it?
-            for number, row in enumerate(rows):
-                column([row], name, path, dtype, width, number)
-        what = {str: "a text", list: "a list", np.int64: "one whole number"}.get(
-            dtype, f"{width} finite numbers" if width else "one finite number")
-        raise bad(path, f"record {first}: {name!r} is not {what} ({rows[0]!r:.120})") from None
+        for number, row in enumerate(rows):
+            value = row.get(name)
+            missing = value is None and default is not None
+            values.append(default if missing else converted(value, kind))
+    except (AttributeError, ValueError):
+        problem = f"record {number}: {name!r} is not {KINDS[kind]} ({rows[number]!r:.120})"
+        raise bad(path, problem) from None
+    return values
+
+
+def ids_of(rows: list[dict], name: str, path: Path) -> np.ndarray:
+    """(n,) int64."""
+    return np.array(column(rows, name, path, int), np.int64)
 
 
 def require(good, problem: str, path: Path, rows: list) -> None:
@@ -133,6 +139,10 @@ def require(good, problem: str, path: Path, rows: list) -> None:
     if not np.all(good):
         number = int(np.argmin(good))
         raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
+
+
+def counted(reasons: Counter) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
 
 
 @contextlib.contextmanager
@@ -153,10 +163,14 @@ def whole_file(path: Path, mode: str = "w"):
                          "is intact: make room, repeat (a training: with --resume)") from error
 
 
+PICTURE = re.compile(r"(\d*)\.(?:jpe?g|png)$", re.IGNORECASE)  # the end of a name; its number
+
+
 def list_folder(folder: Path) -> list[str]:
-    """The names in it, in order. One listing, where a stat for each picture takes minutes."""
+    """The names in it, in order. One listing, where a stat for each picture takes minutes.
+    `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture: names with a dot first go."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except (OSError, ValueError):  # not there, or no name that a folder can have
         return []
 
@@ -165,7 +179,14 @@ def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
     """{number at the end of the name: name}; where folders share a number the first one's."""
     names = [f"{folder}/{name}" for folder in folders for name in list_folder(root / folder)]
     return {int(match[1]): name for name in reversed(names)  # the first is put in last
-            if (match := re.search(r"(\d+)\.jpg$", name))}
+            if (match := PICTURE.search(name)) and match[1]}
+
+
+def spelling(name: str) -> str:
+    """Two names with the same are one picture's: Windows has backslashes in paths, a Mac writes
+    accents in two characters, and tools write jpg, JPG, jpeg or convert to png."""
+    path, number = name.replace("\\", "/"), PICTURE.search(name)
+    return unicodedata.normalize("NFC", path[:number.end(1)] if number else path)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -177,12 +198,23 @@ CROP_SCALES = (400, 500, 600)                # DETR: the size before the crop
 CROP_SIDES = (384, 600)                      # Section 3.5
 
 
-def read_image(path: Path | str) -> Tensor:
+FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
+
+
+class UnusablePicture(InputError):
+    """A picture that no decoder opens, or whose shape is not the one that its boxes are for. In
+    training the next of its epoch takes its place."""
+
+
+def read_image(path: Path | str, size=None) -> Tensor:
     """(3, H, W) uint8 RGB, laid out as (H, W, 3): the layout that torchvision resizes fastest.
+
+    `size`: height and width in the annotations, if they state them; see `upright`.
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode."""
     try:
         # Warnings (odd metadata, very large) are not our concern; opening gives some, too.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
+            picture = upright(picture, size)
             if picture.mode[0] in "IF":              # 16-bit grey: PIL would cut it off at 255
                 grey = np.asarray(picture, np.float32) / (257 if picture.mode[0] == "I" else 1)
                 picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
@@ -190,9 +222,38 @@ def read_image(path: Path | str) -> Tensor:
                 picture = picture.convert("RGBA")
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:                       # PIL raises many kinds
-        raise bad(path, f"cannot be read as a picture ({error})",
-                  "fetch it again, or delete it: pictures that are not there are skipped") from None
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # not the picture's fault
+            raise bad(path, error.strerror, "raise `ulimit -n`") from None
+        raise UnusablePicture(f"{path}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
+
+
+def upright(picture: Image.Image, size) -> Image.Image:
+    """The picture turned as EXIF says, as viewers and most labelling tools do; as it is stored if
+    only so it has the shape of the annotations (`size`: height, width). A scaled copy of that is
+    as good, as boxes are relative; any other shape is an error."""
+    picture.load()
+    views = [picture]
+    with contextlib.suppress(Exception):  # no EXIF, damaged EXIF, or not turned
+        views.insert(0, picture.transpose(TURNS[picture.getexif()[ExifTags.Base.Orientation]]))
+    if size is None:
+        return views[0]
+    height, width = size
+
+    def skew(view):
+        return abs(view.height * width - view.width * height)
+    best = min(views, key=skew)  # the first of equals
+    # The smaller of two copies has its sides rounded to a pixel.
+    if skew(best) > max(height + width, best.height + best.width):
+        raise ValueError(f"its width and height are {picture.width} x {picture.height}, but "
+                         f"{width} x {height} in the annotations")
+    return best
 
 
 def scaled(length: int, image_size: int) -> int:
@@ -270,7 +331,9 @@ def read_vocabulary(path: Path) -> list[str]:
     """BERT's vocabulary, a word piece per line."""
     words = read_lines(path) if path.exists() else []
     if lost := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words):
-        problem = f"no line {min(lost)}: not BERT's" if words else "missing; texts need it"
+        problem = "missing; texts need it"
+        if path.exists():
+            problem = what_is_wrong(path, text=True) or f"no line {min(lost)}: not BERT's"
         raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased")
     return words
 
@@ -307,7 +370,7 @@ CONTRACTIONS = {
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}
-PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!:')
+PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
 
 
 def normalise_answer(text: str) -> str:
@@ -316,12 +379,12 @@ def normalise_answer(text: str) -> str:
     A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
     between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
-    result, thousands = text, re.search(r"\d,\d", text)
+    result, thousands = text, re.search(r"[0-9],[0-9]", text)
     for mark in PUNCTUATION.intersection(text):
         removed = thousands or f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if removed else " ")
     # Full stops but for decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
-    result = re.sub(r"\.(?!\d)", "", result, count=32)
+    result = re.sub(r"\.(?![0-9])", "", result, count=32)
     words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
@@ -355,6 +418,12 @@ class Dataset:
     """What all readers share. `split` is train, val or test; `data` the folder of all data sets;
     `image_size` and `augment` are the settings of those names.
 
+    A record that cannot be used is left out and counted (`skipped`) where official files have such
+    records: pictures that are not there, ids that occur again, boxes of no size, objects outside a
+    vocabulary, questions without answers, rows of too many columns, the label "-". Any other fault
+    is an InputError that names file, record and fix. Whether a picture can be used shows once it
+    is opened: `picture` raises UnusablePicture (`--check` opens all).
+
     A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
     Sample`, augmented by draws from `rng` in training; `rng` is None in evaluation."""
@@ -362,6 +431,7 @@ class Dataset:
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
     attribute_names: list[str] = []
+    sizes: np.ndarray | None = None   # (n, 2) height, width of the pictures as annotated
 
     def __init__(self, task: Task, data: Path, split: str, tokenizer: Tokenizer | None = None,
                  image_size: int = SHORTEST, augment: str = "full"):
@@ -373,7 +443,8 @@ class Dataset:
         self.task, self.data, self.split, self.tokenizer = task, data, split, tokenizer
         self.image_size, self.augment = image_size, augment
         self.path = data / self.files[split][0]   # of the annotations
-        self.skipped, self.notes = Counter(), []  # {reason: how many}; what else the summary tells
+        self.skipped, self.notes = Counter(), []  # {reason: how many}; what else the summary says
+        self.missing = 0  # how many of the split's samples lack their picture
         gc.disable()  # it would visit millions of objects just parsed, again and again
         try:
             self.read()
@@ -387,33 +458,49 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def present(self, names: list[str]) -> np.ndarray:
-        """(n,) bool: is the picture in `self.folder`? It is an error if none is."""
-        different = dict.fromkeys(names)
-        for name in different:
-            if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+    def locate(self, names: list[str]) -> tuple[list[str], np.ndarray]:
+        """-> the names on the disk, (n,) bool: is the picture in `self.folder`? An error if none
+        is."""
+        found, folders = dict.fromkeys(names), set()
+        for name in found:
+            parts = re.split(r"[/\\]", name)
+            if os.path.isabs(name) or ".." in parts or re.match("[A-Za-z]:", name):
                 raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
-        there = {os.path.join(folder, name) for folder in {os.path.dirname(x) for x in different}
-                 for name in list_folder(self.folder / folder)}
-        present = np.array([name in there for name in names], bool)
+            folder = "/".join(parts[:-1])
+            folders.update({folder, unicodedata.normalize("NFD", folder)})
+        there = [os.path.join(folder, name) for folder in sorted(folders)
+                 for name in list_folder(self.folder / folder)]
+        known = {spelling(name): name for name in reversed(there)} | dict(zip(there, there))
+        found = {name: known.get(name) or known.get(spelling(name)) for name in found}
+        usual = {name for name in found if name.endswith((".jpg", ".jpeg", ".png"))}
+        if odd := [name for name in found if found[name] and (found[name] != name or name not in usual)]:
+            self.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, endings "
+                              f"or \\ in the annotations (the first: {odd[0]!r})")
+        present = np.array([found[name] is not None for name in names], bool)
         if not present.all():
             first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"  # escaped for printing
             if not present.any():
                 raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
                           "unpack the pictures there")
-            self.skipped[f"without picture {first}"] = int((~present).sum())
-        return present
+            self.missing = int((~present).sum())
+            self.skipped[f"without picture {first}"] = self.missing
+        return [found[name] or "" for name in names], present
+
+    def picture_file(self, index: int) -> tuple[str, list[int] | None]:
+        """Its path, and the height and width that the annotations state, if they do."""
+        # No Path: it interns its names, and each worker would get that whole table for its own.
+        path = f"{self.folder}/{self.names[index]}"
+        return path, None if self.sizes is None else self.sizes[index].tolist()
 
     def picture(self, index: int) -> Tensor:
-        """(3, H, W) uint8."""
-        # No Path: it interns its names, and each worker would get that whole table for its own.
-        return read_image(f"{self.folder}/{self.names[index]}")
+        """(3, H, W) uint8; or UnusablePicture is raised."""
+        return read_image(*self.picture_file(index))
 
     @property
     def summary(self) -> str:
         line = f"{self.task.name:8}{self.split:6}{len(self):>9,} samples "
         line += f"{self.num_images:>9,} pictures" if self.task.image else " " * 18
-        skipped = ", ".join(f"{count:,} {why}" for why, count in self.skipped.items() if count)
+        skipped = counted(self.skipped)
         notes = ["no samples"] * (not len(self)) + [f"skipped: {skipped}"] * bool(skipped)
         return "; ".join([line, *notes, *self.notes]).rstrip()
 
@@ -428,6 +515,21 @@ def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def not_empty(boxes: np.ndarray) -> np.ndarray:
     """(n, 4) corners -> (n,) bool. 1e-6 of a side: what rounding leaves of a box cut to nothing."""
     return (boxes[:, 2:] - boxes[:, :2] > 1e-6).all(1)
+
+
+def box_round(segmentation) -> list[float] | None:
+    """The bounding box x, y, w, h of polygons or of run lengths; None if they are neither."""
+    try:
+        if isinstance(segmentation, dict):
+            from pycocotools import mask
+            if isinstance(segmentation["counts"], list):
+                segmentation = mask.frPyObjects(segmentation, *segmentation["size"])
+            return mask.toBbox(segmentation).tolist()
+        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
+        low, high = points.min(0), points.max(0)
+        return [*low.tolist(), *(high - low).tolist()]
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 class Coco(Dataset):
@@ -449,10 +551,10 @@ class Coco(Dataset):
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
         images = table(content, "images", path)
-        ids, names = column(images, "id", path, np.int64), column(images, "file_name", path, str)
-        sizes = np.stack([column(images, x, path, np.int64) for x in ("height", "width")], 1)
+        ids, names = ids_of(images, "id", path), column(images, "file_name", path, str)
+        sizes = np.stack([ids_of(images, side, path) for side in ("height", "width")], 1)
         require((sizes > 0).all(1), "has an image of no size", path, images)
-        present = self.present(names)
+        names, present = self.locate(names)
         first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
         self.skipped["repeated image ids"] = int((~first).sum())
         keep = np.flatnonzero(first & present)
@@ -464,7 +566,9 @@ class Coco(Dataset):
         """List `key` of ids and names -> names by id, up to the largest id; "" where there is none.
         The length is the number of classes: 91, 1601 and 401 on the official files."""
         rows, path = table(content, key, self.path), self.path
-        ids = column(rows, "id", path, np.int64)
+        ids = ids_of(rows, "id", path)
+        if len(set(ids.tolist())) < len(ids):
+            raise bad(path, f"an id occurs twice in {key}", "which of its names counts is not known")
         require((ids >= 0) & (ids < MAX_CLASSES),
                 f"of {key} has an id outside 0..{MAX_CLASSES - 1}", path, rows)
         names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
@@ -472,29 +576,67 @@ class Coco(Dataset):
 
     def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
         """Annotations, grouped by image. `listed`: ids of all images, those without picture too."""
-        path, owners = self.path, column(rows, "image_id", self.path, np.int64)
+        path, owners = self.path, ids_of(rows, "image_id", self.path)
+        if rows and isinstance(rows[0]["image_id"], str):
+            self.notes.append("image_id is a text: read as a number")
         self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
         places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
         # Stable: in the file's order. -1 has no picture, and goes.
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
-        self.starts = np.searchsorted(places[order], np.arange(len(self) + 1))
-        self.boxes = column(rows, "bbox", path, np.float64, 4)[order]  # x, y, w, h as in the file
-        self.areas = column(rows, "area", path, np.float64)[order]
-        self.crowd = column(rows, "iscrowd", path, np.int64)[order].astype(bool)
-        labels = column(rows, "category_id", path, np.int64)
+        sizes, boxes = self.sizes[places[order]], self.given_boxes(rows)[order]
+        areas = np.array(column(rows, "area", path, float, default=math.nan))[order]
+        labels = ids_of(rows, "category_id", path)
         used = np.flatnonzero([bool(name) for name in self.class_names])
         require(np.isin(labels, used), "has a category_id not in its categories", path, rows)
-        self.labels = labels[order].astype(np.int16)
-        full = not_empty(clipped(self.boxes, self.sizes[places[order]]))
+        self.starts = np.searchsorted(places[order], np.arange(len(self) + 1))
+        self.boxes, self.labels = boxes, labels[order].astype(np.int16)  # x, y, w, h in pixels
+        self.areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
+        self.crowd = np.array(column(rows, "iscrowd", path, int, default=0), bool)[order]
+        self.check_boxes(boxes, sizes)
+        full = not_empty(clipped(boxes, sizes))
         self.usable = full & ~self.crowd  # what is trained on
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (no training; the metric keeps them)"] = int(self.crowd.sum())
+        if self.split == "train" and not self.usable.any():
+            raise bad(path, f"no box to learn from (left out: {counted(self.skipped)})")
         if size := self.task.num_attributes:
             lists = column(rows, "attribute_ids", path, list)
             require([all(type(n) is int and 0 <= n < size for n in x) for x in lists],
                     f"has attribute_ids outside 0..{size - 1}", path, rows)
             self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
+
+    def given_boxes(self, rows: list[dict]) -> np.ndarray:
+        """(n, 4) x, y, w, h as in the file; where there is only a segmentation, the box round it."""
+        made = [row for row in rows if row.get("bbox") is None and row.get("segmentation")]
+        for row in made:
+            row["bbox"] = box_round(row["segmentation"])
+        if made:
+            self.notes.append(f"{len(made):,} boxes (bbox) made from segmentations")
+        boxes = column(rows, "bbox", self.path, list)
+        require([len(box) == 4 and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box)
+                 for box in boxes], "has a bbox that is not 4 finite numbers", self.path, rows)
+        return np.array(boxes, np.float64).reshape(-1, 4)
+
+    def check_boxes(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
+        """Other conventions than x, y, w, h in pixels show in the whole file, and are refused.
+        boxes (n, 4), sizes (n, 2) height, width."""
+        low, high, sides = boxes[:, :2], boxes[:, 2:], sizes[:, ::-1] + 1  # 1 pixel: rounding
+        beyond = (low + high > sides).any(1).sum()
+        corners = ((low <= high) & (high <= sides)).all(1).sum()
+        fix = "COCO's are x, y, width, height in pixels: convert them"
+        if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
+            raise bad(self.path, "all boxes lie in 0..1, relative to their pictures", fix)
+        if beyond > 0.1 * len(boxes) and corners > 0.99 * len(boxes):
+            raise bad(self.path, f"{beyond:,} of {len(boxes):,} boxes go beyond their pictures, and "
+                      "all look like corners x0, y0, x1, y1", fix)
+        if beyond:
+            self.notes.append(f"{beyond:,} boxes go beyond their pictures: clipped")
+
+    def crowded(self, queries: int) -> int:
+        """How many pictures have more boxes to learn from than that: no query is left for some."""
+        before = np.concatenate([[0], np.cumsum(self.usable)])  # box by box
+        return int((np.diff(before[self.starts]) > queries).sum())
 
     def sample(self, index: int, rng: np.random.Generator | None = None) -> Sample:
         image, size = self.picture(index), self.sizes[index]
@@ -549,23 +691,25 @@ class VisualGenome(Coco):
     def read(self) -> None:
         content = None
         if not self.path.exists():
-            content = prepare_vg(self.data)[0][self.split]
+            splits, dropped = prepare_vg(self.data)
+            content = splits[self.split]
             self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
                               f"{self.data} --prepare vg` makes it once")
+            self.notes.append(f"dropped from train and val: {counted(dropped)}")
         super().read(content)
 
 
 def coco_val_ids(data: Path) -> set[int]:
     """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
     path = data / "coco/annotations/instances_val2017.json"
-    return set(column(table(read_json(path), "images", path), "id", path, np.int64).tolist())
+    return set(column(table(read_json(path), "images", path), "id", path, int))
 
 
 def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
     """A class per line, ids from 1, commas between aliases -> rows for the JSON, {alias: id}."""
     lines = [[name.strip() for name in line.split(",")] for line in read_lines(path)]
     return ([{"id": number, "name": names[0]} for number, names in enumerate(lines, 1)],
-            {name: number for number, names in enumerate(lines, 1) for name in names})
+            {name.lower(): number for number, names in enumerate(lines, 1) for name in names})
 
 
 def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
@@ -599,6 +743,9 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
                     split["annotations"].append({"id": len(split["annotations"]) + 1, **found})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise bad(path, f"a row lacks {error} ({row!r:.120})") from None
+    if splits["train"]["images"] and not splits["train"]["annotations"]:
+        raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
+                  "take the vocabulary that fits these objects")
     return splits, dropped
 
 
@@ -679,59 +826,95 @@ class Vqa2(Classification):
     out, all others train. Pictures are found by id: 2014's and 2017's are the same, renamed."""
 
     parts = {"train": ["train2014", "val2014"], "val": ["val2014"], "test": ["test2015"]}
-    files = {split: [f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json" for part in parts]
-             for split, parts in parts.items()}
-    folders = [f"coco/{part}" for part in (
-        "train2017", "val2017", "train2014", "val2014", "test2015", "test2017")]
+    questions = "vqa2/v2_OpenEnded_mscoco_{}_questions.json"
+    annotations = "vqa2/v2_mscoco_{}_annotations.json"
+    files = {"train": [questions.format("train2014"), questions.format("val2014")],
+             "val": [questions.format("val2014")], "test": [questions.format("test2015")]}
+    # Where pictures are looked for, in this order: own data may have an id in both splits.
+    folders = {"train": ["coco/train2017", "coco/train2014", "coco/val2017", "coco/val2014"],
+               "val": ["coco/val2017", "coco/val2014", "coco/train2017", "coco/train2014"],
+               "test": ["coco/test2015", "coco/test2017"]}
     vocabulary = "vqa2/answers_vqa.txt"
 
     @classmethod
+    def sources(cls, data: Path, split: str) -> tuple[dict[str, str], dict[str, str]]:
+        """{part: file} of the questions, {part: file} of the annotations."""
+        parts, development = cls.parts[split], cls.questions.format("test-dev2015")
+        if not (data / cls.files[split][0]).exists() and (data / development).exists():
+            parts = ["test-dev2015"] if split == "test" else parts
+        answered = [] if split == "test" else parts
+        if not (data / cls.vocabulary).exists():  # then it is made of the answers of both parts
+            answered = cls.parts["train"]
+        return ({part: cls.questions.format(part) for part in parts},
+                {part: cls.annotations.format(part) for part in answered})
+
+    @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
-        questions = cls.files[split]
-        development = [file.replace("test2015", "test-dev2015") for file in questions]
-        if not (data / questions[0]).exists() and (data / development[0]).exists():
-            questions = development
-        # Without a vocabulary, it is made of the answers of both parts.
-        answered = cls.parts["train"] if not (data / cls.vocabulary).exists() else (
-            [] if split == "test" else cls.parts[split])
-        annotations = [f"vqa2/v2_mscoco_{part}_annotations.json" for part in answered]
-        return questions + annotations + VisualGenome.raw[-1:] * (split != "test")
+        questions, annotations = cls.sources(data, split)
+        return [*questions.values(), *annotations.values()]
 
     def read(self) -> None:
-        self.folder = self.data
-        paths = [self.data / file for file in self.needed(self.data, self.split)]
-        self.path = paths[0]
-        # There are 6.6 million answers: kept as objects until the file is read, they are slow to
-        # visit again. So {"answer": text, ...} becomes the text's place among the different ones.
-        different = defaultdict(lambda: len(different))
-
-        def shorten(row: dict):
-            return different[str(row["answer"])] if "answer" in row else row
-
-        answers, common = {}, []  # {question id: places}, the most common answer of each
-        for path in [path for path in paths if path.name.endswith("_annotations.json")]:
-            rows = table(read_json(path, shorten), "annotations", path)
-            tens = column(rows, "answers", path, list)
-            places = range(len(different))
-            require([all([type(n) is int and n in places for n in ten]) for ten in tens],
-                    "has a bad answer", path, rows)
-            answers.update(zip(column(rows, "question_id", path, np.int64).tolist(), tens))
-            common += column(rows, "multiple_choice_answer", path, str)
+        questions, annotations = self.sources(self.data, self.split)
+        self.folder, self.path = self.data, self.data / [*questions.values()][0]
+        given, common = {part: {} for part in questions}, []
+        for part, file in annotations.items():
+            given[part], chosen = self.read_annotations(self.data / file)
+            common += chosen
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
-        held_out = set() if self.split == "test" else coco_val_ids(self.data)
-        pictures, rows = pictures_by_id(self.data, *self.folders), []
-        for path in [path for path in paths if path.name.endswith("_questions.json")]:
-            questions = table(read_json(path), "questions", path)
-            ids, images = (column(questions, name, path, np.int64).tolist()
-                           for name in ("question_id", "image_id"))
-            texts = column(questions, "question", path, str)
-            rows += [(number, -1, pictures.get(image) or f"question {number}'s", [text],
-                      answers.get(number, [])) for number, image, text in zip(ids, images, texts)
-                     if (image in held_out) == (self.split == "val")]
+        held_out = self.held_out() if self.split != "test" else set()
+        pictures = pictures_by_id(self.data, *self.folders[self.split])
+        rows, answers, both = [], [], Counter()
+        for part, file in questions.items():
+            for number, image, text in self.read_questions(self.data / file):
+                name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
+                if held and part == "train2014":  # own data, where ids occur in both splits
+                    held = not name.startswith("coco/train")
+                    both[held] += 1
+                if held == (self.split == "val"):
+                    rows.append((number, -1, name, [text]))
+                    answers.append(given[part].get(number, []))
+        self.skipped["training questions on pictures of val2017"] = both[True]
+        if both[False]:
+            self.notes.append(f"{both[False]:,} training questions have image ids that are in val2017,"
+                              " too, and are asked about train2017's pictures")
+        if few := sum(0 < len(texts) < 10 for texts in answers):
+            self.notes.append(f"{few:,} questions have fewer than ten answers")
         if self.split == "train":
-            rows += self.genome_questions(held_out, different)
-        self.encode(list(compress(rows, self.present([row[2] for row in rows]))), list(different))
+            for row, answer in self.genome_questions(held_out):
+                rows.append(row)
+                answers.append([answer])
+        _, present = self.locate([row[2] for row in rows])  # these names are the disk's already
+        self.encode(list(compress(rows, present)), list(compress(answers, present)))
+
+    def read_questions(self, path: Path):
+        """(question id, image id, question) of each."""
+        rows = table(read_json(path), "questions", path)
+        return zip(column(rows, "question_id", path, int), column(rows, "image_id", path, int),
+                   column(rows, "question", path, str))
+
+    def read_annotations(self, path: Path) -> tuple[dict[int, list[str]], list[str]]:
+        """{question id: answers}, the most common answer of each question."""
+        def shorten(row: dict):
+            # Of 6.6 million {"answer": text, ...} the text stays, one object for equal ones.
+            return sys.intern(str(row["answer"])) if "answer" in row else row
+
+        rows = table(read_json(path, shorten), "annotations", path)
+        answers, ids = column(rows, "answers", path, list), column(rows, "question_id", path, int)
+        good = [set(map(type, texts)) <= {str} for texts in answers]
+        require(good, "has a bad answer", path, rows)
+        common = column(rows, "multiple_choice_answer", path, str, default="")
+        common = [text or max(texts, key=texts.count, default="")
+                  for text, texts in zip(common, answers)]
+        return dict(zip(ids, answers)), common
+
+    def held_out(self) -> set[int]:
+        """val2017's images; without COCO's file those of val2014's questions."""
+        if (self.data / VisualGenome.raw[-1]).exists():
+            return coco_val_ids(self.data)
+        self.notes.append(f"without {VisualGenome.raw[-1]} train2014 trains, val2014 evaluates")
+        path = self.data / self.files["val"][0]
+        return {image for _, image, _ in self.read_questions(path)}
 
     def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
@@ -745,8 +928,8 @@ class Vqa2(Classification):
         normal = Counter(map(functools.cache(normalise_answer), common))
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
-    def genome_questions(self, held_out: set[int], different: dict) -> list[tuple]:
-        """VG's questions whose picture is not in val2017. Their one answer counts as ten (ours)."""
+    def genome_questions(self, held_out: set[int]) -> list[tuple]:
+        """VG's questions whose picture is not in val2017, as (row for `fill`, its one answer)."""
         paths = [self.data / "vg" / name for name in ("question_answers.json", "image_data.json")]
         if missing := [str(path) for path in paths if not path.exists()]:
             self.notes.append(f"without Visual Genome's questions: {', '.join(missing)} missing")
@@ -759,40 +942,51 @@ class Vqa2(Classification):
                 if image not in coco_ids:  # nothing tells whether it is in val2017
                     self.skipped["VG questions on unknown images"] += 1
                 elif coco_ids[image] not in held_out:
-                    number, answer = np.int64(int(qa["qa_id"])), different[str(qa["answer"])]
-                    name = pictures.get(image) or f"question {number}'s"
-                    found.append((number, -1, name, [qa["question"]], [answer] * 10))
+                    name = pictures.get(image) or f"vg/*/{image}.jpg"
+                    row = np.int64(int(qa["qa_id"])), -1, name, [qa["question"]]
+                    found.append((row, str(qa["answer"])))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
         return found
 
-    def encode(self, rows: list[tuple], texts: list[str]) -> None:
-        """rows as for `fill`, and of each its answers' places in `texts` -> flat arrays."""
-        places = padded([row[4] for row in rows], 10)
+    def encode(self, rows: list[tuple], answers: list[list[str]]) -> None:
+        """rows as for `fill`, and the answers to each -> flat arrays."""
+        if self.split != "test":
+            answered = [len(texts) > 0 for texts in answers]
+            self.skipped["without answers"] = answered.count(False)
+            rows, answers = list(compress(rows, answered)), list(compress(answers, answered))
+        different = {text: n for n, text in enumerate(dict.fromkeys(chain.from_iterable(answers)))}
         # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
         # Of two classes with one normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        self.classes = np.array([forms.get(normalise_answer(text), -1) for text in texts] + [-1],
-                                np.int32)
-        answered = (places >= 0).any(1) | (self.split == "test")
-        known = (self.classes[places] >= 0).any(1) | (self.split != "train")  # else no loss
-        self.skipped["without answers"] = int((~answered).sum())
-        self.skipped["without an answer in the vocabulary"] = int((answered & ~known).sum())
-        self.fill(list(compress(rows, answered & known)))
-        self.answer_places, self.answer_texts = places[answered & known], strings(texts)
+        classes = np.array([forms.get(normalise_answer(text), -1) for text in different], np.int32)
+        lengths = np.array([len(texts) for texts in answers], np.int64)
+        # One after the other, those of question i from starts[i] to starts[i + 1].
+        places = np.fromiter(map(different.__getitem__, chain.from_iterable(answers)), np.int32)
+        if self.split == "train":
+            owners = np.repeat(np.arange(len(rows)), lengths)
+            known = np.bincount(owners, classes[places] >= 0, len(rows)) > 0  # else no loss
+            self.skipped["without an answer in the vocabulary"] = int((~known).sum())
+            rows, places, lengths = list(compress(rows, known)), places[known[owners]], lengths[known]
+        self.fill(rows)
+        self.classes, self.answer_texts, self.answer_places = classes, strings(different), places
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
 
     def answers(self, index: int) -> list[str]:
-        """The ten answers as given; none on a test split."""
-        return [self.answer_texts[n] for n in self.answer_places[index] if n >= 0]
+        """As given, ten in the official files; none on a test split."""
+        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
+        return [self.answer_texts[place] for place in own]
 
     def scores(self, index: int) -> Tensor | None:
-        """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy."""
+        """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy.
+        Of n it is 3 n_agreeing / n, at most 1 (ours): one answer alone scores 1."""
         if self.split == "test":
             return None
-        classes = torch.from_numpy(self.classes[self.answer_places[index]]).long()
+        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
+        classes = torch.from_numpy(self.classes[own]).long()
         counts = torch.bincount(classes[classes >= 0], minlength=self.task.num_classes)
-        return (0.3 * counts).clamp(max=1)
+        return (3 * counts / len(own)).clamp(max=1)
 
 
 class SnliVe(Classification):
@@ -818,7 +1012,9 @@ class SnliVe(Classification):
                 raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]!r}") from None
             name = str(name).removesuffix(".jpg") + ".jpg"
             rows.append((number, self.class_id(label, number + 1), name, [text]))
-        self.fill(list(compress(rows, self.present([row[2] for row in rows]))))
+        names, present = self.locate([row[2] for row in rows])
+        rows = [(number, label, name, texts) for (number, label, _, texts), name in zip(rows, names)]
+        self.fill(list(compress(rows, present)))
 
 
 class Glue(Classification):
@@ -889,15 +1085,19 @@ TASKS = [
 
 def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augment: str = "full"):
     """-> the named tasks, with as many classes as the files have, {name: Dataset}."""
-    data, by_name = Path(data), {task.name: task for task in TASKS}
-    if unknown := [name for name in names if name not in by_name]:
-        raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
+    data, tasks = Path(data), tasks_named(names)
     require_folder(data)
-    tasks = [by_name[name] for name in names]
     tokenizer = Tokenizer(data / "bert/vocab.txt") if any(task.text for task in tasks) else None
     datasets = {task.name: task.dataset(task, data, split, tokenizer, image_size, augment)
                 for task in tasks}
     return [dataset.task for dataset in datasets.values()], datasets
+
+
+def tasks_named(names) -> list[Task]:
+    by_name = {task.name: task for task in TASKS}
+    if unknown := [name for name in names if name not in by_name]:
+        raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
+    return [by_name[name] for name in names]
 
 
 def require_folder(data: Path) -> None:
@@ -963,71 +1163,152 @@ class Schedule:
             self.choices[:coco_first] = self.names.index("coco")
         # (iterations, tasks): how often each was drawn so far, this iteration included.
         self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(weights)), 0, np.int32)
-        # Two epochs a task are kept, as a batch may reach into the next.
-        self.shuffle = functools.lru_cache(2 * len(self.names))(self.shuffle)
 
     def task(self, iteration: int) -> str:
         return self.names[self.choices[iteration]]
 
+    def first_place(self, iteration: int) -> int:
+        """How many samples of the iteration's task were taken before it."""
+        drawn = int(self.drawn[iteration, self.choices[iteration]])
+        return (drawn - 1) * self.batch_size
+
     def samples(self, iteration: int) -> np.ndarray:
         """(batch_size,) int64 indices into the task's data set."""
-        name = self.task(iteration)
-        size, end = self.sizes[name], int(self.drawn[iteration, self.choices[iteration]])
+        name, first = self.task(iteration), self.first_place(iteration)
+        size = self.sizes[name]
         return np.array([self.shuffle(name, place // size)[place % size]
-                         for place in range((end - 1) * self.batch_size, end * self.batch_size)])
+                         for place in range(first, first + self.batch_size)])
 
+    def following(self, iteration: int, position: int) -> np.ndarray:
+        """(size - 1,) the other samples of that one's epoch, in order from it on, and round."""
+        name, place = self.task(iteration), self.first_place(iteration) + position
+        size = self.sizes[name]
+        return np.roll(self.shuffle(name, place // size), -(place % size))[1:]
+
+    @functools.lru_cache(16)  # two epochs of eight tasks, as a batch may reach into the next
     def shuffle(self, name: str, epoch: int) -> np.ndarray:
         """The order of one epoch; keyed by name, so that a run's other tasks don't matter."""
         rng = np.random.default_rng([self.seed, 1, zlib.crc32(name.encode()), epoch])
         return rng.permutation(self.sizes[name])
 
 
+def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str) -> InputError:
+    return InputError(f"{task}: {len(reasons)} pictures of {met} samples cannot be used: "
+                      f"{'; '.join(reasons[:3])}; `python data.py --data {data} --check --tasks "
+                      f"{task}` lists all")
+
+
 class Fetcher(torch.utils.data.Dataset):
-    """What a worker runs: (iteration, task, [(position, index), ...]) -> (iteration, Batch)."""
+    """Makes a batch of a request (iteration, task, [(position, index), ...]): `fetch` in this
+    process, `[]` in a data worker. Without a schedule it is evaluation."""
 
-    def __init__(self, datasets: dict[str, Dataset], seed: int | None):
-        self.datasets, self.seed = datasets, seed  # seed None: no augmentation
+    def __init__(self, datasets: dict[str, Dataset], schedule: Schedule | None = None):
+        self.datasets, self.schedule = datasets, schedule
 
-    def __getitem__(self, request):
+    def fetch(self, request) -> tuple[Batch | None, dict[int, str]]:
+        """The batch, and {index: why its picture cannot be used}. In training the next of its epoch
+        takes such a picture's place; in evaluation the batch is smaller, or None."""
         iteration, name, places = request
-        dataset, samples = self.datasets[name], []
+        dataset, samples, reasons, rng = self.datasets[name], [], {}, None
+        for position, index in places:
+            for candidate in self.candidates(iteration, position, index):
+                if self.schedule is not None:
+                    # Keyed by the position in the global batch: no worker and no rank shows in it.
+                    rng = np.random.default_rng([self.schedule.seed, 2, iteration, position])
+                try:
+                    samples.append(dataset.sample(candidate, rng))
+                    break
+                except UnusablePicture as error:
+                    reasons[candidate] = str(error)
+        if self.schedule is not None and len(samples) < len(places):
+            raise too_many_unusable(name, [*reasons.values()], len(reasons), dataset.data)
+        return collate(dataset.task, samples) if samples else None, reasons
+
+    def candidates(self, iteration: int, position: int, index: int):
+        """What is tried for a place in the batch: a pure function of the data, so no state is
+        shared among workers and processes, and none is saved."""
+        yield index
+        if self.schedule is not None:
+            yield from self.schedule.following(iteration, position)[:FEWEST_UNUSABLE].tolist()
+
+    def __getitem__(self, request) -> bytes:
+        batch, reasons = self.fetch(request)
+        # Packed here and not by the loader, in whose threads an error is only printed: the batch is
+        # lost, and waited for without end.
         try:
-            for position, index in places:
-                # Keyed by the position in the global batch: no worker and no rank shows in it.
-                rng = None if self.seed is None else np.random.default_rng(
-                    [self.seed, 2, iteration, position])
-                samples.append(dataset.sample(index, rng))
-        except InputError as error:
-            return iteration, error  # raised in a worker, it would arrive wrapped in a traceback
-        # As arrays these travel inside the message; tensors cost a file descriptor each.
-        return iteration, convert_lists(collate(dataset.task, samples), Tensor.numpy)
+            return bytes(ForkingPickler.dumps((convert_lists(batch, Tensor.numpy), reasons)))
+        except RuntimeError as error:  # of shared memory
+            raise OSError(str(error)) from None
 
 
-def convert_lists(batch: Batch, convert) -> Batch:
+def convert_lists(batch: Batch | None, convert) -> Batch | None:
+    """Tensors in lists travel as arrays, inside the message: each tensor costs an open file."""
+    if batch is None:
+        return None
     lists = {name: getattr(batch, name) for name in ("boxes", "labels", "attributes")}
     return replace(batch, **{name: xs and [convert(x) for x in xs] for name, xs in lists.items()})
 
 
+# They end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a cluster's
+# warning. (Windows lacks two.)
+STOPPING = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+
+
 def start_worker(number: int) -> None:
-    """Ctrl-C is for the parent, who finishes what is in hand and saves; so is SIGTERM, which
-    clusters send to all processes. Workers without a parent end by themselves."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Signals may go to all processes, but the parent needs its workers to finish what is in hand.
+    Workers without a parent end by themselves."""
+    for stop in STOPPING:
+        signal.signal(stop, signal.SIG_IGN)
 
 
 def run_loader(fetcher: Fetcher, requests, num_workers: int):
-    """Yields (iteration, Batch, or the InputError that prevents it) for each request, in order;
-    `num_workers` processes read ahead."""
-    # Fork shares the annotations; where there is none they are copied.
-    context = "fork" if num_workers and sys.platform == "linux" else None
-    # A generator of its own: the loader draws a seed, which must not disturb dropout's draws.
-    loader = torch.utils.data.DataLoader(
-        fetcher, batch_size=None, sampler=requests, num_workers=num_workers,
-        prefetch_factor=4 if num_workers else None, worker_init_fn=start_worker,
-        multiprocessing_context=context, generator=torch.Generator())
-    for iteration, batch in loader:
-        broken = isinstance(batch, InputError)
-        yield iteration, batch if broken else convert_lists(batch, torch.from_numpy)
+    """Yields fetcher.fetch(request) for each request, in order; `num_workers` processes read ahead.
+    It is an InputError if these fail."""
+    if not num_workers:
+        yield from map(fetcher.fetch, requests)
+        return
+    waiting, workers, handler = True, [], signal.getsignal(signal.SIGCHLD)
+
+    def ended() -> list[int]:
+        return [worker.exitcode for worker in workers if worker.exitcode]
+
+    def look(*_):  # in place of PyTorch's handler, which raises in the middle of an update, too
+        if waiting and ended():
+            raise OSError
+    try:
+        # Fork shares the annotations; where there is none they are copied. A generator of its own:
+        # the loader draws a seed, which must not disturb dropout's draws.
+        loader = iter(torch.utils.data.DataLoader(
+            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
+            worker_init_fn=start_worker, generator=torch.Generator(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None))
+        workers += loader._workers  # there is no public name
+        for worker in workers:  # the SIGTERM of a program that ends, and waits for them, is ignored
+            multiprocessing.util.Finalize(fetcher, worker.kill, exitpriority=0)
+        signal.signal(signal.SIGCHLD, look)
+        look()
+        for message in loader:
+            batch, reasons = pickle.loads(message)
+            waiting = False
+            yield convert_lists(batch, torch.from_numpy), reasons
+            waiting = True
+            look()  # one may have died meanwhile
+    except InputError as error:  # a worker's comes with its traceback, of which it is the last line
+        raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
+    except (OSError, EOFError, RuntimeError) as error:  # "connection reset", say: one is dying
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        if isinstance(error, RuntimeError) and not ended():
+            raise  # a fault of the program
+        reason = f"one has ended, exit status {ended()[0]}" if ended() else last_line(error)
+        raise InputError(f"the data workers failed ({reason}); fewer --num_workers (0: none), more "
+                         "memory, a larger /dev/shm (Docker: --shm-size) or more open files "
+                         "(ulimit -n) help") from None
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def last_line(error: Exception) -> str:
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
@@ -1039,8 +1320,9 @@ def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, mos
 
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
-                 world_size: int = 1, micro_batch: int = 0, num_workers: int = 0, seed: int = 0):
-    """Yields (iteration, Batch): this process's micro-batches, in order, from `start` on."""
+                 world_size: int = 1, micro_batch: int = 0, num_workers: int = 0):
+    """Yields for each iteration from `start` on: this process's micro-batches, a list of Batch, and
+    the reasons why pictures were replaced by others."""
     each = schedule.batch_size // world_size  # without a rest: train.check
 
     def requests():
@@ -1048,17 +1330,20 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
             places = list(enumerate(schedule.samples(iteration).tolist()))
             yield from micro_batches(datasets[schedule.task(iteration)], iteration,
                                      places[rank * each:(rank + 1) * each], micro_batch, each)
-    return run_loader(Fetcher(datasets, seed), requests(), num_workers)
+    batches, reasons = [], []
+    for batch, why in run_loader(Fetcher(datasets, schedule), requests(), num_workers):
+        batches.append(batch)
+        reasons += why.values()
+        if sum(map(len, batches)) == each:
+            yield batches, reasons
+            batches, reasons = [], []
 
 
 def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
-    """Yields a Batch for every `micro_batch` of `indices`, in order; 0: 1 picture, or 32 texts."""
+    """Yields for every `micro_batch` of `indices`, in order (0: 1 picture, or 32 texts), a Batch of
+    those that can be used, or None, and {index: why its picture cannot be used}."""
     requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), micro_batch, 32)
-    fetcher = Fetcher({dataset.task.name: dataset}, None)
-    for _, batch in run_loader(fetcher, requests, num_workers):
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    yield from run_loader(Fetcher({dataset.task.name: dataset}), requests, num_workers)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1067,32 +1352,78 @@ PRETRAINED = {"bert/vocab.txt": "all tasks with text",
               "detr/detr-r50-dc5-f0fb7ef5.pth": "weights of the backbone"}
 
 
-def report(data: Path) -> None:
-    """A line per split: how much is there, what was skipped and why, which files are missing."""
-    print(f"{data}: what is there, split by split\n")
-    for task in TASKS:
+def splits(data: Path, names: list[str]):
+    """Yields the Dataset of each split of these tasks, having printed a line for each: how much is
+    there, what was skipped and why, or which files are missing. No names: all that have files."""
+    for task in tasks_named(names) or TASKS:
+        if not names and not (data / task.dataset.files["train"][0]).parent.exists():
+            print(f"{task.name:8}nothing is there")
+            continue
         for split in task.dataset.files:
             try:
-                print(task.dataset(task, data, split).summary)
+                dataset = task.dataset(task, data, split)
             except InputError as error:
                 problem = str(error).replace(f"{data}/", "").removesuffix(f"; {LAYOUT}")
                 print(f"{task.name:8}{split:6}        - {problem}")
+            else:
+                print(dataset.summary, flush=True)
+                yield dataset
+
+
+def report(data: Path, names: list[str]) -> None:
+    print(f"{data}: what is there, split by split\n")
+    for _ in splits(data, names):
+        pass
     print("\npretrained files")
-    for names, use in PRETRAINED.items():
-        found = any((data / name).exists() for name in names.split(" or "))
-        print(f"{'found' if found else 'missing':8}{names} ({use})")
+    for files, use in PRETRAINED.items():
+        found = any((data / file).exists() for file in files.split(" or "))
+        print(f"{'found' if found else 'missing':8}{files} ({use})")
+
+
+def problem_of(path: str, size) -> str:
+    """Why a picture cannot be used; "" if it can."""
+    try:
+        read_image(path, size)
+    except UnusablePicture as error:
+        return str(error)
+    return ""
+
+
+def check_pictures(data: Path, names: list[str]) -> int:
+    """--check: opens every picture once, on all cores -> how many cannot be used."""
+    opened, unusable = set(), 0
+    for dataset in splits(data, names):
+        if not dataset.task.image:
+            continue
+        files = dict(map(dataset.picture_file, range(len(dataset))))
+        files = {path: size for path, size in files.items() if path not in opened}
+        opened.update(files)
+        problems, start = [], time.monotonic()
+        with ProcessPoolExecutor() as pool:
+            found = pool.map(problem_of, files, files.values(), chunksize=16)
+            for done, problem in enumerate(found, 1):
+                problems += [problem] if problem else []
+                if done % 100 == 0 or done == len(files):
+                    seconds = (time.monotonic() - start) / done * (len(files) - done)
+                    print(f"\r  {done:,} of {len(files):,} pictures opened, ETA "
+                          f"{timedelta(seconds=round(seconds))}", end="", file=sys.stderr)
+        print(file=sys.stderr)
+        print(f"  {len(problems):,} of {len(files):,} pictures cannot be used", flush=True)
+        for problem in problems[:10]:
+            print(f"  {problem}")
+        unusable += len(problems)
+    return unusable
 
 
 def write_vg(data: Path) -> None:
     """--prepare vg: the files of `prepare_vg`, and what was dropped."""
-    splits, dropped = prepare_vg(data)
-    for split, content in splits.items():
+    contents, dropped = prepare_vg(data)
+    for split, content in contents.items():
         path = data / VisualGenome.files[split][0]
         with whole_file(path) as file:
             file.write(json.dumps(content))
         print(f"{path}: {len(content['images']):,} pictures, {len(content['annotations']):,} boxes")
-    for reason, count in dropped.items():
-        print(f"dropped: {count:,} {reason}")
+    print(f"dropped: {counted(dropped)}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1100,21 +1431,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def between(least: float, most: float = np.inf, kind: type = int):
-    """A flag's type: a finite number from `least` to `most`."""
-    def convert(text: str):
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) <= most and kind(text) < np.inf:
-                return kind(text)
-        limits = f"from {least} to {most}" if most < np.inf else f"of at least {least}"
-        what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
-    return convert
-
-
 def command_line(parser: Parser, run, argv: list[str] | None) -> None:
     """Runs a program (this one, eval.py, train.py): a user's mistake is one line, exit status 2."""
     try:
+        for stream in (sys.stdout, sys.stderr):
+            # A console without a letter of a class's name prints "?". (Tests replace the streams.)
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
         run(parser.parse_args(argv))
         sys.stdout.flush()
     except InputError as error:
@@ -1127,15 +1450,24 @@ def command_line(parser: Parser, run, argv: list[str] | None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require_folder(args.data)
-    write_vg(args.data) if args.prepare else report(args.data)
+    data, names = Path(args.data), args.tasks.split(",") if args.tasks else []
+    require_folder(data)
+    if args.prepare:
+        write_vg(data)
+    elif args.check:
+        sys.exit(1 if check_pictures(data, names) else 0)
+    else:
+        report(data, names)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(allow_abbrev=False, description=(
-        "Tells what is in the folder of the data sets (layout: README), and what is missing."))
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR",
+        "Says what is in the folder of the data sets (layout: README), and what is missing."))
+    parser.add_argument("--data", type=os.path.expanduser, default="data", metavar="DIR",
                         help="the folder of the data sets (default: data)")
+    parser.add_argument("--tasks", metavar="A,B", help="these alone (default: all that are there)")
+    parser.add_argument("--check", action="store_true", help=(
+        "open every picture once; exit status 1 if one cannot be used, 0 if all can"))
     parser.add_argument("--prepare", choices=["vg"],
                         help="raw Visual Genome to vg/instances_{train,val}.json, once")
     command_line(parser, run, argv)

@@ -568,14 +568,17 @@ def autocast(device, precision: str):
 
 
 # ---- A trained model from its file ---------------------------------------------------------------
+CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always saves
+
+
 def read_checkpoint(path) -> dict:
     """What train.py saved: plain values and tensors only, anything else is refused, not run."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; train.py writes last.pt into its --out")
     fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole; the "
            "authors' files go to --released")
-    checkpoint, parts = unit.read_file(path, fix), {"model", "config", "tasks", "labels"}
-    if not isinstance(checkpoint, dict) or not parts <= set(checkpoint):
+    checkpoint = unit.read_file(path, fix)
+    if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
         raise InputError(f"{path}: lacks model, config, tasks or labels; {fix}")
     return checkpoint
 
@@ -591,6 +594,19 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
                          f"({textwrap.shorten(str(e), 200)}); use the code that it was trained "
                          "with") from None
     return model.eval(), checkpoint
+
+
+def starting_weights(path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]], str]:
+    """Of a checkpoint of train.py, or a file of the authors': the tensors under our names, the
+    names of each task's classes (where it has them), and its origin in words."""
+    content = unit.read_file(unit.fetch(path), "previous.pt beside it may be whole; or get it again")
+    found = unit.weights_in(content, path)
+    if CHECKPOINT <= set(content):
+        classes = {task: names["classes"] for task, names in content["labels"].items()}
+        length = content.get("train", {}).get("iterations")
+        return found, classes, f"iteration {content.get('iteration')} of {length}"
+    heads = dict(encoder_heads=1, bert_heads=1, decoder_heads=1)  # no tensor's shape depends on it
+    return unit.released_model(found, path, **heads).state_dict(), {}, "the authors' weights"
 
 
 def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:

@@ -11,20 +11,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import itertools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -33,7 +31,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import unit
-from unit import Batch, Config, InputError, UniT, option
+from unit import Batch, Config, InputError, UniT, option, written
 
 
 PARTS = ("image_encoder", "text_encoder", "decoder", "queries", "heads")  # parameter names begin so
@@ -68,7 +66,7 @@ class TrainConfig:
     pretrained: bool = option(True, "start from the published BERT (Section 3.2) and backbone "
                                     "(Section 3.1; of small there is none)")
     imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
-    init: str = option("", "checkpoint to start from (Section 4.1: COCO init.)")
+    init: str = option("", "checkpoint, or file of the authors', to start from (Section 4.1)")
     init_parts: tuple[str, ...] = option((), f"of it: {', '.join(PARTS)}; none given: all",
                                          choices=PARTS)
     freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)",
@@ -95,6 +93,9 @@ TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablati
 # "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
+# The authors' own models of these runs, for --init in place of ours.
+AUTHORS_RUNS = {"T1.1-coco": "unit.coco.single_task.tar.gz",
+                "T3.5": "unit.all_8_datasets.shared_dec_with_coco_init.tar.gz"}
 
 EXPERIMENTS = {  # where no iterations are given: 500k
     # Table 1: 150k, 300k, 450k iterations for one, two, three data sets (Section 4.1)
@@ -171,6 +172,11 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
 
 
 # ---- Processes -----------------------------------------------------------------------------------
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def sum_over_processes(*numbers: float) -> list[float]:
     total = torch.tensor(numbers, dtype=torch.float64)
     if dist.is_initialized():
@@ -178,15 +184,23 @@ def sum_over_processes(*numbers: float) -> list[float]:
     return total.tolist()
 
 
+def barrier() -> None:
+    """All processes wait until all are here."""
+    sum_over_processes(0)
+
+
 def note_signals() -> list[int]:
-    """A list that SIGTERM (a cluster's) and Ctrl-C go into: the iteration is finished first."""
+    """Returns a list to which signals that end a run are appended: the iteration is finished first.
+    SIGHUP stays ignored where it is: by nohup."""
     noted = []
 
     def note(number, frame):
         noted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    for number in data.STOPPING:
+        # A script's `&` has SIGINT ignored: it comes only if somebody means it.
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return noted
 
 
@@ -199,7 +213,7 @@ def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
-    groups = [{"params": [p for n, p in trained if ("backbone" in n) == backbone], "base_lr": lr}
+    groups = [{"params": [x for x in trained if ("backbone" in x[0]) == backbone], "base_lr": lr}
               for backbone, lr in ((False, train.lr), (True, train.lr_backbone))]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.999),
                              eps=1e-8, weight_decay=train.weight_decay, fused=True)
@@ -211,6 +225,13 @@ def lr_factor(iteration: int, train: TrainConfig) -> float:
         return (iteration + 1) / train.warmup
     done = (iteration - train.warmup) / (train.iterations - train.warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> float:
+    factor = lr_factor(iteration, train)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return train.lr * factor
 
 
 class Step(nn.Module):
@@ -255,45 +276,140 @@ def load_newest(out: Path) -> dict:
                      "--out (or --tiny, --experiment) of the run")
 
 
+def require_finite_weights(model: UniT, iteration: int) -> None:
+    """Gradients and losses are watched at each step; the step itself may overflow, too."""
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise InputError(f"{name} is not finite after iteration {iteration}, which is not "
+                             "saved; a lower --lr may help")
+
+
 def part_of(name: str) -> str:
     return next((part for part in PARTS if name.startswith(part)), "others")
 
 
-def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> str:
-    """Takes `parts` of another run's weights, whatever fits by name -> what it did, in words."""
-    checkpoint, ours = evaluation.read_checkpoint(path), model.state_dict()
-    theirs, length = checkpoint["model"], checkpoint.get("train", {}).get("iterations")
-    sources = {}  # {name here: name there}
-    for name in ours:
-        source = name
-        if name not in theirs and not as_released:
-            # Section 4.2 with separate decoders: each starts from the single-task run's one.
-            source = re.sub(r"^decoders\.[^.]+", "decoders.shared", name)
-        if source in theirs and (not parts or part_of(name) in parts):
+def fetch_weights(config: Config, train: TrainConfig) -> None:
+    """Downloads the files that `build` will read and that are absent, in one process while the
+    others wait. `build` reports what could not be had."""
+    tasks = [task for task in data.TASKS if task.name in train.tasks]
+    bert, backbone = unit.pretrained_files(Path(train.data), train.imagenet_backbone)
+    files = [Path(train.init)] if train.init else []
+    if train.pretrained and any(task.text for task in tasks):
+        files += [bert.with_name("vocab.txt"), bert]
+    if train.pretrained and config.backbone == "resnet50" and any(task.image for task in tasks):
+        files.append(backbone)
+    for path in files:
+        with contextlib.suppress(unit.MissingFile):
+            unit.fetch(path)
+
+
+def source_of(name: str, theirs: dict[str, Tensor], as_released: bool) -> str:
+    """The name in another model's tensors of the one that our `name` starts from. If it has a single
+    decoder, each of ours starts from that (Section 4.2); as released only those of its tasks."""
+    if name in theirs or not name.startswith("decoders."):
+        return name
+    _, task, rest = name.split(".", 2)
+    others = {key.split(".")[1] for key in theirs if key.startswith("decoders.")}
+    foreign = as_released and task != "shared" and f"queries.{task}" not in theirs
+    return name if foreign or len(others) != 1 else f"decoders.{others.pop()}.{rest}"
+
+
+def by_module(names) -> str:
+    """How many tensors of each module: "heads.coco 8, queries.coco 1"."""
+    counts = Counter(".".join(name.split(".")[:2]) for name in names)
+    return ", ".join(f"{module} {count}" for module, count in counts.items()) or "none"
+
+
+def classes_of(task: str, tensors: dict[str, Tensor], names: list[str]) -> str:
+    """The classes of a task's head, with their names if those are known."""
+    class_head, linear = (f"heads.{task}.{name}.bias" for name in ("class_head", "linear1"))
+    number = len(tensors[linear]) if linear in tensors else len(tensors[class_head]) - 1
+    names = textwrap.shorten(", ".join(filter(None, names)), 60, placeholder=" ...")
+    return f"{number} classes ({names or 'names unknown'})"
+
+
+def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
+                    classes: dict[str, list[str]] | None = None) -> str:
+    """Takes from a checkpoint of train.py, or from a file of the authors', what fits by name and
+    shape, and leaves the rest as it is -> what it did, in words. `parts`: of these alone; then it is
+    an error if nothing of one fits, or if a head has other classes there than here (`classes`)."""
+    theirs, their_classes, origin = evaluation.starting_weights(path)
+    ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
+    wanted = [name for name in ours if not parts or part_of(name) in parts]
+    for name in wanted:
+        source = source_of(name, theirs, as_released)
+        if source in theirs and theirs[source].shape == ours[name].shape:
             sources[name] = source
-    if not sources:
-        raise InputError(f"{path}: none of its weights fit; asked for {', '.join(parts) or 'all'}")
-    unit.fill({name: ours[name] for name in sources}, theirs, path,
-              "give the sizes of its training", lambda name: (sources[name], None), unused=".")
-    parts = sorted(set(map(part_of, sources)))
-    return (f"init {path}, iteration {checkpoint.get('iteration')} of {length}: tensors taken: "
-            f"{len(sources)} of {', '.join(parts)}; new: {len(ours) - len(sources)}; "
-            f"dropped: {len(theirs.keys() - sources.values())}")
+        elif source in theirs:
+            misfits[name] = f"{name} {tuple(theirs[source].shape)} for {tuple(ours[name].shape)}"
+    taken = {part_of(name) for name in sources if ours[name].dim() > 1}  # a bias alone is no part
+    for name, problem in misfits.items():
+        part, task = part_of(name), name.split(".")[1]
+        if part in parts and part == "heads":
+            problem += (f": {classes_of(task, theirs, their_classes.get(task, []))}, but here "
+                        f"{classes_of(task, ours, (classes or {}).get(task, []))}")
+        if part in parts and (part == "heads" or part not in taken):
+            raise InputError(f"{path}: {problem}; leave {part} out of --init_parts, and it starts "
+                             "anew, or give the data and sizes of its training")
+    # Tasks that are new here have no queries and heads there: that is no mistake.
+    lost = [part for part in parts if part not in taken and part not in ("queries", "heads")]
+    if lost or not taken:
+        raise InputError(f"{path}: none of its weights fit {', '.join(lost or parts or PARTS)}")
+    unit.copy_weights({name: ours[name] for name in sources},
+                      {source: theirs[source] for source in sources.values()}, path, "", sources)
+    examples = textwrap.shorten("; ".join(misfits.values()), 200, placeholder=" ...")
+    left = by_module(name for name in wanted if name not in sources)
+    dropped = by_module(key for key in theirs if key not in sources.values())
+    return (f"init {path}, {origin}: tensors taken: {by_module(sources)}; left as they were: {left}"
+            f" (of another shape: {examples or 'none'}); dropped: {dropped}")
 
 
 # ---- The log -------------------------------------------------------------------------------------
+@dataclass
+class Record:
+    """What an iteration leaves for the log."""
+
+    task: str
+    ids: list                 # of this process's samples
+    lr: float
+    terms: dict[str, Tensor]  # this process's shares of the loss terms
+    norm: Tensor              # of the gradient before clipping
+    norms: dict[str, Tensor]  # the same of each parameter that the task reached
+    replaced: list[str]       # why pictures of this process were replaced by others
+
+
+def gather(pending: list[Record]) -> None:
+    """Sums the processes' shares of loss terms, which become numbers, and joins their reports."""
+    shares = {(n, name): value.double() for n, record in enumerate(pending)
+              for name, value in record.terms.items()}
+    reports = [record.replaced for record in pending]
+    values = torch.stack([*shares.values()]).tolist()  # waits for the device, once
+    *sums, number = sum_over_processes(*values, sum(map(len, reports)))
+    for (n, name), value in zip(shares, sums):
+        pending[n].terms[name] = value
+    if number and dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, reports)
+        for record, by_process in zip(pending, zip(*parts)):
+            record.replaced = [reason for part in by_process for reason in part]
+
+
 class Log:
-    """A line per iteration in log.jsonl, one every `log_every` on the screen. Numbers stay on the
+    """A line per iteration in log.jsonl, one every `log_every` on the screen. Tensors stay on the
     device until `flush`: most iterations need not wait for them."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
         self.path, self.train, self.main = out / "log.jsonl", train, main
-        self.done, self.since = start, time.perf_counter()
-        self.pending = []  # (task, ids, learning rate, loss terms, gradient's norm)
+        self.done, self.since, self.saved = start, time.perf_counter(), start
+        self.pending: list[Record] = []
+        self.faults_in_a_row = 0
+        self.met, self.unusable = Counter(), defaultdict(list)  # {task: samples}, {task: reasons}
+        before = [x for x in evaluation.read_log(self.path) if x["iteration"] <= start]
+        for record in before:
+            self.count(record.get("task"), record.get("unusable", []))
         if main:
-            before = evaluation.read_log(self.path)
             with data.whole_file(self.path) as file:  # killed here, the log stays as it was
-                file.writelines(json.dumps(x) + "\n" for x in before if x["iteration"] <= start)
+                file.writelines(json.dumps(x) + "\n" for x in before)
 
     def write(self, records: list[dict], line: str) -> None:
         """Records, and a line for the screen. All go to the system in one call (the usual buffer
@@ -309,35 +425,62 @@ class Log:
         self.since = time.perf_counter()
 
     def flush(self) -> None:
-        """Writes what is pending. A loss that is not finite ends the run; in fp16, whose scaler
-        skips such steps, only if all were skipped."""
-        if not self.pending:
+        """Writes what is pending; an error if it was not finite."""
+        pending, self.pending = self.pending, []
+        if not pending:
             return
-        # Each process has its share of a term; the norm is everyone's.
-        shares = [x.double() for *_, terms, _ in self.pending for x in terms.values()]
-        shares = iter(sum_over_processes(*torch.stack(shares).tolist()))
-        seconds = (time.perf_counter() - self.since) / len(self.pending)  # that an iteration took
+        gather(pending)
+        seconds = (time.perf_counter() - self.since) / len(pending)  # that an iteration took
+        first, self.done = self.done + 1, self.done + len(pending)
         pace = {"samples_per_second": round(self.train.batch_size / seconds, 2),
-                "eta": round((self.train.iterations - self.done - len(self.pending)) * seconds)}
-        records, losses, faults, skipped = [], defaultdict(list), [], 0
-        for task, ids, lr, terms, norm in self.pending:
-            self.done += 1
-            terms = {name: next(shares) for name in terms}
-            # JSON has no NaN: null.
-            numbers = {"loss": sum(terms.values()), **terms, "lr": lr, "grad_norm": norm.item()}
-            numbers = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
-            records.append({"iteration": self.done, "task": task, **numbers, **pace})
-            losses[task].append(sum(terms.values()))
-            faults += [f"iteration {self.done}, task {task}, term {name}, samples {ids}"
-                       for name, value in terms.items() if not math.isfinite(value)]
-            skipped += not norm.isfinite()  # by fp16's loss scaling
-        self.pending = []
-        means = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
-        self.write(records, f"{means}  lr {lr:.2e}  {pace['samples_per_second']:.1f} samples/s  "
-                   f"ETA {timedelta(seconds=pace['eta'])}" + f"  skipped {skipped}" * (skipped > 0))
-        if faults and (self.train.precision != "fp16" or skipped == len(records)):
-            raise InputError(f"the loss is not finite: {faults[0]}; nothing of it was saved; "
-                             "a lower --lr, or --precision fp32, may help")
+                "eta": round((self.train.iterations - self.done) * seconds)}
+        records = [self.entry(number, x) | pace for number, x in enumerate(pending, first)]
+        self.write(records, f"{summary(pending)}  {pace['samples_per_second']:.1f} samples/s  "
+                   f"ETA {timedelta(seconds=pace['eta'])}")
+        for number, record in enumerate(pending, first):
+            self.require_finite(number, record)
+
+    def entry(self, number: int, record: Record) -> dict:
+        """An iteration's line of log.jsonl."""
+        numbers = {"loss": sum(record.terms.values()), **record.terms, "lr": record.lr,
+                   "grad_norm": record.norm.item()}
+        # JSON has no NaN: null.
+        numbers = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
+        entry = {"iteration": number, "task": record.task, **numbers}
+        if new := self.count(record.task, record.replaced):
+            entry["unusable"] = new
+            print(*(f"left out: {reason}" for reason in new), sep="\n")
+        return entry
+
+    def count(self, task: str, reasons: list[str]) -> list[str]:
+        """Counts an iteration's samples, and pictures that could not be used -> the new ones."""
+        new = [x for x in dict.fromkeys(reasons) if x not in self.unusable[task]]
+        self.unusable[task] += new
+        self.met[task] += self.train.batch_size
+        return new
+
+    def require_finite(self, number: int, record: Record) -> None:
+        """An iteration that is not finite ends the run; in fp16 only 21 in a row: its scaler skips
+        such a step and halves the scale, which begins at 65536."""
+        faults = [f"term {name}, samples {record.ids} (this process's)"
+                  for name, value in record.terms.items() if not math.isfinite(value)]
+        if not record.norm.isfinite():  # such a step was not taken, but a loss like that is no use
+            faults += [f"gradient of {name}" for name, x in record.norms.items()
+                       if not x.isfinite()] + ["gradient of all parameters together"]
+        self.faults_in_a_row = self.faults_in_a_row + 1 if faults else 0
+        precision = self.train.precision
+        if self.faults_in_a_row > (20 if precision == "fp16" else 0):
+            saved = f"iteration {self.saved} was saved last" if self.saved else "nothing was saved"
+            fix = "" if precision == "fp32" else ", or --precision fp32"
+            raise InputError(f"the numbers are not finite: iteration {number}, task {record.task}, "
+                             f"{faults[0]}; {saved}; a lower --lr may help{fix}")
+
+    def too_many_unusable(self) -> str:
+        """Why so many pictures end the run; "" if they do not."""
+        for task, reasons in self.unusable.items():
+            if len(reasons) >= data.FEWEST_UNUSABLE and len(reasons) > self.met[task] / 100:
+                return str(data.too_many_unusable(task, reasons, self.met[task], self.train.data))
+        return ""
 
     def add_results(self, results: dict) -> None:
         """An evaluation: its record, and a line with the first metric of each task."""
@@ -345,32 +488,57 @@ class Log:
         self.write([{"iteration": self.done, "results": results}], f"held out:  {first}")
 
 
+def summary(pending: list[Record]) -> str:
+    """Each task's mean loss, the learning rate, and how many steps were not taken."""
+    losses = defaultdict(list)
+    for record in pending:
+        losses[record.task].append(sum(record.terms.values()))
+    means = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
+    skipped = sum(not record.norm.isfinite() for record in pending)
+    return f"{means}  lr {pending[-1].lr:.2e}" + (f"  skipped {skipped}" if skipped else "")
+
+
 # ---- The loop (Section 3.5) ----------------------------------------------------------------------
-def update(step, optimizer, scaler, batches, train, num_boxes, world_size, device):
-    """One update from this process's micro-batches -> its shares of the loss terms (a dict), and
-    the gradient's norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
+    """The gradient of this process's micro-batches -> its shares of the loss terms."""
+    rank, world_size = processes()
+    device, dtype = next((p.device, p.dtype) for p in step.parameters())
     totals: dict[str, Tensor] = {}
     for k, batch in enumerate(batches):
-        wait = k < len(batches) - 1 and dist.is_initialized()
+        wait = k < len(batches) - 1 and world_size > 1
         with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once per iteration
             with evaluation.autocast(device, train.precision):
-                terms = step(batch.to(device, parameters[0].dtype), train.batch_size, num_boxes)
+                terms = step(batch.to(device, dtype), train.batch_size, num_boxes)
             # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
             scaler.scale(sum(terms.values()) * world_size).backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value.detach()
+    return totals
+
+
+def update(step, optimizer, scaler, batches, train, num_boxes):
+    """One update from this process's micro-batches -> its shares of the loss terms, {name: value};
+    the gradient's norm before clipping; that of each parameter, by name."""
+    terms = backward(step, scaler, batches, train, num_boxes)
     scaler.unscale_(optimizer)
     if train.update_unused:
-        for p in parameters:  # Appendix A's worse strategy: zeros where the task did not reach
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    norm = nn.utils.clip_grad_norm_(parameters, train.clip)
+        for p in step.parameters():  # Appendix A's worse strategy: zeros where no task reached
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+    reached = {name: p for group in optimizer.param_groups
+               for name, p in zip(group["param_names"], group["params"]) if p.grad is not None}
+    norms = torch._foreach_norm([p.grad for p in reached.values()])
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(reached.values(), train.clip, norm)
+    # A step that is not finite is not taken: the fused AdamW skips it on the device, where nobody
+    # waits for the norm. `Log.flush` ends the run. (In fp16 the scaler puts its own in place.)
+    optimizer.found_inf = (~norm.isfinite()).float()
     # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW
     # leaves them and their momentum alone.
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return totals, norm
+    return terms, norm, dict(zip(reached, norms))
 
 
 def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
@@ -390,24 +558,38 @@ def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
     return step, optimizer, scaler
 
 
-def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state,
-                  rank: int, world_size: int, device):
+def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
+    chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
+    sizes = {task: len(datasets[task]) for task in train.tasks}
+    return data.Schedule(sizes, chances, train.batch_size, train.iterations, train.seed,
+                         round(train.coco_first * train.iterations))
+
+
+def fetch(stream) -> tuple[list[Batch], list[str], str]:
+    """The next iteration's micro-batches, why pictures were replaced by others; or the problem, as
+    text: the error itself would keep the data workers alive."""
+    try:
+        return *next(stream), ""
+    except InputError as error:
+        return [], [], str(error)
+
+
+def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state) -> dict:
     """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
     and vocabulary, go into each checkpoint."""
-    start = state["iteration"] if state else 0
+    start, (rank, world_size) = state["iteration"] if state else 0, processes()
+    device = next(model.parameters()).device
     step, optimizer, scaler = set_up(model, train, state, device)
-    chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
-    schedule = data.Schedule({t: len(datasets[t]) for t in train.tasks}, chances, train.batch_size,
-                             train.iterations, train.seed,
-                             round(train.coco_first * train.iterations))
-    loader = data.train_loader(datasets, schedule, start, rank, world_size, train.micro_batch,
-                               train.num_workers, train.seed)
+    stream = data.train_loader(datasets, make_schedule(datasets, train), start, rank, world_size,
+                               train.micro_batch, train.num_workers)
     log, signals = Log(out, train, start, rank == 0), note_signals()
 
     def keep(iteration):
-        log.flush()  # first: a loss that is not finite must not reach a checkpoint
+        log.flush()  # first: what is not finite must not reach a checkpoint
+        require_finite_weights(model, iteration)
         if rank == 0:
             save(out, model, optimizer, scaler, iteration, train, names)
+        log.saved = iteration
 
     def score():
         results = evaluation.evaluate(model, held_out, device, train.micro_batch,
@@ -415,34 +597,34 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
         log.add_results(results)
         return results
 
+    parent = os.getppid()
     gc.freeze()  # or the first full collection copies 75 MB that the data workers share
     model.train()
-    with contextlib.closing(loader):  # its workers would wait half a minute for more
-        for i, group in itertools.groupby(loader, key=lambda item: item[0]):
-            batches = [batch for _, batch in group]
-            broken = next((x for x in batches if isinstance(x, InputError)), None)  # a picture
-            own = 0 if broken else sum(len(x) for b in batches for x in b.labels or [])
-            num_boxes, stopping = sum_over_processes(own, len(signals) + bool(broken))
-            if stopping:  # all processes stop before the same iteration
-                keep(i)
-                sum_over_processes(0)  # until it is saved: torchrun kills all once one has left
-                print(f"stopped after iteration {i}; saved in {out}: go on with --resume")
-                if broken:
-                    raise broken
+    with contextlib.closing(stream):  # its workers would wait half a minute for more
+        for iteration in range(start, train.iterations):
+            batches, replaced, problem = fetch(stream)
+            problem = problem or log.too_many_unusable()
+            boxes = sum(len(x) for batch in batches for x in batch.labels or [])
+            orphan = world_size > 1 and os.getppid() != parent  # a signal has ended torchrun
+            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem or orphan))
+            if stopping:  # all processes, before the same iteration
+                keep(iteration)
+                barrier()  # until it is saved: torchrun kills all once one has left
+                print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
+                if problem:
+                    raise InputError(problem)
                 sys.exit(128 + signals[0] if signals else 1)
-            # Dropout follows from this alone: resuming needs no generator's state.
-            torch.manual_seed(((train.seed * 1_000_003 + i) * 4099 + rank) % 2**63)
-            factor, done = lr_factor(i, train), i + 1
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = param_group["base_lr"] * factor
-            terms, norm = update(step, optimizer, scaler, batches, train, num_boxes, world_size,
-                                 device)
-            ids = [x for b in batches for x in b.ids]
-            log.pending.append((batches[0].task, ids, train.lr * factor, terms, norm))
-            if done % train.log_every == 0:
-                log.flush()
+            # This alone determines dropout, so checkpoints need not store generator states.
+            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
+            lr = set_learning_rate(optimizer, iteration, train)
+            terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
+            ids = [x for batch in batches for x in batch.ids]
+            log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
+            done = iteration + 1
             last = done == train.iterations
             scoring = train.eval_every and done % train.eval_every == 0
+            if done % train.log_every == 0:
+                log.flush()
             if last or scoring or done % train.save_every == 0:
                 keep(done)  # before the evaluation: a job's time may end in one
             if scoring and not last:
@@ -451,33 +633,6 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
 
 
 # ---- The command line ----------------------------------------------------------------------------
-METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
-
-
-def flag_type(kind: type, limits: dict):
-    """A function from a flag's text to a value of this kind, within the limits of its `option`."""
-    if get_origin(kind) is tuple:
-        one = flag_type(get_args(kind)[0], limits)
-        return lambda text: tuple(one(part) for part in text.split(",") if part)
-    if kind in (int, float):
-        return data.between(limits["least"], limits["most"], kind)
-    choices = ("true", "false") if kind is bool else limits["choices"]
-
-    def word(text):
-        if choices and text.lower() not in choices:
-            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
-        if kind is bool:
-            return text.lower() == "true"
-        return text.lower() if choices else text
-    return word
-
-
-def written(value) -> str:
-    """A setting as typed on the command line."""
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return text.lower() if isinstance(value, bool) else text
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = data.Parser(
         usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
@@ -496,12 +651,7 @@ def make_parser() -> argparse.ArgumentParser:
          help="the authors' released system where it differs from the paper")
     for title, settings_class in (("the run (Section 3.5, Appendix A)", TrainConfig),
                                   ("the model (Section 3, Table A.1)", Config)):
-        flag, kinds = parser.add_argument_group(title).add_argument, get_type_hints(settings_class)
-        for field in fields(settings_class):
-            tiny = f"; tiny: {written(TINY[field.name])}" if field.name in TINY else ""
-            flag(f"--{field.name}", type=flag_type(kinds[field.name], field.metadata),
-                 default=argparse.SUPPRESS, metavar=METAVARS[type(field.default)],
-                 help=f"{field.metadata['help']} [{written(field.default) or 'none'}{tiny}]")
+        unit.add_flags(parser.add_argument_group(title), settings_class, {"tiny": TINY})
     return parser
 
 
@@ -570,15 +720,22 @@ def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -
         raise InputError("--probabilities: give one for each of --tasks, in order, and not all 0")
     if train.coco_first and "coco" not in train.tasks:
         raise InputError(f"--coco_first {train.coco_first}: coco is not among --tasks")
+    if train.warmup > train.iterations:
+        print(f"WARNING: the run of {train.iterations} iterations ends within the warm-up of "
+              f"{train.warmup}: it never reaches its learning rate; a shorter --warmup is meant?")
     if train.batch_size % world_size:
         raise InputError(f"--batch_size must be a multiple of {world_size} (processes)")
-    if starting and train.init and not Path(train.init).exists():
-        folder = Path(train.init).parent
+    init = Path(train.init)
+    if starting and train.init and not init.exists() and init.name not in unit.PUBLISHED:
+        folder = init.parent
         name = folder.name.removeprefix("tiny-")
         tiny = "--tiny " * (name != folder.name)
         how = (f"`python train.py {tiny}--experiment {name} --out {folder}` makes it; with "
                "this run's --iterations and --seed, if it has its own"
                if name in EXPERIMENTS else "check --init")
+        if name in AUTHORS_RUNS and not tiny:
+            how += (f"; or take the authors' own with --init {train.data}/{AUTHORS_RUNS[name]}, "
+                    "which is fetched if it is not there")
         raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
 
 
@@ -610,9 +767,11 @@ def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
 
 
 def write_tiny_data(folder: Path) -> None:
-    """The tiny data sets, if the folder is absent or empty; under another name first, so that half
-    of them never stays."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Fills a folder that is absent or empty with the tiny data sets; under another name first, so
+    that nobody finds half of them. Of two runs at once one uses what the other wrote."""
+    def filled():
+        return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if filled():
         return
     new = f"{folder.absolute()}.{os.getpid()}"
     try:
@@ -620,6 +779,8 @@ def write_tiny_data(folder: Path) -> None:
         os.replace(new, folder)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
+        if filled():
+            return
         raise InputError(f"{folder}: cannot write there ({error.strerror}); give another --data")
     print(f"tiny data sets written to {folder}")
 
@@ -641,13 +802,15 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     if state:
-        unit.fill(model.state_dict(), state["model"], f"the checkpoint and the data in {folder}",
-                  "give the --data of its training")
+        unit.copy_weights(model.state_dict(), state["model"],
+                          f"the checkpoint and the data in {folder}",
+                          "give the --data of its training")
         print(f"going on after iteration {state['iteration']} of {train.iterations}")
     elif train.pretrained:
         print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
-        print(initialise_from(model, train.init, train.init_parts, as_released))
+        print(initialise_from(model, train.init, train.init_parts, as_released,
+                              {name: d.class_names for name, d in datasets.items()}))
     for name, p in model.named_parameters():
         if part_of(name) in train.freeze:  # Table C.1 lines 10-12
             p.requires_grad_(False)
@@ -694,7 +857,10 @@ def run(args: argparse.Namespace) -> None:
         evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
-    sum_over_processes(0)  # the others wait for the files
+        data.require_folder(Path(train.data))
+        if not state:
+            fetch_weights(config, train)
+    barrier()  # the others wait for the files
     model, datasets, held_out, names = build(config, train, args.as_released, state)
     if rank == 0 and not state:
         if replaced:  # now that data and weights are there
@@ -707,8 +873,7 @@ def run(args: argparse.Namespace) -> None:
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.1f}M parameters; {train.iterations} iterations of {train.batch_size} "
           f"samples on {world_size} x {device.type}; results go to {out}")
-    results = training_loop(model, datasets, held_out, names, train, out, state, rank, world_size,
-                            device)
+    results = training_loop(model, datasets, held_out, names, train, out, state)
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
         # The paper's numbers only beside the paper's data sets.

@@ -38,14 +38,16 @@ import argparse
 import io
 import json
 import math
-import os
+import pickle
 import re
 import socket
 import tarfile
 import textwrap
+import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -53,29 +55,16 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-try:
-    import torchvision
-except RuntimeError as error:
-    # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
-    # at the first that it looks up. We use its Python parts alone: declaring two is enough.
-    if "torchvision::nms" not in str(error):
-        raise
-    for _name in ("torchvision::nms", "torchvision::qnms"):
-        torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.ops import FrozenBatchNorm2d, box_convert
-
 
 class InputError(Exception):
-    """A mistake in what the user gave (a file, a record, a flag). The message names it and the fix;
-    the command lines print it and exit with status 2. All else is a bug of ours."""
+    """Invalid user input: a file, a record or a flag. The message says what is wrong and how to fix
+    it; the programs print it in one line and exit with status 2. Any other exception is a bug."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One data set, which is what the paper calls task t: COCO and VG, both of them detection, have
-    each a w^task, q^task and head of their own. The eight are `data.TASKS`; a ninth is a row."""
+    """One data set, which the paper calls a task t. COCO and VG are both detection, but each has
+    its own w^task, q^task and head. `data.TASKS` lists the eight; add a row to add a task."""
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -84,7 +73,6 @@ class Task:
     num_classes: int             # C; detection: the largest category id + 1 (no-object on top)
     num_queries: int = 0         # q, the length of q^task; 0: as `Config` has it
     num_attributes: int = 0      # A, the largest attribute id + 1 (VG); 0: no attributes
-    text_states: str = "cls"     # what of h^t the decoder sees: "cls" or "all" (Section 3.2)
     max_tokens: int = 128        # S at most, longer texts are truncated (released config)
     soft_scores: bool = False    # targets are scores in [0, 1] for several answers (VQAv2)
     dataset: type | None = None  # the class in data.py that reads its files; the model never looks
@@ -196,7 +184,8 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class Attention(nn.Module):
-    """Multi-head attention. PyTorch's kernels hold no L x L matrix (but with dropout on CPUs)."""
+    """Multi-head attention. PyTorch's kernels never materialise the L x L matrix (except on a CPU
+    with dropout)."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -206,12 +195,18 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
         """query (B, n, d), key and value (B, M, d), bias (B, 1, 1, M) -> (B, n, d)"""
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        bias = None if bias is None else bias.to(q.dtype)  # under autocast q's is the lower one
+        q = self.split_heads(self.q_proj(query))                      # (B, heads, n, d / heads)
+        k = self.split_heads(self.k_proj(key))                        # (B, heads, M, d / heads)
+        v = self.split_heads(self.v_proj(value))                      # (B, heads, M, d / heads)
+        if bias is not None:
+            bias = bias.to(q.dtype)  # under autocast q has the lower precision
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout)  # (B, heads, n, d / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, n, d) -> (B, heads, n, d / heads)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):
@@ -228,27 +223,23 @@ class EncoderLayer(nn.Module):
         self.inner_dropout = nn.Dropout(0.0 if bert else dropout)
         self.activation = F.gelu if bert else F.relu
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None,
-                rows: slice | None = None):
-        """x, positions (B, n, d), bias (B, 1, 1, n) -> (B, n, d), or only these `rows` of the n"""
-        query = key = x if positions is None else x + positions  # not to the values (DETR)
-        value = x
-        if rows is not None:
-            x, query = x[:, rows], query[:, rows]
-        x = self.norm1(x + self.dropout(self.attention(query, key, value, bias)))
+    def forward(self, x: Tensor, positions: Tensor | None = None, bias: Tensor | None = None):
+        """x, positions (B, n, d), bias (B, 1, 1, n) -> (B, n, d)"""
+        placed = x if positions is None else x + positions  # queries and keys, not values (DETR)
+        x = self.norm1(x + self.dropout(self.attention(placed, placed, x, bias)))
         hidden = self.inner_dropout(self.activation(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
 class Encoder(nn.Module):
-    """What both encoders share: layers, task vectors, linear maps of states and positions to d_t^d.
+    """Both encoders: layers, task vectors, and linear maps of states and positions to d_t^d.
 
     w^task is a learned (1, d) vector for each task, drawn from N(0, 1), and a parameter of its own:
     rows of one table would all get a gradient (zeros) and drift in the optimiser."""
 
-    def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
-                   ff: int, bert: bool):
-        """Called last in `__init__`: modules draw their weights from the seed in the order made."""
+    def __init__(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
+                 ff: int, bert: bool):
+        super().__init__()
         self.layers = nn.ModuleList(
             EncoderLayer(width, heads, ff, config.dropout, bert) for _ in range(depth))
         self.projection = nn.Linear(width, config.decoder_width)
@@ -256,47 +247,20 @@ class Encoder(nn.Module):
         with_vector = tasks if config.task_embedding else []
         self.w_task = nn.ParameterDict({t.name: torch.randn(1, width) for t in with_vector})
 
-    def transform(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, task: str,
-                  only_first: bool = False) -> Tensor:
-        """x, positions (B, n, d), mask (B, n) -> (B, n, d), or (B, 1, d): the first state alone.
-        The task vector is put in front, without position, LayerNorm or mask, and stripped again."""
-        front = int(task in self.w_task)                              # positions in front: 1 or 0
-        if front:
+    def transform(self, x: Tensor, positions: Tensor | None, mask: Tensor | None, task: str):
+        """x, positions (B, n, d), mask (B, n) -> (B, n, d). The task vector goes in front, without
+        position, LayerNorm or mask, and is taken off again."""
+        if task in self.w_task:
             x = torch.cat([self.w_task[task].expand(len(x), 1, -1), x], dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=False)
             positions = None if positions is None else F.pad(positions, (0, 0, 1, 0))
         bias = attention_bias(mask, x.dtype)
-        *layers, last = self.layers
-        for layer in layers:                                          # E_v of Eq. 2, BERT of Eq. 3
+        for layer in self.layers:                                     # E_v of Eq. 2, BERT of Eq. 3
             x = layer(x, positions, bias)
-        if only_first:
-            return last(x, positions, bias, rows=slice(front, front + 1))
-        return last(x, positions, bias)[:, front:]
+        return x[:, 1:] if task in self.w_task else x
 
 
 # ---- Section 3.1. Image encoder ------------------------------------------------------------------
-def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    """norm(conv(x)). A frozen batch norm is linear: scaling the weights costs less than the map."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale[:, None, None, None],
-                    norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
-
-
-class FoldedBottleneck(Bottleneck):
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, 4 x planes, H', W')"""
-        out = F.relu_(folded(self.conv1, self.bn1, x))
-        out = F.relu_(folded(self.conv2, self.bn2, out))
-        out = folded(self.conv3, self.bn3, out)
-        return F.relu_(out.add_(x if self.downsample is None else folded(*self.downsample, x)))
-
-
-def dilated_resnet50() -> ResNet:
-    """ResNet-50 with dilation in place of the stride of C5 (stride 16), batch norms frozen."""
-    return ResNet(FoldedBottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d,
-                  replace_stride_with_dilation=[False, False, True])
-
-
 class Backbone(nn.Module):
     """B of Eq. 1. conv1 and layer1 are never trained; neither are batch norms (released config)."""
 
@@ -311,7 +275,7 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, d_v^b, H / 16, W / 16)"""
         body = self.body
-        # Measured on CPUs: forward passes are faster so, backward passes slower.
+        # On CPUs channels-last speeds up the forward pass but slows down the backward pass.
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(F.relu_(folded(body.conv1, body.bn1, images)))
@@ -362,12 +326,11 @@ class ImageEncoder(Encoder):
     """Section 3.1: backbone B, projection P_{b->e}, transformer E_v. w_v^task is (1, d_v^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
-        super().__init__()
         width = config.encoder_width
+        super().__init__(config, [t for t in tasks if t.image], config.encoder_layers, width,
+                         config.encoder_heads, config.encoder_ff, bert=False)
         self.backbone = SmallBackbone() if config.backbone == "small" else Backbone()
         self.input_proj = nn.Conv2d(self.backbone.channels, width, 1)  # P_{b->e}
-        self.add_layers(config, [t for t in tasks if t.image], config.encoder_layers, width,
-                        config.encoder_heads, config.encoder_ff, bert=False)
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
         """images (B, 3, H, W), image_mask (B, H, W) -> h^v, projected to the decoder's width d
@@ -389,41 +352,36 @@ class TextEncoder(Encoder):
     """Section 3.2: BERT without its pooler. w_t^task is (1, d_t^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
-        super().__init__()
         width = config.bert_width
+        super().__init__(config, [t for t in tasks if t.text], config.bert_layers, width,
+                         config.bert_heads, config.bert_ff, bert=True)
         self.word_embeddings = nn.Embedding(config.vocab_size, width)
         self.position_embeddings = nn.Embedding(config.max_positions, width)
         self.token_type_embeddings = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)  # BERT's epsilon
         self.dropout = nn.Dropout(config.dropout)
-        self.add_layers(config, [t for t in tasks if t.text], config.bert_layers, width,
-                        config.bert_heads, config.bert_ff, bert=True)
-        self.all_states = {t.name for t in tasks
-                           if t.text_states == "all" or t.name in config.all_text_states}
+        self.all_states = config.all_text_states
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
         """tokens, types, mask (B, S) -> h^t, projected to the decoder's width d (B, S or 1, d), its
         positions of that shape and its padding mask (B, S) or None. One state: [CLS] alone."""
-        only_cls = task not in self.all_states                        # Section 3.2: [CLS] alone
-        # Not computing the others saves 7% of BERT; in training it would shift dropout's draws.
-        states = self.bert(tokens, types, mask, task, only_cls and not self.training)
-        if only_cls:
-            states, mask = states[:, :1], None                        # of h^t, (B, 1, d_t^e)
+        states = self.bert(tokens, types, mask, task)                 # h^t, (B, S, d_t^e)
+        if task not in self.all_states:                               # Section 3.2: [CLS] alone
+            states, mask = states[:, :1], None                        # (B, 1, d_t^e)
         # The decoder's text positions are BERT's own position embeddings 0..S-1, projected.
         positions = self.position_projection(self.position_embeddings.weight[:states.shape[1]])
         return self.projection(states), positions.expand(len(states), -1, -1), mask
 
-    def bert(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str,
-             only_cls: bool = False) -> Tensor:
-        """(B, S) -> (B, S, d_t^e), or (B, 1, d_t^e) if `only_cls` is wanted. The task vector comes
-        behind the embeddings: token positions start at 0 as usual."""
-        length, places = tokens.shape[1], self.position_embeddings.weight
-        if length > len(places):
-            raise InputError(f"{task}: a text of {length} tokens; this model has {len(places)} "
+    def bert(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
+        """(B, S) -> h^t (B, S, d_t^e). The task vector joins behind the embeddings: token positions
+        start at 0 as usual."""
+        length, positions = tokens.shape[1], self.position_embeddings.weight
+        if length > len(positions):
+            raise InputError(f"{task}: a text of {length} tokens; this model has {len(positions)} "
                              "positions (--max_positions)")
         embedded = self.word_embeddings(tokens) + self.token_type_embeddings(types)
-        x = self.dropout(self.norm(embedded + places[:length]))       # (B, S, d_t^e)
-        return self.transform(x, None, mask, task, only_cls)          # Eq. 3
+        x = self.dropout(self.norm(embedded + positions[:length]))    # (B, S, d_t^e)
+        return self.transform(x, None, mask, task)                    # Eq. 3
 
 
 # ---- Section 3.3. Domain-agnostic decoder --------------------------------------------------------
@@ -531,8 +489,9 @@ class Classifier(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 @dataclass
 class Outputs:
-    """What the model says about a batch. The last layer is the answer; eval mode has no other.
-    Attributes a^l come later, when the class is known: in `detection_losses` and `postprocess`."""
+    """The model's outputs for a batch. The last layer gives the prediction; in eval mode it is the
+    only one. Attributes a^l follow once the class is known (`detection_losses`, `postprocess`).
+    """
 
     hidden: Tensor               # (N_d, B, q, d)
     logits: Tensor               # detection c^l (N_d, B, q, C + 1); else p (N_d or 1, B, C)
@@ -565,12 +524,10 @@ class UniT(nn.Module):
     def forward(self, batch: Batch) -> Outputs:
         task = self.tasks[batch.task]
         memory, positions, mask = self.encode(batch, task)
-        q_task = self.queries[task.name]
-        if not self.training and memory.shape[1] == 1:
-            # One memory position ([CLS] alone): attention returns the same to every query, so one
-            # query computes what all would. In training dropout tells them apart.
-            q_task = q_task[:1]
+        q_task = self.queries[task.name]                              # (q, d)
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
+        # Where [CLS] alone is seen, attention over that one position returns the same to every
+        # query: all q states are equal (in training dropout tells them apart).
         hidden = decoder(memory, positions, mask, q_task)             # Eq. 4, (N_d, B, q, d)
         if not self.training:
             hidden = hidden[-1:]  # at test time only the top layer (Section 3.4)
@@ -643,17 +600,13 @@ def initialise(model: UniT) -> None:
 
 
 # ---- Section 3.4. Losses -------------------------------------------------------------------------
-def at_least_float32(x: Tensor) -> Tensor:
-    """Losses and boxes are in full precision under autocast, too."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) -> Tensor:
     """logits p (N_d or 1, B, C), scores t (B, C) -> (), summed over layers and samples.
 
     One class per sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
     released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, summed over the answers."""
-    logits, target = at_least_float32(logits), at_least_float32(scores).expand_as(logits)
+    full = torch.promote_types(logits.dtype, torch.float32)  # under autocast logits are in half
+    logits, target = logits.to(full), scores.to(full).expand_as(logits)
     if binary:
         return F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-6)
@@ -661,17 +614,17 @@ def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) ->
 
 
 def matching_cost(logits: Tensor, boxes: Tensor, image: Tensor, labels: Tensor, targets: Tensor):
-    """What it costs to match each true box with each query of its image: logits (N_d, B, q, C + 1),
-    boxes (N_d, B, q, 4); of the true boxes image (T,), label (T,) and target (T, 4) -> (N_d, T, q).
+    """The cost of matching each true box with each query of its image: logits (N_d, B, q, C + 1),
+    boxes (N_d, B, q, 4); for the true boxes image, labels (T,) and targets (T, 4) -> (N_d, T, q).
 
-    It takes -p(class), not the loss's -log p: bounded like the box terms (better, says DETR)."""
-    probability = at_least_float32(logits).softmax(-1)                # (N_d, B, q, C + 1)
-    class_cost = -probability[:, image, :, labels].transpose(0, 1)    # indexing puts T first
+    The class costs -p, where the loss has -log p: it is bounded like the box terms (DETR)."""
+    probability = logits.softmax(-1).permute(1, 3, 0, 2)              # (B, C + 1, N_d, q)
+    class_cost = -probability[image, labels].transpose(0, 1)          # (N_d, T, q)
     candidates, wanted = boxes[:, image], targets[None, :, None]      # (N_d, T, q, 4), (1, T, 1, 4)
-    cost = LOSS_WEIGHTS["class"] * class_cost                         # (N_d, T, q)
-    cost += LOSS_WEIGHTS["l1"] * (candidates - wanted).abs().sum(-1)
-    cost -= LOSS_WEIGHTS["giou"] * elementwise_giou(candidates, wanted)
-    return cost
+    l1_cost = (candidates - wanted).abs().sum(-1)                     # (N_d, T, q)
+    giou_cost = -elementwise_giou(candidates, wanted)                 # (N_d, T, q)
+    return (LOSS_WEIGHTS["class"] * class_cost + LOSS_WEIGHTS["l1"] * l1_cost
+            + LOSS_WEIGHTS["giou"] * giou_cost)
 
 
 @torch.no_grad()
@@ -683,25 +636,31 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Ten
     images, concatenated. More boxes than queries: the q that fit best are matched."""
     counts = [len(x) for x in labels]
     # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
-    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    image = image.to(logits.device, non_blocking=True)
-    cost = matching_cost(logits, boxes, image, torch.cat(labels), torch.cat(targets))
-    # The one copy to the host. In a model that diverged (NaN) any pairing does: after an error here
-    # other processes would wait for this one. The loss is NaN too, and train.py stops them all.
+    box_image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    box_image = box_image.to(logits.device, non_blocking=True)
+    cost = matching_cost(logits, boxes, box_image, torch.cat(labels), torch.cat(targets))
+    # The one copy to the host. If the model has diverged (NaN), any pairing will do: raising here
+    # would leave other processes waiting. The loss is NaN as well, and train.py stops them all.
     cost = np.nan_to_num(cost.cpu().numpy(), nan=1e4, posinf=1e4, neginf=-1e4)
-    found, ends = [], np.cumsum(counts)
+    layers, images, queries, indices = [], [], [], []
     for layer in range(len(cost)):
-        for i, (start, end) in enumerate(zip(ends - counts, ends)):
-            target, query = linear_sum_assignment(cost[layer, start:end])
-            found.append(np.broadcast_arrays(layer, i, query, start + target))
-    return torch.from_numpy(np.concatenate(found, axis=1)).unbind()
+        start = 0
+        for image, count in enumerate(counts):
+            target, query = linear_sum_assignment(cost[layer, start:start + count])
+            layers += [layer] * len(query)
+            images += [image] * len(query)
+            queries.append(query)
+            indices.append(start + target)
+            start += count
+    return (torch.tensor(layers, dtype=torch.int64), torch.tensor(images, dtype=torch.int64),
+            torch.from_numpy(np.concatenate(queries)), torch.from_numpy(np.concatenate(indices)))
 
 
 def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
     """Generalised IoU of boxes that broadcast against each other, (..., 4) cx, cy, w, h -> (...).
     torchvision's does the same, but waits for the GPU (it indexes by a mask)."""
     def corners(boxes):  # upper left and lower right; sides, and so every union, are above zero
-        centre, sides = at_least_float32(boxes).split(2, dim=-1)
+        centre, sides = boxes.split(2, dim=-1)
         half = 0.5 * sides.clamp(min=1e-6)
         return centre - half, centre + half
 
@@ -722,9 +681,8 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     class: sum over images of each image's weighted mean over its queries; l1, giou: sums over
     matched boxes; attribute: sum over images of each image's mean over its boxes with attributes.
     With one image per process, as the paper trained, these are the released system's terms."""
-    logits, boxes = at_least_float32(outputs.logits), at_least_float32(outputs.boxes)
-    num_layers, batch_size, _, num_outputs = logits.shape
-    no_object = num_outputs - 1
+    logits, boxes = outputs.logits, outputs.boxes
+    num_layers, no_object = len(logits), logits.shape[-1] - 1
     pairs = match(logits, boxes, batch.labels, batch.boxes)
     layer, image, query, target = (x.to(logits.device, non_blocking=True) for x in pairs)  # (K,)
     labels = torch.cat(batch.labels)[target]                          # (K,)
@@ -744,18 +702,29 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
              "l1": per_layer(F.l1_loss(predicted, targets, reduction="none").sum(-1)),
              "giou": per_layer(1 - elementwise_giou(predicted, targets))}
     if head.attribute_head is not None:
-        attributes = torch.cat(batch.attributes)[target]              # (K, 16)
         with torch.autocast(logits.device.type, enabled=False):
             hidden = outputs.hidden[layer, image, query].to(head.class_head.weight.dtype)
-            scores = at_least_float32(head.attribute_head(hidden, labels))  # Eq. 7, (K, A)
-        count = (attributes >= 0).sum(-1)                             # (K,) attributes of each box
-        log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))  # (K, 16)
-        loss = -0.5 * (log_p * (attributes >= 0)).sum(-1) / count.clamp(min=1)  # BUTD's factor 0.5
-        group = layer * batch_size + image                            # (K,) one image in one layer
-        described = (count > 0).to(loss.dtype)                        # (K,) has attributes
-        per_group = loss.new_zeros(num_layers * batch_size).index_add(0, group, described)
-        terms["attribute"] = per_layer(loss / per_group.clamp(min=1)[group])
+            scores = head.attribute_head(hidden, labels)              # Eq. 7, (K, A)
+        loss, described = attribute_loss(scores, torch.cat(batch.attributes)[target])
+        terms["attribute"] = per_layer(loss / boxes_of_image(described, layer, image, logits))
     return terms
+
+
+def attribute_loss(scores: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
+    """BUTD's: half the mean of the cross entropies of a box's attributes. scores (K, A), attributes
+    (K, 16) padded with -1 -> (K,), 0 where a box has none, and (K,) bool: it has some."""
+    known = attributes >= 0                                           # (K, 16)
+    log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))
+    count = known.sum(-1)                                             # (K,)
+    return -0.5 * (log_p * known).sum(-1) / count.clamp(min=1), count > 0
+
+
+def boxes_of_image(described: Tensor, layer: Tensor, image: Tensor, logits: Tensor) -> Tensor:
+    """described (K,) bool, layer and image (K,) -> (K,): how many of the described boxes are in the
+    same layer and image, at least 1. Dividing by it averages over an image's boxes."""
+    count = logits.new_zeros(logits.shape[:2])                        # (N_d, B)
+    count.index_put_((layer, image), described.to(count.dtype), accumulate=True)
+    return count.clamp(min=1)[layer, image]
 
 
 # ---- From outputs to detections (Section 3.4: "post-processed into object bounding boxes") -------
@@ -773,22 +742,311 @@ class Detections:
 @torch.no_grad()
 def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]:
     """The top layer's outputs as detections, one entry per image."""
-    scores, labels = at_least_float32(outputs.logits[-1]).softmax(-1)[..., :-1].max(-1)  # (B, q)
+    scores, labels = outputs.logits[-1].softmax(-1)[..., :-1].max(-1)  # (B, q)
     height, width = batch.sizes.to(scores.device).unbind(-1)
     scale = torch.stack([width, height, width, height], -1)[:, None]  # (B, 1, 4)
-    boxes = box_convert(at_least_float32(outputs.boxes[-1]), "cxcywh", "xyxy") * scale
+    boxes = box_convert(outputs.boxes[-1], "cxcywh", "xyxy") * scale
     columns = [scores, labels, boxes]
     head = model.heads[batch.task].attribute_head
     if head is not None:                                  # Eq. 7 with the highest-scoring class
-        best = at_least_float32(head(outputs.hidden[-1], labels)).softmax(-1).max(-1)
+        attribute_scores = head(outputs.hidden[-1], labels)              # (B, q, A)
+        best = attribute_scores.softmax(-1).max(-1)
         columns += [best.indices, best.values]
     return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
 
 
-# ---- Loading pretrained and released weights -----------------------------------------------------
-# What is not there raises MissingFile, what cannot be read or does not fit InputError; a file that
-# does not fit leaves the model as it was.
+# ---- torchvision's ResNet ------------------------------------------------------------------------
+try:
+    import torchvision
+except RuntimeError as error:
+    # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
+    # at the first that it looks up. We use its Python parts alone: declaring two is enough.
+    if "torchvision::nms" not in str(error):
+        raise
+    for _name in ("torchvision::nms", "torchvision::qnms"):
+        torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d, box_convert
 
+
+def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)). A frozen batch norm is linear: scaling the weights costs less than the map."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return F.conv2d(x, conv.weight * scale[:, None, None, None],
+                    norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
+
+
+class FoldedBottleneck(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, 4 x planes, H', W')"""
+        out = F.relu_(folded(self.conv1, self.bn1, x))
+        out = F.relu_(folded(self.conv2, self.bn2, out))
+        out = folded(self.conv3, self.bn3, out)
+        return F.relu_(out.add_(x if self.downsample is None else folded(*self.downsample, x)))
+
+
+def dilated_resnet50() -> ResNet:
+    """ResNet-50 with dilation in place of the stride of C5 (stride 16), batch norms frozen."""
+    return ResNet(FoldedBottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d,
+                  replace_stride_with_dilation=[False, False, True])
+
+
+# ---- Pretrained weights: BERT (Section 3.2) and the backbone (Section 3.1) -----------------------
+# A missing file raises MissingFile; an unreadable or mismatched one raises InputError and leaves
+# the model as it was.
+OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder; BERT has none of it
+BERT_NAMES = {  # parts of our names: what they are in BERT's files
+    "word_embeddings": "embeddings.word_embeddings",
+    "position_embeddings": "embeddings.position_embeddings",
+    "token_type_embeddings": "embeddings.token_type_embeddings",
+    "norm.": "embeddings.LayerNorm.", "layers.": "encoder.layer.",
+    "attention.q_proj": "attention.self.query", "attention.k_proj": "attention.self.key",
+    "attention.v_proj": "attention.self.value", "attention.out_proj": "attention.output.dense",
+    "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
+    "linear1": "intermediate.dense", "linear2": "output.dense"}
+# Parts of keys that are not used: BERT's pretraining heads and constants; the rest of DETR, and in
+# torchvision's file the classifier and counters.
+BERT_UNUSED = ("cls.", "pooler.", "position_ids")
+BACKBONE_UNUSED = ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.",
+                   "fc.", "num_batches_tracked")
+
+
+def renamed(name: str, names: dict[str, str]) -> str:
+    """`name` with every part that is among `names` replaced."""
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def without(found: dict[str, Tensor], unused: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a file whose keys have no part that is `unused`."""
+    return {key: x for key, x in found.items() if not any(part in key for part in unused)}
+
+
+def copy_weights(ours: dict[str, Tensor], found: dict[str, Tensor], path, fix: str, keys=None):
+    """Copies the tensors `found` in the file `path` into ours, once every one of them fits.
+
+    keys: {our name: the file's key}; None: they are the same. Raises InputError with the first key
+    that is missing, has another shape or fits nowhere."""
+    keys = keys or {name: name for name in ours}
+    for name, tensor in ours.items():
+        key, shape = keys[name], tuple(tensor.shape)
+        if key not in found:
+            raise InputError(f"{path}: {key} is missing; {fix}")
+        if found[key].shape != shape:
+            raise InputError(f"{path}: {key} is {tuple(found[key].shape)}, which does not fit our "
+                             f"{name} {shape}; {fix}")
+    if left := [key for key in found if key not in keys.values()]:
+        raise InputError(f"{path}: {', '.join(left[:3])} ({len(left)} in all) fit nowhere; {fix}")
+    for name, tensor in ours.items():
+        tensor.copy_(found[keys[name]])
+
+
+def bert_config(folder: Path) -> dict[str, int]:
+    """The fields of Config that BERT's own config.json sets (none if there is no such file)."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        given = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: not BERT's settings ({error}); get it again") from None
+    for key, value in {"hidden_act": "gelu", "position_embedding_type": "absolute",
+                       "type_vocab_size": 2, "layer_norm_eps": 1e-12}.items():
+        if given.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {given[key]}, not {value}; take another BERT")
+    names = {"hidden_size": "bert_width", "num_attention_heads": "bert_heads",
+             "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
+             "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
+    sizes = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
+    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
+        raise InputError(f"{path}: {wrong[0]} is {sizes[wrong[0]]!r}, not a positive integer")
+    return sizes
+
+
+def pretrained_files(folder: Path, imagenet: bool = False) -> tuple[Path, Path]:
+    """Where the weights of BERT and of the backbone belong (`imagenet`: Table C.1 line 3)."""
+    bert, old = folder / "bert/model.safetensors", folder / "bert/pytorch_model.bin"
+    backbone = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
+    return old if old.exists() and not bert.exists() else bert, folder / backbone
+
+
+def load_bert(model: UniT, path: Path) -> None:
+    """BERT's weights. Names: old (gamma, beta) or new, with a prefix or without."""
+    fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
+    for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
+        if size != (our_size := getattr(model.config, name)):
+            raise InputError(f"{path.parent}: {name} is {size}, the model's is {our_size}; {fix}")
+    found = {}
+    for key, tensor in without(read_weights(fetch(path)), BERT_UNUSED).items():
+        key = key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
+        found[key] = tensor
+    ours = model.text_encoder.state_dict()
+    ours = {name: tensor for name, tensor in ours.items() if not name.startswith(OUR_OWN)}
+    copy_weights(ours, found, path, fix, {name: renamed(name, BERT_NAMES) for name in ours})
+
+
+def load_backbone(model: UniT, path: Path) -> None:
+    """ResNet-50 from DETR's file (nothing else of it, as released) or torchvision's."""
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
+        found = without(read_weights(fetch(path)), BACKBONE_UNUSED)
+    found = {key.removeprefix("backbone.0.body."): tensor for key, tensor in found.items()}
+    copy_weights(model.image_encoder.backbone.body.state_dict(), found, path,
+                 "give DETR's detr-r50-dc5 or resnet50-0676ba61")
+
+
+def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[str]:
+    """The paper's start: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1 line 3)
+    -> a sentence about each. A missing file is a warning among them, not an error."""
+    bert, backbone = pretrained_files(folder, imagenet)
+    wanted = [("BERT", load_bert, bert)] if model.text_encoder else []
+    if model.image_encoder and model.config.backbone == "resnet50":
+        wanted.append(("backbone", load_backbone, backbone))
+    lines = []
+    if model.image_encoder and model.config.backbone == "small":
+        lines.append("backbone: the small one starts from random weights (none are published)")
+    for name, load, path in wanted:
+        try:
+            load(model, path)
+            lines.append(f"{name}: pretrained weights of {path}")
+        except MissingFile as error:
+            lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has its: "
+                         f"{error}")
+    return lines
+
+
+# ---- The authors' released weights ---------------------------------------------------------------
+RELEASED_TASKS = {  # our tasks: group and name in the released files, row of the task tables
+    "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
+    "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
+    "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
+    "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
+RELEASED_PREFIXES = ("unit_base_model.", "detr_model.", "transformer.")  # in this order, or none
+RELEASED_NAMES = {  # the beginnings of our names: those in the released files
+    "image_encoder.backbone.": "backbone.0.", "image_encoder.input_proj.": "input_proj.",
+    "image_encoder.layers.": "encoder.layers.", "image_encoder.projection.": "enc2dec_proj.",
+    "image_encoder.position_projection.": "pos_embed_proj.",
+    "image_encoder.w_task.": "task_embeddings_enc.", "text_encoder.projection.": "bert_projection.",
+    "text_encoder.position_projection.": "bert_pos_projection.",
+    "text_encoder.w_task.": "task_embeddings_lang.", "decoders.shared.": "decoder."}
+RELEASED_ATTENTION = {".attention.": ".self_attn.", ".self_attention.": ".self_attn.",
+                      ".cross_attention.": ".multihead_attn."}
+for _task, (_key, _) in RELEASED_TASKS.items():
+    _name = _key.split(".")[1]
+    RELEASED_NAMES |= {
+        f"decoders.{_task}.": f"decoders.{_key}.",
+        f"queries.{_task}": f"query_embeds.{_key}.weight",
+        f"heads.{_task}.class_head.": f"class_embeds.{_name}.",
+        f"heads.{_task}.box_head.0.": f"bbox_embeds.{_name}.layers.0.",
+        f"heads.{_task}.box_head.2.": f"bbox_embeds.{_name}.layers.1.",
+        f"heads.{_task}.box_head.4.": f"bbox_embeds.{_name}.layers.2.",
+        f"heads.{_task}.attribute_head.class_embedding.":
+            f"det_losses.{_name}.attribute_head.cls_embed.",
+        f"heads.{_task}.attribute_head.linear": f"det_losses.{_name}.attribute_head.attr_linear",
+        f"heads.{_task}.linear2.": f"classifiers.{_key}.0.dense.",
+        f"heads.{_task}.norm.": f"classifiers.{_key}.0.LayerNorm.",
+        f"heads.{_task}.linear1.": f"classifiers.{_key}.1."}
+# Parts of keys that are not used: BERT's pooler, counters, constants of the losses.
+RELEASED_UNUSED = ("position_ids", ".pooler.", "num_batches_tracked", "empty_weight")
+RELEASED_FIX = "give one of the authors' files (README)"
+
+
+def released_key(name: str) -> str:
+    """The key of our tensor `name` in what `unpack_released` returns."""
+    for ours, theirs in RELEASED_NAMES.items():
+        if name.startswith(ours):
+            return theirs + renamed(name.removeprefix(ours), RELEASED_ATTENTION)
+    return "bert_model.module." + renamed(name.removeprefix("text_encoder."), BERT_NAMES)
+
+
+def unpack_released(found: dict[str, Tensor], path) -> dict[str, Tensor]:
+    """A released file's tensors one by one: without prefixes and second names, attention's packed
+    matrices as three, of the tables of task vectors a row for each of our tasks."""
+    tensors = {}
+    for key, tensor in without(found, RELEASED_UNUSED).items():
+        for prefix in RELEASED_PREFIXES:
+            key = key.removeprefix(prefix)
+        rows = torch.atleast_1d(tensor)
+        if "in_proj_" in key:
+            for name, third in zip("qkv", rows.tensor_split(3)):
+                tensors[key.replace("in_proj_", f"{name}_proj.")] = third
+        elif key.startswith("task_embeddings_"):
+            for task, (_, row) in RELEASED_TASKS.items():
+                tensors[key.replace("weight", task)] = rows[row:row + 1]
+        else:
+            tensors[key] = tensor
+    for key in list(tensors):  # the same tensor under a second name
+        original = key.replace("bert_model.embeddings.", "bert_model.module.embeddings.")
+        if key.startswith("decoders."):  # decoders.GROUP.NAME.rest
+            original = "decoder." + key.split(".", 3)[3]
+        if original != key and original in tensors:
+            alias = tensors.pop(key)
+            if not torch.equal(alias, tensors[original].to(alias.dtype)):
+                raise InputError(f"{path}: {key} should equal {original}; get the file again")
+    return tensors
+
+
+def load_released(path: Path | str, **overrides) -> UniT:
+    """The authors' model in eval mode, from their archive or the file in it. The number of
+    attention heads cannot be read off the shapes: it is Config's, unless `overrides` sets it."""
+    return released_model(read_weights(fetch(path)), path, **overrides)
+
+
+def released_model(found: dict[str, Tensor], path, **overrides) -> UniT:
+    """What `load_released` returns, of the tensors `found` in the file `path`."""
+    found = unpack_released(found, path)
+    tasks, sizes = released_settings(found)
+    if not tasks:
+        raise InputError(f"{path}: none of the authors' heads is in it; {RELEASED_FIX}")
+    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
+        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
+    model.to_empty(device="cpu")
+    keys = {name: released_key(name) for name in model.state_dict()}
+    # Every file has the queries of all tasks, their task vectors, and a text encoder.
+    idle = ("query_embeds.", "task_embeddings_") + (() if model.text_encoder else ("bert_",))
+    used = set(keys.values())
+    found = {key: x for key, x in found.items() if key in used or not key.startswith(idle)}
+    copy_weights(model.state_dict(), found, path, RELEASED_FIX, keys)
+    return model.eval()
+
+
+def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
+    """Tasks and fields of Config, read off the names and shapes of a released file's tensors. A
+    missing or strange one counts as 0 here: `copy_weights` will name it."""
+    def size(key: str, dim: int = 0) -> int:
+        shape = found[key].shape if key in found else ()
+        return shape[dim] if dim < len(shape) else 0
+
+    tasks, bert, decoder = [], "bert_model.module.", "decoder"
+    for name, (key, _) in RELEASED_TASKS.items():
+        group, dataset = key.split(".")
+        head, kind, classes = f"classifiers.{key}.1.weight", "classification", 0
+        if group == "detection":
+            head, kind, classes = f"class_embeds.{dataset}.weight", "detection", -1  # no-object
+        if head in found:
+            tasks.append(Task(
+                name, kind, image=group != "glue", text=group != "detection",
+                num_queries=size(f"query_embeds.{key}.weight"), num_classes=classes + size(head),
+                num_attributes=size(f"det_losses.{dataset}.attribute_head.attr_linear2.weight"),
+                max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
+            if "decoder.norm.weight" not in found:
+                decoder = f"decoders.{key}"  # one of the separate ones: they are alike
+    sizes = {"shared_decoder": decoder == "decoder",
+             "task_embedding": "task_embeddings_enc.coco" in found,
+             "vocab_size": size(bert + "embeddings.word_embeddings.weight"),
+             "max_positions": size(bert + "embeddings.position_embeddings.weight")}
+    for part, layers, linear in (("encoder", "encoder.layers.", ".linear1.weight"),
+                                 ("decoder", f"{decoder}.layers.", ".linear1.weight"),
+                                 ("bert", f"{bert}encoder.layer.", ".intermediate.dense.weight")):
+        first = f"{layers}0{linear}"  # (intermediate size, width)
+        depth = [key for key in found if key.startswith(layers) and key.endswith(linear)]
+        sizes |= {f"{part}_layers": len(depth), f"{part}_ff": size(first),
+                  f"{part}_width": size(first, 1)}
+    return tasks, {name: value for name, value in sizes.items() if value or value is False}
+
+
+# ---- Files of weights ----------------------------------------------------------------------------
 class MissingFile(InputError):
     """A file that is not there and could not be fetched; the message says where to put it."""
 
@@ -825,44 +1083,79 @@ def fetch(path: Path | str) -> Path:
     before = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(exist_ok=True)
-        with open(f"{path}.lock", "w") as turn:
-            with suppress(ImportError, OSError):  # Windows and some network drives have no locks
-                import fcntl
-                fcntl.flock(turn, fcntl.LOCK_EX)  # the first process fetches, others wait
-            socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
-            if not path.exists():
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except Exception as error:
         raise MissingFile(f"{path}: not there, and fetching it failed ({error}); get {url} "
                           f"(SHA-256 {sha256}) by other means and put it there") from None
     finally:
         socket.setdefaulttimeout(before)
-        with suppress(OSError):
-            os.unlink(f"{path}.lock")
     return path
 
 
-def read_file(path: Path | str, fix: str = "get it again"):
+SIGNATURES = {  # how files begin that people often have in place of another: what they are
+    b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` in its folder gets the file",
+    b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "an XML text", b"%pdf": "a PDF",
+    b"\x89png": "a picture", b"\xff\xd8\xff": "a picture", b"gif8": "a picture",
+    b"\x1f\x8b": "a gzip file: unpack it", b"rar!": "a RAR archive", b"7z\xbc\xaf": "a 7z archive"}
+
+
+def what_is_wrong(path: Path, text: bool = False) -> str:
+    """Why a file holds no weights (or, with `text`, no text), in plain words, by its first bytes
+    and its end; "" if nothing shows."""
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # without a byte order mark
+    for beginning, words in SIGNATURES.items():
+        if start.startswith(beginning) and (text or not tarfile.is_tarfile(path)):
+            return words
+    if not start.strip(b"\0"):
+        return "an empty file"
+    if min(head) >= 8:  # files of weights have lower bytes, texts have none
+        return "" if text else f"a text: {head[:40]!r}"
+    if text:
+        return "binary data, not a text"
+    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
+        return "cut short: its end is missing"
+    names = zipfile.ZipFile(path).namelist() if head.startswith(b"PK") else ["data.pkl"]
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"a zip archive of something else: {', '.join(names[:3])}"
+    return ""
+
+
+def read_file(path: Path | str, fix: str = ""):
     """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes of
     `torch.serialization.safe_globals` is refused before any of its code runs."""
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
+        reason = what_is_wrong(path)
+        if not reason and path.suffix == ".safetensors":
             return read_safetensors(path)
-        source = read_archive(path) if path.name.endswith((".tar", ".tar.gz", ".tgz")) else path
-        return torch.load(source, map_location="cpu", weights_only=True)
+        if not reason:
+            source = read_archive(path) if tarfile.is_tarfile(path) else path
+            return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can break a reader in any way
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"more than tensors: {refused[1]}, and loading that could run code"
-        raise InputError(f"{path}: cannot be read ({reason}); {fix}") from None
+        elif isinstance(error, EOFError) or re.search("EOF|end of data|ran out|truncated", reason):
+            reason = "cut short"
+        elif isinstance(error, IndexError) or "eights" in reason:
+            # PyTorch's own words would advise to load the file unsafely.
+            reason = "cut short, damaged, or not tensors that PyTorch saved"
+    source, _ = PUBLISHED.get(path.name, ("its source", ""))
+    raise InputError(f"{path}: cannot be read ({reason}); {fix or f'get it again from {source}'}")
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """The tensors in such a file, by name. Raises InputError."""
-    found = read_file(path)
+    return weights_in(read_file(path), path)
+
+
+def weights_in(found, path) -> dict[str, Tensor]:
+    """The tensors in what `read_file` returned."""
     for key in ("model", "state_dict"):  # where training programs put the weights
         found = found.get(key, found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found:
@@ -886,16 +1179,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
     length = int.from_bytes(content[:8].tobytes(), "little")
     if length > len(content) - 8:
-        raise ValueError(f"a header of {length} bytes in a file of {len(content)}")
+        raise ValueError(f"cut short: a header of {length} bytes in a file of {len(content)}")
     header = json.loads(content[8:8 + length].tobytes())
     header.pop("__metadata__", None)
     data, tensors, end = torch.from_numpy(content[8 + length:]), {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not end == start <= stop <= len(data):
-            raise ValueError(f"{name} at {start}..{stop}, not from {end} to at most {len(data)}")
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != stop - start:
-            raise ValueError(f"{name} of shape {shape} in {stop - start} bytes")
+        size = -1 if min(shape, default=0) < 0 else math.prod(shape) * dtype.itemsize
+        if start != end or stop - start != size:
+            raise ValueError(f"{name} at {start}..{stop}, not from {end}, or not of shape {shape}")
+        if stop > len(data):
+            raise ValueError(f"cut short: {name} at {start}..{stop} of {len(data)} bytes")
         tensors[name] = data[start:stop].clone().view(dtype).reshape(shape)  # a copy is aligned
         end = stop
     if end != len(data):
@@ -918,218 +1212,147 @@ def read_archive(path: Path) -> io.BytesIO:
     return io.BytesIO(*found.values())
 
 
-def fill(ours: dict[str, Tensor], theirs: dict[str, Tensor], path, fix: str,
-         source=lambda name: (name, None), unused: str = "$^"):
-    """Copies the tensors of a file (`theirs`) into ours, once every name and shape fits.
-
-    source(our name) -> the file's name, and (i, n) if ours is the i-th of n parts of its rows.
-    `unused`: a pattern of keys that may be left over (none)."""
-    values, used = [], set()
-    for name, tensor in ours.items():
-        key, part = source(name)
-        if key not in theirs:
-            raise InputError(f"{path}: {key} is missing; {fix}")
-        value = theirs[key]
-        if part:
-            value = torch.atleast_1d(value).tensor_split(part[1])[part[0]]
-        if value.shape != tensor.shape:
-            raise InputError(f"{path}: {key} is {tuple(theirs[key].shape)}, which does not fit our "
-                             f"{name} {tuple(tensor.shape)}; {fix}")
-        values.append(value)
-        used.add(key)
-    if left := [key for key in theirs if key not in used and not re.search(unused, key)]:
-        raise InputError(f"{path}: {', '.join(left[:3])} ({len(left)} in all) fit nowhere; {fix}")
-    for tensor, value in zip(ours.values(), values):
-        tensor.copy_(value)
+# ---- Settings as flags, and Figure 2 on the command line -----------------------------------------
+METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
 
 
-def rename(name: str, rules: list[tuple[str, str]]) -> str:
-    """`name` after all rules: (pattern, what takes its place), in their order."""
-    for pattern, new in rules:
-        name = re.sub(pattern, new, name)
-    return name
+def between(least: float, most: float = math.inf, kind: type = int):
+    """A flag's type: a finite number from `least` to `most`."""
+    def convert(text: str):
+        with suppress(ValueError):
+            if least <= kind(text) <= most and kind(text) < math.inf:
+                return kind(text)
+        limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
+    return convert
 
 
-BERT_NAMES = [  # rules for `rename`: our names to BERT's
-    (r"^(word|position|token_type)_embeddings", r"embeddings.\1_embeddings"),
-    (r"^norm\.", "embeddings.LayerNorm."), (r"^layers\.", "encoder.layer."),
-    (r"attention\.q_proj", "attention.self.query"), (r"attention\.k_proj", "attention.self.key"),
-    (r"attention\.v_proj", "attention.self.value"),
-    (r"attention\.out_proj", "attention.output.dense"), (r"norm1", "attention.output.LayerNorm"),
-    (r"linear1", "intermediate.dense"), (r"linear2", "output.dense"),
-    (r"norm2", "output.LayerNorm")]
-BERT_UNUSED = r"^(cls|pooler)\.|\bposition_ids$"
-OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder, what is not BERT's
+def flag_type(kind: type, limits: dict):
+    """A function from a flag's text to a value of this kind, within the limits of its `option`."""
+    if get_origin(kind) is tuple:
+        one = flag_type(get_args(kind)[0], limits)
+        return lambda text: tuple(one(part) for part in text.split(",") if part)
+    if kind in (int, float):
+        return between(limits["least"], limits["most"], kind)
+    choices = ("true", "false") if kind is bool else limits["choices"]
+
+    def word(text):
+        if choices and text.lower() not in choices:
+            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
+        if kind is bool:
+            return text.lower() == "true"
+        return text.lower() if choices else text
+    return word
 
 
-def bert_config(folder: Path) -> dict[str, int]:
-    """The fields of Config that BERT's own config.json gives (none if there is no such file)."""
-    path = folder / "config.json"
-    if not path.exists():
-        return {}
+def written(value) -> str:
+    """A setting as typed on the command line."""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.lower() if isinstance(value, bool) else text
+
+
+def add_flags(group, settings: type, presets: dict[str, dict] | None = None) -> None:
+    """A flag for each field of a dataclass of `option`s; its help shows the default and each
+    preset's value. A flag that is not given leaves no attribute."""
+    kinds = get_type_hints(settings)
+    for setting in fields(settings):
+        values = [written(setting.default) or "none"]
+        for name, preset in (presets or {}).items():
+            if setting.name in preset:
+                values.append(f"{name}: {written(preset[setting.name])}")
+        group.add_argument(
+            f"--{setting.name}", type=flag_type(kinds[setting.name], setting.metadata),
+            default=argparse.SUPPRESS, metavar=METAVARS[type(setting.default)],
+            help=f"{setting.metadata['help']} [{'; '.join(values)}]")
+
+
+def paper_tasks() -> list[Task]:
+    """The eight tasks in the sizes of the official data sets, as in `data.TASKS` but without its
+    readers."""
+    boxes = dict(kind="detection", image=True, text=False)
+    both = dict(kind="classification", image=True, text=True, max_tokens=25)
+    texts = dict(kind="classification", image=False, text=True)
+    return [Task("coco", **boxes, num_classes=91),
+            Task("vg", **boxes, num_classes=1601, num_attributes=401),
+            Task("vqa2", **both, num_classes=3129, soft_scores=True),
+            Task("snli_ve", **both, num_classes=3),
+            Task("qnli", **texts, num_classes=2), Task("mnli", **texts, num_classes=3),
+            Task("qqp", **texts, num_classes=2), Task("sst2", **texts, num_classes=2)]
+
+
+@torch.no_grad()
+def figure_2(config: Config, height: int = 800, width: int = 1066, words: int = 20) -> list[tuple]:
+    """Figure 2 as rows: (symbol, place in the paper, class, input shape, output shape, number of
+    parameters of all tasks). On the meta device: shapes without memory or arithmetic."""
+    with torch.device("meta"):
+        model = UniT(config, paper_tasks()).eval()
+        images = torch.empty(1, 3, height, width)
+        tokens = torch.empty(1, words, dtype=torch.int64)
+    image, text, head = model.image_encoder, model.text_encoder, model.heads["vg"]
+    detection = [h for h in model.heads.values() if isinstance(h, DetectionHead)]
+    classifiers = [h for h in model.heads.values() if isinstance(h, Classifier)]
+    x_v = image.backbone(images)
+    projected = image.input_proj(x_v)
+    sequence = projected.flatten(2).transpose(1, 2)                   # (1, L, d_v^e)
+    states = text.bert(tokens, tokens, None, "vqa2")
+    h_v, image_positions, _ = image(images, None, "vqa2")
+    h_t, text_positions, _ = text(tokens, tokens, None, "vqa2")
+    memory = torch.cat([h_v, h_t], dim=1)
+    positions = torch.cat([image_positions, text_positions], dim=1)
+    decoder = next(iter(model.decoders.values()))
+    hidden = decoder(memory, positions, None, model.queries["vg"])
+    logits, h_1 = head.class_head(hidden), hidden[-1, :, 0]
+    attributes = head.attribute_head(hidden, logits[..., :-1].argmax(-1))
+    bert = [text.word_embeddings, text.position_embeddings, text.token_type_embeddings, text.norm,
+            text.layers, text.w_task]
+    rows = [
+        ("x^v = B(I)", "Eq. 1", "Backbone", images, x_v, [image.backbone]),
+        ("P_{b->e}(x^v)", "Eq. 2", "ImageEncoder", x_v, projected, [image.input_proj]),
+        ("h^v = E_v(.., w_v^task)", "Eq. 2", "ImageEncoder", sequence, sequence,
+         [image.layers, image.w_task]),
+        ("h^v in width d_t^d", "Section 3.3", "ImageEncoder", sequence, h_v,
+         [image.projection, image.position_projection]),
+        ("h^t = BERT(w, w_t^task)", "Eq. 3", "TextEncoder", tokens, states, bert),
+        ("h^t in width d_t^d", "Section 3.3", "TextEncoder", states[:, :h_t.shape[1]], h_t,
+         [text.projection, text.position_projection]),
+        ("q^task", "Section 3.3", "UniT", None, model.queries["vg"], [model.queries]),
+        ("h^{dec,l} = D(h^enc, q)", "Eq. 4", "Decoder", memory, hidden, [model.decoders]),
+        ("c^l = class_head(h)", "Eq. 5", "DetectionHead", hidden, logits,
+         [h.class_head for h in detection]),
+        ("b^l = box_head(h)", "Eq. 6", "DetectionHead", hidden, head.box_head(hidden),
+         [h.box_head for h in detection]),
+        ("a^l = attr_head(h, c^l)", "Eq. 7", "AttributeHead", hidden, attributes,
+         [head.attribute_head]),
+        ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", "Classifier", h_1, model.heads["vqa2"](h_1),
+         classifiers)]
+    return [(symbol, place, name, shape_of(before), shape_of(after),
+             sum(p.numel() for module in modules for p in module.parameters()))
+            for symbol, place, name, before, after, modules in rows]
+
+
+def shape_of(x: Tensor | None) -> str:
+    return "" if x is None else " x ".join(map(str, x.shape))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints Figure 2 with the shapes of one picture and one text, VG's queries and heads."""
+    parser = argparse.ArgumentParser(
+        description="Prints Figure 2: each part's symbol, place in the paper, class, input and "
+        "output shape (800 x 1066 pixels, 20 words, VG's queries) and parameters (all tasks).")
+    add_flags(parser, Config)
     try:
-        given = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not BERT's settings ({error}); get it again") from None
-    for key, value in {"hidden_act": "gelu", "position_embedding_type": "absolute",
-                       "type_vocab_size": 2, "layer_norm_eps": 1e-12}.items():
-        if given.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {given[key]}, not {value}; take another BERT")
-    names = {"hidden_size": "bert_width", "num_attention_heads": "bert_heads",
-             "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
-             "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
-    sizes = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
-        raise InputError(f"{path}: {wrong[0]} is {sizes[wrong[0]]!r}, not a positive integer")
-    return sizes
+        config = Config(**vars(parser.parse_args(argv)))
+    except InputError as error:
+        parser.error(str(error))
+    form = "{:<24} {:<12} {:<14} {:>18} {:>22} {:>12}"
+    print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
+    rows = figure_2(config)
+    for *words, parameters in rows:
+        print(form.format(*words, f"{parameters:,}"))
+    total = sum(parameters for *_, parameters in rows)
+    print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
 
 
-def load_bert(model: UniT, folder: Path) -> Path:
-    """BERT's weights -> their file. Names: old (gamma, beta) or new, with a prefix or without."""
-    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-    path = next(filter(Path.exists, files), files[0])
-    fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
-    for name, size in bert_config(folder).items():  # heads do not show in the weights' shapes
-        if size != (our_size := getattr(model.config, name)):
-            raise InputError(f"{folder}: {name} is {size}, the model's is {our_size}; {fix}")
-    found = {key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias"): value
-             for key, value in read_weights(fetch(path)).items()}
-    ours = {name: tensor for name, tensor in model.text_encoder.state_dict().items()
-            if not name.startswith(OUR_OWN)}
-    fill(ours, found, path, fix, lambda name: (rename(name, BERT_NAMES), None), BERT_UNUSED)
-    return path
-
-
-# Keys not used: the rest of DETR; in torchvision's file the classifier and batch norm counters.
-BACKBONE_UNUSED = (r"^(transformer|class_embed|bbox_embed|query_embed|input_proj|fc)\."
-                   r"|\.num_batches_tracked$")
-
-
-def load_backbone(model: UniT, path: Path) -> Path:
-    """ResNet-50, out of DETR's file (nothing else of it, as released) or torchvision's."""
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
-        found = read_weights(fetch(path))
-    found = {key.removeprefix("backbone.0.body."): value for key, value in found.items()}
-    fill(model.image_encoder.backbone.body.state_dict(), found, path,
-         "give DETR's detr-r50-dc5 or resnet50-0676ba61", unused=BACKBONE_UNUSED)
-    return path
-
-
-def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[str]:
-    """What the paper starts from: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1
-    line 3) -> what was loaded, in words. What is missing is a warning there, no error."""
-    def attempt(name: str, load, path: str) -> str:
-        try:
-            return f"{name}: pretrained weights of {load(model, folder / path)}"
-        except MissingFile as error:
-            return f"WARNING: {name} starts from RANDOM weights, unless --init has its: {error}"
-
-    lines = [attempt("BERT", load_bert, "bert")] if model.text_encoder else []
-    if model.image_encoder and model.config.backbone == "small":
-        lines.append("backbone: the small one starts from random weights (none are published)")
-    elif model.image_encoder:
-        file = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
-        lines.append(attempt("backbone", load_backbone, file))
-    return lines
-
-
-RELEASED_TASKS = {  # our tasks: group and name in the released files, row of their w^task tables
-    "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
-    "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
-    "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
-    "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
-RELEASED_PREFIX = r"^(unit_base|detr)_model\.(transformer\.)?"  # some of their names begin so: cut
-RELEASED_NAMES = [  # rules for `rename`: our names to theirs; BERT's are above
-    *((rf"^(decoders|queries|heads)\.{ours}\b", rf"\1.{theirs}")
-      for ours, (theirs, _) in RELEASED_TASKS.items()),
-    (r"^image_encoder\.backbone", "backbone.0"), (r"^image_encoder\.input_proj", "input_proj"),
-    (r"^image_encoder\.layers", "encoder.layers"), (r"^image_encoder\.projection", "enc2dec_proj"),
-    (r"^image_encoder\.position_projection", "pos_embed_proj"),
-    (r"^image_encoder\.w_task.*", "task_embeddings_enc.weight"),
-    (r"^text_encoder\.projection", "bert_projection"),
-    (r"^text_encoder\.position_projection", "bert_pos_projection"),
-    (r"^text_encoder\.w_task.*", "task_embeddings_lang.weight"),
-    (r"^decoders\.shared", "decoder"), (r"^queries\.(.*)", r"query_embeds.\1.weight"),
-    (r"^heads\.\w+\.(\w+)\.class_head", r"class_embeds.\1"),
-    *((rf"^heads\.\w+\.(\w+)\.box_head\.{2 * i}", rf"bbox_embeds.\1.layers.{i}") for i in range(3)),
-    (r"^heads\.\w+\.(\w+)\.attribute_head", r"det_losses.\1.attribute_head"),
-    (r"class_embedding", "cls_embed"), (r"(attribute_head\.)linear", r"\1attr_linear"),
-    (r"^heads\.(\w+\.\w+)\.linear2", r"classifiers.\1.0.dense"),
-    (r"^heads\.(\w+\.\w+)\.norm", r"classifiers.\1.0.LayerNorm"),
-    (r"^heads\.(\w+\.\w+)\.linear1", r"classifiers.\1.1"),
-    (r"cross_attention", "multihead_attn"), (r"(self_)?attention", "self_attn"),
-    (r"[qkv]_proj\.", "in_proj_")]
-# The same tensors under a second name.
-RELEASED_ALIASES = [(r"^bert_model\.embeddings\.", "bert_model.module.embeddings."),
-                    (r"^decoders\.\w+\.\w+\.", "decoder.")]
-# Carried without use: BERT's pooler, counters, constants of the losses, queries without a head.
-RELEASED_UNUSED = (r"\bposition_ids$|\.pooler\.|\.num_batches_tracked$|\.empty_weight$"
-                   r"|^query_embeds\.")
-RELEASED_FIX = "give one of the authors' files (README)"
-
-
-def released_source(name: str):
-    """Where a tensor of ours lies in the released files: key, and which part of its rows."""
-    in_bert = name.removeprefix("text_encoder.")
-    if in_bert != name and not in_bert.startswith(OUR_OWN):
-        return "bert_model.module." + rename(in_bert, BERT_NAMES), None
-    part = None
-    if found := re.search(r"w_task\.(\w+)", name):      # a row of a table of 256
-        part = RELEASED_TASKS[found[1]][1], 256
-    if found := re.search(r"\b([qkv])_proj\.", name):   # packed: q, k, v on top of each other
-        part = "qkv".index(found[1]), 3
-    return rename(name, RELEASED_NAMES), part
-
-
-def load_released(path: Path | str, **overrides) -> UniT:
-    """The authors' model in eval mode, from their archive or the file in it. The number of
-    attention heads cannot be read off the shapes: it is Config's, unless `overrides` gives it."""
-    found = {re.sub(RELEASED_PREFIX, "", key): x for key, x in read_weights(fetch(path)).items()}
-    for key in list(found):
-        original = rename(key, RELEASED_ALIASES)
-        if original != key and original in found:
-            alias = found.pop(key)
-            if not torch.equal(alias, found[original].to(alias.dtype)):
-                raise InputError(f"{path}: {key} should equal {original}; get the file again")
-    tasks, sizes = released_settings(found)
-    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
-        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
-    model.to_empty(device="cpu")
-    # The authors' code makes a text encoder even where no task has a text.
-    unused = RELEASED_UNUSED + ("" if model.text_encoder else r"|^bert_|^task_embeddings_lang\.")
-    fill(model.state_dict(), found, path, RELEASED_FIX, released_source, unused)
-    return model.eval()
-
-
-def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
-    """Tasks and fields of Config that the names and shapes of a released file's tensors tell. What
-    is missing or of a strange shape tells nothing here: `fill` will name it."""
-    def rows(key: str) -> int:
-        return len(torch.atleast_1d(found.get(key, torch.empty(0))))
-
-    tasks = []
-    for name, (key, _) in RELEASED_TASKS.items():
-        group, dataset = key.split(".")
-        detection = group == "detection"
-        head = f"class_embeds.{dataset}.weight" if detection else f"classifiers.{key}.1.weight"
-        if head in found:
-            tasks.append(Task(
-                name, kind="detection" if detection else "classification", image=group != "glue",
-                text=not detection, num_queries=rows(f"query_embeds.{key}.weight"),
-                num_classes=rows(head) - detection,  # less no-object
-                num_attributes=rows(f"det_losses.{dataset}.attribute_head.attr_linear2.weight"),
-                max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
-    sizes = {"shared_decoder": "decoder.norm.weight" in found,
-             "task_embedding": "task_embeddings_enc.weight" in found}
-    for part, pattern in (
-            ("encoder", r"encoder\.layers\.(\d+)\.linear1\.weight"),
-            ("decoder", r"decoders?\..*\blayers\.(\d+)\.linear1\.weight"),
-            ("bert", r"bert_model\.module\.encoder\.layer\.(\d+)\.intermediate\.dense\.weight")):
-        layers = {match[1]: x.shape for key, x in found.items()
-                  if (match := re.fullmatch(pattern, key)) and x.dim() == 2}
-        for ff, width in layers.values():  # alike in all
-            sizes |= {f"{part}_width": width, f"{part}_ff": ff, f"{part}_layers": len(layers)}
-    for size, table in (("vocab_size", "word"), ("max_positions", "position")):
-        if (key := f"bert_model.module.embeddings.{table}_embeddings.weight") in found:
-            sizes[size] = rows(key)
-    return tasks, sizes
+if __name__ == "__main__":
+    main()

@@ -189,6 +189,7 @@ class AuthorsAdamW(torch.optim.AdamW):
     """A parameter at a time, and not if all of its gradient is zero, which the host must know."""
 
     def step(self, closure=None):
+        self.found_inf = None  # only the fused one knows it
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.grad is not None and p.grad.abs().sum().item() == 0:
                 p.grad = None
@@ -210,8 +211,7 @@ def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str =
         for group in optimizer.param_groups:
             group["fused"] = False
     boxes = sum(len(x) for x in batch.labels or [])
-    update = functools.partial(train.update, step, optimizer, scaler, [batch], settings, boxes, 1,
-                               device)
+    update = functools.partial(train.update, step, optimizer, scaler, [batch], settings, boxes)
     if not authors:
         return update
 
@@ -751,7 +751,8 @@ def gpu_busy(workers: int, number: int = 200) -> tuple[float, float]:
         schedule = data.Schedule({"coco": number}, {"coco": 1.0}, 1, number, 0)
 
         def loader():
-            return (batch for _, batch in data.train_loader(sets, schedule, num_workers=workers))
+            batches = data.train_loader(sets, schedule, num_workers=workers)
+            return (batch for (batch,), _ in batches)
         model, settings = make_model(device=CUDA).train(), train.TrainConfig(batch_size=1)
         step, optimizer = train.Step(model), train.make_optimizer(model, settings)
         scaler = torch.amp.GradScaler("cuda", enabled=False)
@@ -759,7 +760,7 @@ def gpu_busy(workers: int, number: int = 200) -> tuple[float, float]:
         def run(batches):
             for batch in batches:
                 boxes = sum(len(x) for x in batch.labels)
-                train.update(step, optimizer, scaler, [batch], settings, boxes, 1, CUDA)
+                train.update(step, optimizer, scaler, [batch], settings, boxes)
         ready = [batch.to(CUDA) for batch in loader()]
         timed(lambda: run(ready), CUDA)  # every size of picture once
         alone = timed(lambda: run(ready), CUDA)

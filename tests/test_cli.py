@@ -56,8 +56,8 @@ def test_every_experiment_builds_and_takes_a_step(name, small_tiny_data, tmp_pat
     for task in run_config.tasks:
         batch = data.collate(datasets[task].task, [datasets[task].sample(i) for i in range(2)])
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        terms, norm = train.update(train.Step(model), optimizer, scaler, [batch], run_config, 3.0,
-                                   1, torch.device("cpu"))
+        terms, norm, _ = train.update(train.Step(model), optimizer, scaler, [batch], run_config,
+                                      3.0)
         assert all(v.isfinite() for v in terms.values()) and norm > 0
     changed = train.EXPERIMENTS[name]
     if "decoder_width" in changed:  # 256 of 768 is a third of tiny's width too

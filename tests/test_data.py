@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,7 +209,7 @@ def test_transparent_palette(tmp_path):
 def test_broken_pictures_name_the_file(tmp_path, content):
     path = picture(tmp_path / "x.jpg")
     path.write_bytes(path.read_bytes()[:400] if content is None else content)
-    with pytest.raises(InputError, match=r"x\.jpg: cannot be read as a picture.*delete it"):
+    with pytest.raises(data.UnusablePicture, match=r"x\.jpg: cannot be read as a picture"):
         data.read_image(path)
 
 
@@ -835,10 +837,12 @@ def full_size(dataset):
     return read("coco", dataset.data, "train")
 
 
-def load_all(datasets, **extra):
+def load_all(datasets, start=0, **extra):
+    """[(iteration, Batch), ...]"""
     sizes = {name: len(dataset) for name, dataset in datasets.items()}
     schedule = data.Schedule(sizes, {"coco": 0.5, "sst2": 0.5}, 4, 8, seed=1)
-    return list(data.train_loader(datasets, schedule, seed=1, **extra))
+    loader = data.train_loader(datasets, schedule, start, **extra)
+    return [(i, batch) for i, (batches, _) in enumerate(loader, start) for batch in batches]
 
 
 def test_loader_does_not_depend_on_workers(small):
@@ -887,20 +891,114 @@ def test_broken_picture_in_a_worker_is_one_line(tmp_path, workers):
     write(tmp_path / "coco/val2017/000000000001.jpg", b"\xff\xd8\xff")
     with pytest.raises(InputError) as error:
         list(data.eval_loader(read("coco", tmp_path), [0], 1, workers))
-    assert "\n" not in str(error.value) and "000000000001.jpg: cannot be read" in str(error.value)
+    assert re.search(r"\A\S+000000000001.jpg: cannot be read .+delete it.+\Z", str(error.value))
 
 
-class Killer:
-    """A data set whose worker is killed."""
-    task = TASK["sst2"]
+class Failing:
+    """A data set of one-pixel pictures whose worker fails, in the way of its name."""
+    task = TASK["coco"]
+
+    def __init__(self, name):
+        self.name = name
 
     def sample(self, index, rng=None):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if self.name == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.name == "shared memory":  # stands in for a full /dev/shm: no file may grow
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        if self.name == "open files":
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, 4096))
+        return data.Sample(index, torch.zeros(3, 1, 1), (1, 1))
 
 
-def test_a_dead_worker_ends_the_run():
-    with pytest.raises(RuntimeError, match="killed|exited unexpectedly"):
-        list(data.eval_loader(Killer(), range(4), 1, 1))
+@pytest.mark.parametrize("name, says", [("killed", "exit status -9"), ("open files", "open files"),
+                                        ("shared memory", "unable to resize file")])
+def test_failing_workers_end_the_run_in_one_line(name, says):
+    """PyTorch prints what the second and the third ran into, and waits for ever."""
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(InputError) as error:
+        list(data.eval_loader(Failing(name), range(4), 1, 1))
+    assert re.search(rf"\A[^\n]*{says}[^\n]*--num_workers.*--shm-size.*ulimit -n", str(error.value))
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_a_worker_that_dies_during_an_update_shows_at_the_next_batch(small_tiny_data):
+    """Not in the middle of the update: what was trained could not be saved."""
+    loader, pids = workers_of(small_tiny_data)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    end = time.time() + 1
+    while time.time() < end:  # an update; PyTorch would raise here
+        pass
+    with pytest.raises(InputError, match="exit status -9"):
+        for _ in loader:
+            pass
+
+
+FAULT = """
+import sys
+import data
+_, sets = data.load(sys.argv[1], ["sst2"], "train", 32, "flip")
+for batch in data.eval_loader(sets["sst2"], [0] * 10_000, 4, 2):
+    raise RuntimeError("a fault of the program")
+"""
+
+
+def test_a_fault_of_the_program_does_not_wait_for_its_workers(small_tiny_data):
+    """They ignore the SIGTERM that Python sends them at the end."""
+    run = subprocess.run([sys.executable, "-c", FAULT, small_tiny_data], cwd=ROOT, timeout=100,
+                         capture_output=True, text=True)
+    assert run.returncode == 1 and "a fault of the program" in run.stderr
+
+
+# ------------------------------------------------------------------------------ unusable pictures
+
+def spoilt(small, tmp_path, names):
+    """`small` with these COCO pictures broken."""
+    root = shutil.copytree(small["coco"].data, tmp_path / "data")
+    for name in names:
+        write(root / f"coco/train2017/{name}.jpg", b"<html>")
+    return data.load(root, ["coco", "sst2"], "train", 32, "flip")[1]
+
+
+def test_an_unusable_picture_is_replaced_by_the_next_of_its_epoch(small, tmp_path):
+    """The same samples on any number of workers and processes and from any iteration on."""
+    datasets = spoilt(small, tmp_path, [2, 5])
+    schedule = data.Schedule({"coco": 6}, {"coco": 1.0}, 4, 9, seed=1)
+
+    def ids(**extra):
+        return [[x for b in batches for x in b.ids] for batches, _ in
+                data.train_loader(datasets, schedule, **extra)]
+    found, expected = ids(), []
+    for place in range(36):
+        order = [1, 2, 3, 4, 5, 6] * 2
+        epoch = schedule.shuffle("coco", place // 6).tolist() * 2
+        expected += [next(order[n] for n in epoch[place % 6:] if order[n] not in (2, 5))]
+    assert list(itertools.chain(*found)) == expected
+    assert found == ids(num_workers=2) and found[4:] == ids(start=4, num_workers=1)
+    parts = zip(*(ids(rank=rank, world_size=2, micro_batch=1) for rank in (0, 1)))
+    assert found == [a + b for a, b in parts]
+
+
+def test_the_reasons_arrive(small, tmp_path):
+    datasets = spoilt(small, tmp_path, [2])
+    schedule = data.Schedule({"coco": 6}, {"coco": 1.0}, 6, 1, seed=1)
+    for workers in (0, 1):
+        (_, reasons), = data.train_loader(datasets, schedule, num_workers=workers)
+        assert len(reasons) == 1 and "2.jpg: cannot be read as a picture" in reasons[0]
+        left_out = []
+        batches = list(data.eval_loader(datasets["coco"], range(6), 1, workers, left_out))
+        assert [b.ids for b in batches] == [[1], [3], [4], [5], [6]] and left_out == reasons
+
+
+def test_no_usable_picture_is_an_error_at_once(small, tmp_path):
+    datasets = spoilt(small, tmp_path, [1, 2, 3, 4, 5, 6])
+    for workers in (0, 1):
+        with pytest.raises(InputError, match=r"\Acoco: .*(\d.jpg: .*){3}--check --tasks coco") as error:
+            load_all(datasets, num_workers=workers)
+        assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -942,6 +1040,13 @@ def test_unknown_task_and_split(tmp_path):
         data.load(tmp_path, ["vg"], "test")
 
 
+def test_a_console_that_lacks_a_letter_prints_a_question_mark(tmp_path):
+    (tmp_path / "猫").mkdir()
+    run = subprocess.run([sys.executable, str(ROOT / "data.py"), "--data", tmp_path / "猫"],
+                         env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert run.returncode == 0 and b"/?: what is there" in run.stdout
+
+
 @real
 def test_report_on_real_rows(capsys):
     data.report(REAL)
@@ -973,12 +1078,12 @@ def test_workers_serve_on_after_sigterm(small_tiny_data):
     loader, pids = workers_of(small_tiny_data)
     assert len(pids) == 2
     for pid in pids:
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
+        for number in data.STOPPING:
+            os.kill(pid, number)
         ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
-        for number in (signal.SIGTERM, signal.SIGINT):  # for good, not for a while
+        for number in data.STOPPING:  # for good, not for a while
             assert int(ignored, 16) >> (number - 1) & 1
-    assert [i for i, _ in itertools.islice(loader, 50)] == list(range(1, 51))
+    assert len(list(itertools.islice(loader, 50))) == 50
     loader.close()
 
 

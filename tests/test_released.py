@@ -5,6 +5,7 @@ them. They are in the folder that UNIT_GOLDEN names, or in ../shared/golden. Wit
 tests that need them are skipped; loading, fetching and hostile files are tested all the same.
 """
 import argparse
+import gzip
 import importlib.util
 import io
 import json
@@ -13,6 +14,7 @@ import pickle
 import re
 import socket
 import tarfile
+import zipfile
 import zlib
 from functools import cache
 from hashlib import sha256
@@ -27,6 +29,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import data
+import train
 
 SHARED = ROOT.parent / "shared"
 GOLDEN = Path(os.environ.get("UNIT_GOLDEN") or SHARED / "golden")
@@ -235,15 +238,24 @@ def compare_terms(ours, theirs):
 
 def short(key):
     """Without the prefix that our loader leaves out."""
-    return re.sub(unit.RELEASED_PREFIX, "", key)
+    for prefix in unit.RELEASED_PREFIXES:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def packed(name):
+    """Our parameter's key in the files, where queries, keys and values are one packed matrix and
+    the tasks' vectors one table."""
+    key = re.sub(r"[qkv]_proj\.", "in_proj_", unit.released_key(name))
+    return re.sub(r"^(task_embeddings_\w+)\..*", r"\1.weight", key)
 
 
 def compare_gradients(model, theirs, gradients):
-    """Norms by the authors' names, where queries, keys and values are one packed matrix."""
+    """Norms by the authors' names."""
     squares = {}
     for name, p in model.named_parameters():
         if p.grad is not None:
-            key, _ = unit.released_source(name)
+            key = packed(name)
             squares[key] = squares.get(key, 0.0) + p.grad.double().square().sum().item()
     gradients = {short(key): norm for key, norm in gradients.items()}
     assert set(squares) == set(gradients)                             # and no other has one
@@ -352,7 +364,7 @@ def test_dilated_resnet50(tmp_path):
     features = backbone(theirs["images_padded"])
     close(features, theirs["c5"])
     features.square().mean().backward()
-    got = {unit.released_source("image_encoder.backbone." + name)[0]: p
+    got = {unit.released_key("image_encoder.backbone." + name): p
            for name, p in backbone.named_parameters()}
     for key, norm in theirs["grad_norms"].items():
         assert got[short(key)].grad.norm().item() == pytest.approx(norm, rel=1e-3), key
@@ -390,8 +402,9 @@ def test_full_size(tmp_path):
     torch.save(state, tmp_path / "unit.pth")
     model = unit.load_released(tmp_path / "unit.pth")
     assert not model.training and model.config == unit.Config(**unit.AS_RELEASED)
-    unlike = dict(dataset=None, text_states="cls")
-    assert list(model.tasks.values()) == [unit.replace(t, **unlike) for t in data.TASKS]
+    queries = {"detection": 100, "classification": 25}
+    assert list(model.tasks.values()) == [
+        unit.replace(t, dataset=None, num_queries=queries[t.kind]) for t in data.TASKS]
     idle = 590_592 + 252 * 256 + 250 * 768  # BERT's pooler, rows of the task tables
     assert sum(p.numel() for p in model.parameters()) == 201_507_900 - idle
     assert all(not p.any() for p in model.parameters())               # all were filled
@@ -440,7 +453,7 @@ def test_full_size_detr(tmp_path):
     (lambda s: s.update({"bert_model.embeddings.LayerNorm.bias": torch.full((2,), 9.0)}),
      "should equal bert_model.module.embeddings.LayerNorm.bias"),
     (lambda s: s.update({k: torch.zeros(()) for k in s if k.endswith("in_proj_weight")}),
-     r"in_proj_weight is \(\)"),
+     r"q_proj.weight is \(1,\)"),
 ], ids=["missing", "left over", "renamed", "shape", "alias", "packed"])
 def test_what_does_not_fit_is_named(tmp_path, change, message):
     file = golden("golden_small.pt")
@@ -450,6 +463,106 @@ def test_what_does_not_fit_is_named(tmp_path, change, message):
     with pytest.raises(unit.InputError, match=message) as error:
         load_small(tmp_path / "unit.pth", file)
     assert str(tmp_path / "unit.pth") in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training that starts from them (--init)
+# --------------------------------------------------------------------------------------------------
+
+def untrained(file, **changes):
+    """A model of the sizes of a golden file, with random weights of its own."""
+    theirs, torch_state = authors_model(file), torch.get_rng_state()
+    torch.manual_seed(9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit, "dilated_resnet50",
+                      lambda: narrow_resnet(golden(file)["backbone_recipe"]))
+        model = unit.UniT(unit.replace(theirs.config, **changes), [*theirs.tasks.values()])
+    torch.set_rng_state(torch_state)
+    return model.train()
+
+
+def start(model, file, parts=(), as_released=False):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unit, "dilated_resnet50",
+                      lambda: narrow_resnet(golden(file)["backbone_recipe"]))
+        return train.initialise_from(model, GOLDEN / file, parts, as_released)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_init_gives_the_authors_outputs(file, name):
+    model, case = untrained(file), golden(file)["cases"][name]
+    batch, theirs = to_batch(case["input"]), case["output"]
+    said = start(model, file)
+    assert "the authors' weights" in said and "left as they were: none" in said
+    outputs, _ = record(model, batch)
+    close(outputs.hidden, theirs["decoder_hidden_states"])
+    close(outputs.logits[-1], theirs["scores"] if "scores" in theirs else theirs["pred_logits"][-1])
+
+
+@pytest.mark.parametrize("part", train.PARTS)
+def test_init_of_one_part_gives_its_outputs(file, part):
+    """The named part's outputs are the authors', on their inputs; no other part changed."""
+    model, whole = untrained(file), authors_model(file)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    start(model, file, (part,))
+    for name, x in model.state_dict().items():
+        same_as = whole.state_dict() if name.startswith(part) else before
+        assert torch.equal(x, same_as[name]), name
+    for name in ("detection_visual_genome", "vqa2"):
+        case = golden(file)["cases"][name]
+        batch, theirs = to_batch(case["input"]), case["output"]
+        _, seen = record(model, batch)
+        hidden = theirs["decoder_hidden_states"]
+        if part == "image_encoder":
+            close(seen["image"], theirs["image_encoder_output"].transpose(0, 1))
+        elif part == "text_encoder" and name == "vqa2":
+            close(seen["bert out"], theirs["bert_encoder_output"])
+        elif part == "decoder":
+            decoder = model.decoders["shared" if model.config.shared_decoder else batch.task]
+            memory, places = (theirs[key].transpose(0, 1) for key in
+                              ("decoder_memory", "decoder_memory_pos"))
+            close(decoder(memory, places, theirs["decoder_memory_mask"],
+                          whole.queries[batch.task]), hidden)
+        elif part == "heads" and name == "vqa2":
+            close(model.heads[batch.task](hidden[-1][:, 0]), theirs["scores"])
+        elif part == "heads":
+            close(model.heads[batch.task](hidden)[0], theirs["pred_logits"])
+
+
+def test_init_as_in_the_paper_drops_what_the_paper_lacks():
+    """Eq. 8 has no LayerNorm: the released one's is dropped, and said."""
+    said = start(untrained("golden_small.pt", classifier_norm=False), "golden_small.pt")
+    assert "dropped: heads.vqa2 2, heads.snli_ve 2, heads.qnli 2" in said
+
+
+@pytest.mark.parametrize("as_released", [False, True])
+def test_init_from_the_single_task_file(tmp_path, as_released):
+    """Its one decoder, a separate one, starts a shared decoder or each of several; as released, of
+    several only COCO's."""
+    file = golden("golden_small_separate.pt")
+    others = "visual_genome|vqa2|visual_entailment|classifiers.glue_|decoders.glue"
+    state = {k: v for k, v in file["state_dict"].items() if not re.search(others, k)}
+    state = {k: v for k, v in state.items() if not k.startswith("classifiers.")}
+    (tmp_path / "unit.tar.gz").write_bytes(archive_of(("unit/coco.pth", saved({"model": state}))))
+    coco = authors_model("golden_small_separate.pt").decoders["coco"].state_dict()
+    for shared in (True, False):
+        model = untrained("golden_small_separate.pt", shared_decoder=shared)
+        before = {n: x.clone() for n, x in model.state_dict().items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(unit, "dilated_resnet50",
+                          lambda: narrow_resnet(file["backbone_recipe"]))
+            train.initialise_from(model, tmp_path / "unit.tar.gz", ("decoder",), as_released)
+        for owner, decoder in model.decoders.items():
+            for name, x in decoder.state_dict().items():
+                taken = not as_released or owner in ("shared", "coco")
+                old = before[f"decoders.{owner}.{name}"]
+                assert torch.equal(x, coco[name] if taken else old), (owner, name)
+
+
+def test_init_from_strangers(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
+    with pytest.raises(unit.InputError, match="resnet.pth: none of the authors' heads is in it"):
+        train.initialise_from(tiny_model("coco"), tmp_path / "resnet.pth", (), False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -526,7 +639,7 @@ def test_bert(tmp_path, kind):
     (tmp_path / "config.json").write_text(bert.config.to_json_string())
     model = unit.UniT(tiny_config(**unit.bert_config(tmp_path), task_embedding=False),
                       [t for t in data.TASKS if t.name == "sst2"])
-    assert unit.load_bert(model, tmp_path) == path
+    unit.load_bert(model, path)
     tokens, types = torch.randint(50, (3, 9)), torch.randint(2, (3, 9))
     mask = torch.arange(9) >= torch.tensor([9, 5, 7])[:, None]
     for ours, theirs in zip(our_states(model, tokens, mask, types),
@@ -545,7 +658,7 @@ def test_bert_config(tmp_path):
                                               bert_layers=2, vocab_size=50, max_positions=20)
     torch.save(old_names(random_bert().state_dict()), tmp_path / "pytorch_model.bin")
     with pytest.raises(unit.InputError, match="bert_heads is 3, the model's is 2"):
-        unit.load_bert(tiny_model("sst2"), tmp_path)
+        unit.load_bert(tiny_model("sst2"), tmp_path / "pytorch_model.bin")
     for text, message in ((json.dumps(given | {"hidden_act": "relu"}), "hidden_act is relu, not"),
                           (json.dumps(given | {"hidden_size": "24"}), "bert_width is '24'"),
                           ("[1]", "not BERT's settings"), ("{", "not BERT's settings")):
@@ -566,7 +679,7 @@ def test_bert_of_other_sizes_is_refused_whole(tmp_path, change, message):
     model = tiny_model("sst2", **change)
     before = {name: p.clone() for name, p in model.state_dict().items()}
     with pytest.raises(unit.InputError, match=message):
-        unit.load_bert(model, tmp_path)
+        unit.load_bert(model, tmp_path / "pytorch_model.bin")
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
 
@@ -581,7 +694,8 @@ def test_bert_with_real_weights():
     bert = transformers.BertModel.from_pretrained(folder).eval()
     model = unit.UniT(tiny_config(**unit.bert_config(folder), task_embedding=False),
                       [t for t in data.TASKS if t.name == "sst2"])
-    unit.load_bert(model, folder)
+    files = (folder / name for name in ("model.safetensors", "pytorch_model.bin"))
+    unit.load_bert(model, next(filter(Path.exists, files)))
     tokenizer = data.Tokenizer(folder / "vocab.txt")
     lines = sentences.read_text(encoding="utf-8").splitlines()[1:101]
     assert len(lines) == 100
@@ -694,7 +808,7 @@ def test_load_pretrained(tmp_path, monkeypatch):
     words = bert.state_dict()["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(model.text_encoder.word_embeddings.weight, words)
     assert len(unit.load_pretrained(tiny_model("sst2"), tmp_path)) == 1
-    assert len(unit.load_pretrained(tiny_model("coco", "sst2", backbone="small"), tmp_path)) == 1
+    assert len(unit.load_pretrained(tiny_model("coco", "sst2", backbone="small"), tmp_path)) == 2
 
     torch.save(resnet50().state_dict(), tmp_path / "resnet50-0676ba61.pth")
     lines = unit.load_pretrained(model, tmp_path, imagenet=True)
@@ -744,7 +858,21 @@ def saved(thing, **how):
     return buffer.getvalue()
 
 
+def zip_of(name):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def script():
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
+    return buffer.getvalue()
+
+
 GOOD = saved({"a": torch.arange(1000.0)})
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 440473133\n"
 HOSTILE = {
     "code.pth": (lambda bomb: saved({"a": bomb}), "run code"),
     "code_old.pth": (lambda bomb: saved({"a": bomb}, _use_new_zipfile_serialization=False),
@@ -755,12 +883,27 @@ HOSTILE = {
     "list.pth": (lambda _: saved([torch.zeros(1)]), "no weights"),
     "values.pth": (lambda _: saved({"a": torch.zeros(1), "b": 3}), "'b' is not a plain tensor"),
     "sparse.pth": (lambda _: saved({"a": torch.eye(2).to_sparse()}), "'a' is not a plain tensor"),
-    "short.pth": (lambda _: GOOD[:len(GOOD) // 2], "cannot be read"),
-    "text.pth": (lambda _: b"<html>not found</html>", "cannot be read"),
-    "empty.pth": (lambda _: b"", "cannot be read"),
-    "short.tar.gz": (lambda _: archive_of(("m.pth", os.urandom(5000)))[:3000], "cannot be read"),
-    "short.tar": (lambda _: archive_of(("m.pth", os.urandom(5000)), kind="w")[:3000],
-                  "cannot be read"),
+    "short.pth": (lambda _: GOOD[:len(GOOD) // 2], "cut short"),
+    "short_old.pth": (lambda _: saved({"a": torch.arange(1000.0)},
+                                      _use_new_zipfile_serialization=False)[:2000], "cut short"),
+    "short_names.bin": (lambda _: saved({"a": torch.arange(1000.0)},
+                                        _use_new_zipfile_serialization=False)[:200], "cut short"),
+    "short.tar.gz": (lambda _: archive_of(("m.pth", os.urandom(5000)))[:3000], "cut short"),
+    "short.tar": (lambda _: archive_of(("m.pth", os.urandom(5000)), kind="w")[:3000], "cut short"),
+    "pointer.tar.gz": (lambda _: POINTER, "Git LFS pointer: `git lfs pull`"),
+    "pointer.safetensors": (lambda _: POINTER, "Git LFS pointer"),
+    "page.pth": (lambda _: b"\n<!DOCTYPE html><title>Sign in</title>", "a web page"),
+    "page.tar.gz": (lambda _: b"<html>not found</html>", "a web page"),
+    "error.bin": (lambda _: b'{"error": "Entry not found"}', r"a text: .*Entry not found"),
+    "empty.pth": (lambda _: b"", "an empty file"),
+    "blank.pth": (lambda _: b"\n \n", "an empty file"),
+    "zeros.pth": (lambda _: bytes(5000), "an empty file"),
+    "report.pth": (lambda _: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj", "a PDF"),
+    "photo.pth": (lambda _: b"\xff\xd8\xff\xe0\0\x10JFIF", "a picture"),
+    "zipped.pth": (lambda _: zip_of("a/m.bin"), "a zip archive of something else: a/m.bin"),
+    "zipped.bin": (lambda _: gzip.compress(GOOD), "a gzip file: unpack it"),
+    "program.pth": (lambda _: script(), "not tensors that PyTorch saved"),
+    "pickle.bin": (lambda _: pickle.dumps({"a": 1}, protocol=4), "not tensors that PyTorch saved"),
     "climbs.tar.gz": (lambda _: archive_of(("../m.pth", GOOD)), r"\.\./m.pth is a link or lies"),
     "inside.tar.gz": (lambda _: archive_of(("a/../../m.pth", GOOD)), "lies outside"),
     "absolute.tar.gz": (lambda _: archive_of(("/tmp/m.pth", GOOD)), "lies outside"),
@@ -768,10 +911,10 @@ HOSTILE = {
     "other.tar.gz": (lambda _: archive_of(("m.pth", GOOD), ("../x.sh", b"")), "lies outside"),
     "two.tar.gz": (lambda _: archive_of(("m.pth", GOOD), ("n.pth", GOOD)), "one checkpoint"),
     "none.tar.gz": (lambda _: archive_of(("m.txt", GOOD)), "one checkpoint, but holds none"),
-    "empty.safetensors": (lambda _: b"", "empty file"),
+    "empty.safetensors": (lambda _: b"", "an empty file"),
     "long.safetensors": (lambda _: safetensors({}, length=2 ** 63), "a header of"),
     "header.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,))}, length=500),
-                           "a header of 500 bytes"),
+                           "cut short: a header of 500 bytes"),
     "text.safetensors": (lambda _: safetensors(b"not json at all!"), "cannot be read"),
     "list.safetensors": (lambda _: safetensors([1, 2]), "cannot be read"),
     "deep.safetensors": (lambda _: safetensors(b"[" * 100_000), "cannot be read"),
@@ -780,13 +923,13 @@ HOSTILE = {
     "same.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,)), "b": entry(0, 16, (4,))}),
                          "at 0..16"),
     "outside.safetensors": (lambda _: safetensors({"a": entry(0, 8), "b": entry(8, 24, (4,))}),
-                            "b at 8..24"),
+                            "cut short: b at 8..24"),
     "negative.safetensors": (lambda _: safetensors({"a": entry(-8, 8, (4,))}), "a at -8..8"),
     "rest.safetensors": (lambda _: safetensors({"a": entry(0, 8)}), "8 bytes that belong to no"),
     "gap.safetensors": (lambda _: safetensors({"a": entry(0, 4, (1,)), "b": entry(8, 16)}),
                         "b at 8..16"),
-    "shape.safetensors": (lambda _: safetensors({"a": entry(0, 16, (5,))}), "a of shape"),
-    "minus.safetensors": (lambda _: safetensors({"a": entry(0, 16, (-2, -2))}), "a of shape"),
+    "shape.safetensors": (lambda _: safetensors({"a": entry(0, 16, (5,))}), "not of shape"),
+    "minus.safetensors": (lambda _: safetensors({"a": entry(0, 16, (-2, -2))}), "not of shape"),
     "type.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,), "F99")}), "F99"),
     "twice.safetensors": (lambda _: safetensors(b'{"a": %s, "a": %s}' % tuple(
         json.dumps(entry(i, i + 8)).encode() for i in (0, 8))), "a at 8..16"),
@@ -803,7 +946,28 @@ def test_hostile_files(tmp_path, name):
     with pytest.raises(unit.InputError, match=message) as error:
         unit.read_weights(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)  # PyTorch's advice on loading it all the same
     assert not trap.exists() and [x.name for x in tmp_path.rglob("*") if x.is_file()] == [name]
+
+
+@pytest.mark.parametrize("content, says", [
+    (POINTER, "Git LFS pointer"), (b"<html>", "a web page"), (b"", "an empty file"),
+    (GOOD, "binary data"), (gzip.compress(b"[CLS]"), "unpack it"), (b"[PAD]\n[UNK]\n", "")])
+def test_texts_that_are_none(tmp_path, content, says):
+    """The same rule for vocabularies and other texts, and the address of the published one."""
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(content)
+    found = unit.what_is_wrong(path, text=True)
+    assert says in found and bool(says) == bool(found)
+    with pytest.raises(unit.InputError, match=says or "no line") as error:
+        data.read_vocabulary(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_broken_published_file_has_its_address(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(POINTER)
+    with pytest.raises(unit.InputError, match="get it again from https://.*/pytorch_model.bin$"):
+        unit.read_weights(tmp_path / "pytorch_model.bin")
 
 
 def test_detr_may_keep_its_flags_and_nothing_else(tmp_path):

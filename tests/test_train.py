@@ -3,12 +3,14 @@
 The runs are real ones: the command line, processes started by torchrun, signals sent from
 outside, on small parts of the tiny data sets.
 """
+import copy
 import dataclasses
 import json
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import train
 import unit
 from conftest import ROOT, run_python
@@ -102,8 +105,7 @@ def text_batch(task, n=4):
 def one_update(model, task, config, optimizer, scaler=None):
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     config = dataclasses.replace(config, batch_size=4)
-    return train.update(train.Step(model), optimizer, scaler, [text_batch(task)], config, 0.0, 1,
-                        torch.device("cpu"))
+    return train.update(train.Step(model), optimizer, scaler, [text_batch(task)], config, 0.0)
 
 
 def test_unused_parameters_are_skipped_unless_asked(model):
@@ -217,7 +219,8 @@ def wait_for_iteration(process, iteration):
 
 
 @pytest.mark.parametrize("number, workers", [(signal.SIGKILL, 0), (signal.SIGKILL, 2),
-                                             (signal.SIGTERM, 1), (signal.SIGINT, 0)])
+                                             (signal.SIGTERM, 1), (signal.SIGINT, 0),
+                                             (signal.SIGHUP, 1), (signal.SIGUSR1, 0)])
 def test_resuming_is_exact(tmp_path, small_tiny_data, uninterrupted, number, workers):
     """Killed, terminated or interrupted, a run that goes on ends with the same bits, whatever the
     number of data workers."""
@@ -268,6 +271,71 @@ def test_processes_wait_for_the_tiny_data(tmp_path):
     assert "tiny data sets written" in output and (tmp_path / "run/results.json").exists()
 
 
+@pytest.mark.parametrize("before", [None, "empty"])
+def test_two_runs_write_the_tiny_data_at_once(tmp_path, monkeypatch, before):
+    """The other is faster: this one uses what it wrote, and leaves nothing of its own."""
+    folder = tmp_path / "data"
+    if before:
+        folder.mkdir()
+
+    def write(new):
+        for name in (new, folder):
+            Path(name).mkdir(exist_ok=True)
+            (Path(name) / "whose").write_text(str(name))
+    monkeypatch.setattr(data, "write_tiny", write)
+    train.write_tiny_data(folder)
+    assert (folder / "whose").read_text() == str(folder) and os.listdir(tmp_path) == ["data"]
+
+
+def test_a_warm_up_beyond_the_end_is_said(capsys):
+    train.check(unit.Config(), train.TrainConfig(iterations=200, warmup=200), 1, True)
+    assert not capsys.readouterr().out
+    train.check(unit.Config(), train.TrainConfig(iterations=199, warmup=200), 1, True)
+    assert "199 iterations ends within the warm-up of 200" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- unusable pictures
+
+def test_unusable_pictures_are_logged_once_and_do_not_disturb(tmp_path, small_tiny_data):
+    """3 of 48, each met several times: the same weights with 0 or 2 workers, on 2 processes and
+    after a kill; each stands once in the log, and once on the screen."""
+    root = shutil.copytree(small_tiny_data, tmp_path / "data")
+    broken = sorted((root / "coco/train2017").iterdir())[:3]
+    for path in broken:
+        path.write_text("<html>")
+    flags = ("--iterations", 30, "--tasks", "coco", "--dropout", 0)
+    for out, more in {"0": dict(), "2": dict(processes=2)}.items():
+        output = command(tmp_path / out, *flags, "--save_every", 100, data_dir=root, **more)
+        assert [output.count(f"left out: {path}: cannot be") for path in broken] == [1, 1, 1]
+    killed = command(tmp_path / "killed", *flags, "--num_workers", 2, "--save_every", 5,
+                     "--log_every", 1, data_dir=root, wait=False)
+    wait_for_iteration(killed, 17)
+    killed.kill()
+    killed.communicate()
+    output = command(tmp_path / "killed", "--resume", "--num_workers", 2, data_dir=root)
+    assert "left out" not in output  # they were said before
+    whole = weights(tmp_path / "0")
+    assert all(torch.equal(whole[k], v) for k, v in weights(tmp_path / "killed").items())
+    assert farthest(whole, weights(tmp_path / "2"))[0] < 1e-4
+    for out in ("0", "2", "killed"):
+        records = map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines())
+        reasons = [reason for record in records for reason in record.get("unusable", [])]
+        assert sorted(x.partition(": ")[0] for x in reasons) == [str(path) for path in broken]
+
+
+@pytest.mark.parametrize("number, met, ends", [(9, 100, False), (10, 999, True),
+                                               (10, 1000, False), (11, 1000, True)])
+def test_more_than_one_unusable_picture_in_100_ends_the_run(tmp_path, number, met, ends):
+    log = train.Log(tmp_path, train.TrainConfig(batch_size=1), 0, True)
+    for n in range(met):
+        log.count("coco", [f"{n % number}.jpg: cannot be read"])
+        log.count("vg", [])
+    problem = log.too_many_unusable()
+    assert bool(problem) == ends
+    if ends:
+        assert re.match(rf"coco: {number} pictures of {met} .*0.jpg.*1.jpg.*2.jpg.*--check", problem)
+
+
 def test_a_run_that_saved_nothing_starts_anew(small_tiny_data, tmp_path):
     """A cluster's job that always gives --resume must not fail for ever because it once died
     before its first save."""
@@ -314,6 +382,32 @@ def test_a_full_disk_is_said_and_the_previous_checkpoint_stays(tmp_path, small_t
     assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.new").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_signals_to_torchrun(tmp_path, small_tiny_data, number):
+    """It passes SIGHUP on; SIGUSR1 ends it, and its processes see that it is gone. They save."""
+    run = command(tmp_path / "run", "--iterations", 100_000, "--log_every", 1, "--tasks", "sst2",
+                  data_dir=small_tiny_data, processes=2, wait=False)
+    wait_for_iteration(run, 5)
+    run.send_signal(number)
+    output = run.communicate(timeout=60)[0]  # until the last process has closed it
+    iteration = int(re.search(r"stopped after iteration (\d+)", output)[1])
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert saved["iteration"] == iteration >= 5
+
+
+@pytest.mark.parametrize("number, stays", [(signal.SIGHUP, True), (signal.SIGUSR1, False)])
+def test_a_signal_that_nohup_ignores_stays_ignored(number, stays):
+    before = {x: signal.getsignal(x) for x in data.STOPPING}
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        noted = train.note_signals()
+        os.kill(os.getpid(), number)
+        assert noted == ([] if stays else [number])
+    finally:
+        for x, handler in before.items():
+            signal.signal(x, handler)
+
+
 @pytest.mark.parametrize("whom", ["data worker", "process"])
 def test_a_death_ends_the_run(tmp_path, small_tiny_data, whom):
     """A data worker or one of two processes is killed: an error within a minute, not a hang."""
@@ -326,6 +420,93 @@ def test_a_death_ends_the_run(tmp_path, small_tiny_data, whom):
     began = time.time()
     output = run.communicate(timeout=60)[0]
     assert run.returncode not in (0, None) and time.time() - began < 60, output
+    if processes == 1:
+        assert "Traceback" not in output and "exit status -9" in output
+        assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] >= 5
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+def spoil_gradient(model, name, value):
+    parameter = dict(model.named_parameters())[name]
+    return parameter.register_hook(lambda gradient: gradient + value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(model, precision, value):
+    """Nothing moves, momentum neither; which parameters is known; the next step is as usual."""
+    config = train.TrainConfig(precision=precision, lr=1e-2)
+    optimizer = train.make_optimizer(model, config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, enabled=precision == "fp16")
+    one_update(model, "a", config, optimizer, scaler)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    names = ("decoders.shared.layers.0.linear1.weight", "heads.a.linear2.bias")
+    hooks = [spoil_gradient(model, name, value) for name in names]
+    _, norm, norms = one_update(model, "a", config, optimizer, scaler)
+    after = (model.state_dict(), optimizer.state_dict()["state"])
+    for x, y in zip(*(torch.utils._pytree.tree_leaves(part) for part in (before, after))):
+        assert torch.equal(x, y)
+    assert not norm.isfinite() and {x for x in norms if not norms[x].isfinite()} == set(names)
+    for hook in hooks:
+        hook.remove()
+    assert one_update(model, "a", config, optimizer, scaler)[1].isfinite()
+    assert not torch.equal(before[0][names[1]], model.state_dict()[names[1]])
+
+
+@pytest.mark.parametrize("precision, patience", [("fp32", 0), ("bf16", 0), ("fp16", 20)])
+def test_how_many_steps_may_be_skipped(tmp_path, precision, patience):
+    """One ends the run, except in fp16: there it is 21 in a row, more than the scaler can mend."""
+    log = train.Log(tmp_path, train.TrainConfig(precision=precision), 0, True)
+
+    def add(norm):
+        norms = {"v": torch.tensor(1.0), "w": torch.tensor(norm)}
+        terms = {"answer": torch.tensor(1.0)}
+        log.pending.append(train.Record("sst2", [0], 1.0, terms, norms["w"], norms, []))
+    for norm in [1.0] + [math.inf] * patience + [1.0] + [math.inf] * patience:
+        add(norm)
+    log.flush()
+    add(math.inf)
+    with pytest.raises(unit.InputError, match=f"iteration {2 * patience + 3}, task sst2, gradient "
+                       "of w; nothing was saved; a lower --lr may help"):
+        log.flush()
+
+
+def test_no_checkpoint_holds_a_weight_that_is_not_finite(model):
+    train.require_finite_weights(model, 3)
+    name, value = [*model.named_parameters()][5]
+    value.data.view(-1)[0] = math.inf
+    with pytest.raises(unit.InputError, match=f"{re.escape(name)} is not finite after iteration 3"):
+        train.require_finite_weights(model, 3)
+
+
+FAULTY = """
+import os, unit
+before = unit.UniT.__init__
+def init(self, *args, **kwargs):
+    before(self, *args, **kwargs)
+    calls = []
+    def hook(gradient):
+        calls.append(1)
+        return gradient * (float("inf") if len(calls) == 6 and RANK else 1)
+    self.heads["sst2"].linear2.weight.register_hook(hook)
+unit.UniT.__init__ = init
+"""
+
+
+@pytest.mark.parametrize("processes, faulty", [(1, "True"),
+                                               (2, "os.environ['RANK'] == '1'")])
+def test_a_gradient_that_is_not_finite_stops_all_processes(tmp_path, small_tiny_data, processes,
+                                                           faulty):
+    """At the last iteration of the run, in one of two processes: what was saved before stays."""
+    output = command(tmp_path / "run", "--iterations", 6, "--tasks", "sst2", "--save_every", 4,
+                     data_dir=small_tiny_data, processes=processes, expect=2 if processes == 1
+                     else 1, first=FAULTY.replace("RANK", faulty))
+    message = ("error: the numbers are not finite: iteration 6, task sst2, gradient of heads.sst2."
+               "linear2.weight; iteration 4 was saved last; a lower --lr may help")
+    assert output.count(message) == processes, output
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert saved["iteration"] == 4 and all(x.isfinite().all() for x in saved["model"].values())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_tiny_data):
@@ -333,7 +514,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_tiny_data):
     out = tmp_path / "run"
     output = command(out, "--iterations", 50, "--lr", "1e30", "--clip", "1e30", "--save_every", 50,
                      data_dir=small_tiny_data, expect=2)
-    assert re.search(r"not finite: iteration \d+, task \w+, term .+, samples \[\d+", output), output
+    assert re.search(r"not finite: iteration \d+, task \w+, term .+, samples \[\d+.+ nothing was "
+                     "saved", output), output
     assert not (out / "last.pt").exists()
 
 
@@ -383,6 +565,89 @@ def test_separate_decoders_each_start_from_the_shared_one(model, tmp_path):
     for task in model.tasks:
         for name, value in model.decoders["shared"].state_dict().items():
             assert torch.equal(separate.decoders[task].state_dict()[name], value)
+
+
+def detector(width=8, image_layers=1, **task):
+    task = dict(num_queries=5, num_classes=4) | task
+    torch.manual_seed(len(task))
+    return unit.UniT(unit.Config(
+        encoder_width=8, encoder_heads=2, encoder_ff=8, encoder_layers=image_layers,
+        backbone="small", decoder_width=width, decoder_heads=2, decoder_ff=8, decoder_layers=1),
+        [unit.Task("coco", "detection", True, False, **task)])
+
+
+def checkpoint_of(model, path, names=()):
+    torch.save({"model": model.state_dict(), "config": {}, "tasks": [], "iteration": 7,
+                "labels": {"coco": {"classes": [*names], "attributes": []}}}, path)
+    return str(path)
+
+
+def test_init_takes_what_fits_and_says_the_rest(tmp_path):
+    """Other classes, queries and depths: what fits by name and shape is taken, the rest is said."""
+    theirs, ours = detector(), detector(num_queries=9, num_classes=7, image_layers=2)
+    path, before = checkpoint_of(theirs, tmp_path / "x.pt"), ours.state_dict()
+    new = [n for n in before if n.startswith("queries.") or "class_head" in n or ".layers.1." in n]
+    before = {name: x.clone() for name, x in before.items()}
+    said = train.initialise_from(ours, path, (), False)
+    for name, x in ours.state_dict().items():
+        assert torch.equal(x, before[name] if name in new else theirs.state_dict()[name]), name
+    assert f"init {path}, iteration 7 of None: tensors taken: image_encoder.backbone" in said
+    for words in ("queries.coco (5, 8) for (9, 8)", "heads.coco.class_head.weight (5, 8) for (8, 8)",
+                  "left as they were: image_encoder.layers 16, queries.coco 1, heads.coco 2",
+                  "dropped: queries.coco 1, heads.coco 2"):
+        assert words in said
+    assert "taken" in train.initialise_from(ours, path, ("image_encoder", "decoder"), False)
+
+
+@pytest.mark.parametrize("part, changes, says", [
+    ("heads", dict(num_classes=2), r"heads.coco.class_head.weight \(5, 8\) for \(3, 8\): 4 classes "
+     r"\(cat, dog\), but here 2 classes \(egg, ham\); leave heads out of --init_parts"),
+    ("heads", dict(num_attributes=3), None),
+    ("queries", dict(num_queries=9), r"queries.coco \(5, 8\) for \(9, 8\); leave queries out"),
+    ("decoder", dict(width=16), r"decoders.shared.layers.0.self_attention.q_proj.weight \(8, 8\)"),
+    ("text_encoder", {}, "none of its weights fit text_encoder")])
+def test_init_parts_that_do_not_fit_are_errors(tmp_path, part, changes, says):
+    """Asked for by name; the model is left as it was."""
+    path = checkpoint_of(detector(), tmp_path / "x.pt", ["", "cat", "dog"])
+    ours = detector(**changes)
+    before = {name: x.clone() for name, x in ours.state_dict().items()}
+    if says is None:  # the other file has no attributes: nothing that is there does not fit
+        assert "taken" in train.initialise_from(ours, path, (part,), False)
+        return
+    with pytest.raises(unit.InputError, match=says):
+        train.initialise_from(ours, path, ("image_encoder", part), False,
+                              {"coco": ["", "egg", "ham"]})
+    assert all(torch.equal(x, before[name]) for name, x in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("init, says", [
+    ("runs/T1.1-coco/last.pt", "T1.1-coco --out runs/T1.1-coco` makes it.* --init "
+     "DATA/unit.coco.single_task.tar.gz, which is fetched"),
+    ("runs/T3.5/last.pt", "--init DATA/unit.all_8_datasets.shared_dec_with_coco_init.tar.gz"),
+    ("runs/tiny-T1.1-coco/last.pt", "python train.py --tiny --experiment T1.1-coco"),
+    ("mine.pt", "check --init")])
+def test_what_makes_a_missing_start(init, says):
+    with pytest.raises(unit.InputError, match=says) as error:
+        train.check(train.TrainConfig(data="DATA", init=init), 1)
+    assert ("which is fetched" in str(error.value)) == init.startswith("runs/T")
+    train.check(train.TrainConfig(init="elsewhere/unit.coco.single_task.tar.gz"), 1)
+
+
+def test_one_process_fetches_what_all_will_read(monkeypatch):
+    """In `run` before the others' wait ends; files that cannot be had are `build`'s to report."""
+    def offline(path):
+        asked.append(path.name)
+        raise unit.MissingFile(path)
+
+    monkeypatch.setattr(unit, "fetch", offline)
+    detr, bert = "detr-r50-dc5-f0fb7ef5.pth", "model.safetensors"
+    for settings, files in ((dict(tasks=("coco",)), [detr]),
+                            (dict(tasks=("sst2",)), ["vocab.txt", bert]),
+                            (dict(tasks=("vqa2",), init="d/x.tar.gz", imagenet_backbone=True),
+                             ["vocab.txt", bert, "resnet50-0676ba61.pth", "x.tar.gz"])):
+        asked = []
+        train.fetch_weights(train.TrainConfig(**settings))
+        assert asked == files
 
 
 def test_nothing_is_overwritten_and_a_run_goes_on_with_its_own_settings(tmp_path, small_tiny_data,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import unit
 
 # One task of each kind, small enough to follow: pictures with boxes and attributes, questions about
@@ -539,14 +540,10 @@ def test_what_goes_into_the_decoders_attentions(float64):
 
 def test_one_memory_position_makes_all_queries_equal(float64):
     """With [CLS] alone attention over the memory is constant, and contents that start equal stay
-    equal, whatever the queries. So computing one query in eval mode is exact, not a shortcut."""
-    model = make_model().eval()
-    batch = text_batch()
-    outputs = model(batch)
-    assert outputs.hidden.shape == (1, 2, 1, 20)
-    hidden = model.decoders["shared"](*model.encode(batch, SENTENCES), model.queries["sentences"])
-    close(hidden[-1], outputs.hidden[-1].expand(-1, 3, -1), 1e-12)
-    assert model.train()(batch).hidden.shape == (3, 2, 3, 20)  # here dropout tells them apart
+    equal, whatever the queries."""
+    hidden = make_model().eval()(text_batch()).hidden
+    assert hidden.shape == (1, 2, 3, 20)
+    close(hidden, hidden[:, :, :1].expand(-1, -1, 3, -1), 1e-12)
 
 
 def test_first_self_attention_sees_no_content(float64):
@@ -602,7 +599,7 @@ def test_the_answer_is_read_from_the_first_query():
 
 
 def test_number_of_queries():
-    """Config's, by kind (Table C.1 changes all tasks but detection), unless the task has its own."""
+    """Config's, by kind (Table C.1 changes all but detection's), unless the task has its own."""
     tasks = [replace(SHAPES, num_queries=0), replace(QUESTIONS, num_queries=0), SENTENCES]
     model = unit.UniT(replace(SMALL, detection_queries=6, num_queries=9), tasks)
     assert {name: len(q) for name, q in model.queries.items()} == {
@@ -855,16 +852,8 @@ def test_positions_are_detrs(float64):
 
 def full_size(**changes):
     """The model of the eight tasks at its real size, on the meta device: shapes without memory."""
-    detection = dict(kind="detection", image=True, text=False)
-    answer = dict(kind="classification", text=True)
-    tasks = [unit.Task("coco", num_classes=91, **detection),
-             unit.Task("vg", num_classes=1601, num_attributes=401, **detection),
-             unit.Task("vqa2", image=True, num_classes=3129, **answer),
-             unit.Task("snli_ve", image=True, num_classes=3, **answer)]
-    tasks += [unit.Task(name, image=False, num_classes=classes, **answer)
-              for name, classes in (("qnli", 2), ("mnli", 3), ("qqp", 2), ("sst2", 2))]
     with torch.device("meta"):
-        return unit.UniT(unit.Config(**changes), tasks)
+        return unit.UniT(unit.Config(**changes), unit.paper_tasks())
 
 
 def size(module):
@@ -1019,23 +1008,14 @@ def test_losses_stay_finite(case, queries):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["good", "all boxes equal", "boxes of width 0", "logits of 1e4"])
-def test_losses_of_half_precision_inputs(case, dtype):
-    """Losses compute in float32 whatever they are given, as half precision has no room for them
-    (float16 ends at 65504, and 1e-6, the least side of a box, is hardly there)."""
-    model = make_model([SHAPES])
-    outputs, batch = spoil(case, *random_detections([3, 2]))
-    half = unit.Outputs(outputs.hidden.to(dtype), outputs.logits.to(dtype), outputs.boxes.to(dtype))
-    same = unit.Outputs(half.hidden.float(), half.logits.float(), half.boxes.float())
-    terms, expected = model.losses(half, batch), model.losses(same, batch)
-    for name in terms:
-        assert terms[name].dtype == torch.float32
-        close(terms[name], expected[name], 1e-6)
-    for binary in (False, True):
-        logits, scores = (1e4 * torch.randn(1, 2, 7)).to(dtype), torch.rand(2, 7)
-        for x in (logits, logits.float()):
-            loss = unit.classification_loss(x, scores.to(dtype), binary)
-            assert torch.isfinite(loss) and loss.dtype == torch.float32
+@pytest.mark.parametrize("binary", [False, True])
+def test_classification_loss_of_half_precision_logits(dtype, binary):
+    """Under autocast logits come in half precision, which has no room for the loss (float16 ends at
+    65504). Detection heads leave autocast (the next test)."""
+    logits, scores = (1e4 * torch.randn(1, 2, 7)).to(dtype), torch.rand(2, 7)
+    loss = unit.classification_loss(logits, scores, binary)
+    assert loss.dtype == torch.float32
+    close(loss, unit.classification_loss(logits.float(), scores, binary), 1e-6)
 
 
 def test_mixed_precision_spares_heads_and_losses():
@@ -1051,3 +1031,23 @@ def test_mixed_precision_spares_heads_and_losses():
     close(boxes, head(hidden.float())[1], 1e-6)
     for name, term in model.losses(outputs, batch).items():
         close(terms[name], term, 1e-6)
+
+
+@pytest.mark.parametrize("changes, total", [
+    ({}, 201), (dict(shared_decoder=False), 532),
+    (dict(task_embedding=False, decoder_width=256), 0),
+    (dict(backbone="small", all_text_states=("vqa2",), image_size=32), 0)])
+def test_figure_2_alive(changes, total, capsys):
+    """Its parts' parameters add up to the model's, which Section 4.2 gives in millions."""
+    flags = [f"--{name}={unit.written(value)}" for name, value in changes.items()]
+    unit.main(flags)
+    lines = capsys.readouterr().out.splitlines()
+    parts = [int(line.split()[-1].replace(",", "")) for line in lines[1:-1]]
+    count = size(full_size(**changes))
+    assert sum(parts) == count and lines[-1].startswith(f"{count:,} parameters")
+    assert not total or round(count / 1e6) == total
+    assert all(f"Eq. {n}" in "\n".join(lines) for n in range(1, 9))
+
+
+def test_the_tasks_of_figure_2_are_those_of_the_data():
+    assert [replace(task, dataset=None) for task in data.TASKS] == unit.paper_tasks()
