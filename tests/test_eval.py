@@ -420,7 +420,7 @@ def spoil(folder: Path, copy: Path, missing: list, broken: list) -> Path:
 
 
 @pytest.mark.parametrize("missing, broken, limit, count", [
-    ([3], [], 0, 4), ([], [5], 0, 4), ([3, 5], [9], 0, 2), ([], [], 4, 4), ([], [], 5, 5),
+    ([3], [], 0, 4), ([], [9], 0, 4), ([3, 5], [9], 0, 2), ([], [], 4, 4), ([], [], 5, 5),
     ([], [3, 5, 9, 12, 13], 0, 0)])
 def test_a_score_over_a_part_says_so(missing, broken, limit, count, checkpoint, folder, tmp_path,
                                      capsys):
