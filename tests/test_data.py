@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 
 import unit  # noqa: F401  first: makes torchvision importable
 import data
@@ -143,7 +143,7 @@ def test_contractions_are_the_official_table():
     ("t-shirt", "t shirt"), ("1,000", "1000"), ("u.s.", "us"), ("$5.00", "$5.00"), ("none", "0"),
     ("one in back", "1 in back"), ("dont", "don't"), ("An  apple\tpie\n", "apple pie"),
     ("cat, dog", "cat dog"), ("", ""), ("???", ""), ("Im", "im"), ("she's", "she's"),
-    ("somebody'd", "somebodyd"), ("shed", "shed"), ("a", "")])
+    ("somebody'd", "somebodyd"), ("shed", "shed"), ("a", ""), ("4:30", "4:30"), ("to: me", "to: me")])
 def test_normal_form_of_answers(answer, expected):
     assert data.normalise_answer(answer) == expected
 
@@ -209,8 +209,67 @@ def test_transparent_palette(tmp_path):
 def test_broken_pictures_name_the_file(tmp_path, content):
     path = picture(tmp_path / "x.jpg")
     path.write_bytes(path.read_bytes()[:400] if content is None else content)
-    with pytest.raises(data.UnusablePicture, match=r"x\.jpg: cannot be read as a picture"):
+    with pytest.raises(data.UnusablePicture, match=r"x\.jpg: cannot be read as a picture \(.+\)"):
         data.read_image(path)
+
+
+def test_more_pixels_than_pillow_takes(tmp_path, monkeypatch):
+    path = picture(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 // 2 - 1)
+    with pytest.raises(data.UnusablePicture, match="1200 pixels.* exceeds limit"):
+        data.read_image(path)
+
+
+def turned_picture(path, orientation, size=(40, 30)):
+    """Writes a picture with that EXIF orientation -> its pixels as stored and as Pillow turns them,
+    (3, H, W)."""
+    picture(path, size)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as stored:
+        stored.save(path, exif=exif)
+    with Image.open(path) as stored:
+        return [np.asarray(x).transpose(2, 0, 1) for x in (stored, ImageOps.exif_transpose(stored))]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    """Turned where nothing contradicts; not turned where the annotations state the stored size."""
+    path = tmp_path / "x.png"
+    stored, turned = turned_picture(path, orientation)
+    shape = turned.shape[1:]
+    for size in (None, shape, (2 * shape[0], 2 * shape[1]), (shape[0] // 2, shape[1] // 2)):
+        assert np.array_equal(data.read_image(path, size), turned)
+    if orientation >= 5:
+        assert np.array_equal(data.read_image(path, (30, 40)), stored)
+    else:
+        with pytest.raises(data.UnusablePicture, match="width and height are 40 x 30, but 30 x 40"):
+            data.read_image(path, (40, 30))
+    stored, turned = turned_picture(path, orientation, (25, 25))  # sizes cannot tell
+    assert np.array_equal(data.read_image(path, (25, 25)), turned)
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    path = picture(tmp_path / "x.jpg")
+    expected = data.read_image(path)
+    raw = path.read_bytes()
+    junk = b"\xff\xe1\x00\x10Exif\0\0MM\0\x2a\xff\xff\xff\xff"
+    path.write_bytes(raw[:2] + junk + raw[2:])
+    assert torch.equal(data.read_image(path, (30, 40)), expected)
+
+
+@pytest.mark.parametrize("size, good", [
+    ((427, 640), True), ((214, 320), True), ((213, 320), True), ((854, 1280), True),
+    ((107, 160), True), ((640, 427), False), ((480, 640), False), ((427, 600), False),
+    ((400, 640), False)])
+def test_scaled_copies_are_as_good(tmp_path, size, good):
+    """The annotations state 640 x 427; `size` is height, width of the picture."""
+    path = picture(tmp_path / "x.png", size[::-1])
+    if good:
+        assert data.read_image(path, (427, 640)).shape[1:] == size
+    else:
+        with pytest.raises(data.UnusablePicture, match="640 x 427 in the annotations"):
+            data.read_image(path, (427, 640))
 
 
 @pytest.mark.parametrize("size, expected, floored", [
@@ -374,12 +433,17 @@ def test_coco_oddities(tmp_path):
     (lambda c: c.pop("annotations"), "no list 'annotations'"),
     (lambda c: c["images"][0].pop("width"), "record 0: 'width'"),
     (lambda c: c["images"][0].update(width=0), "record 0 has an image of no size"),
-    (lambda c: c["annotations"][1].pop("bbox"), "record 1: 'bbox' is not 4 finite number"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "record 1: 'bbox'"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None]), "record 1: 'bbox'"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 1e999]), "record 1: 'bbox'"),
+    (lambda c: c["annotations"][1].pop("bbox"), "record 1: 'bbox' is not a list"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "record 1 has a bbox that is not 4 finite"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None]), "record 1 has a bbox that is not 4 finite"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 1e999]), "record 1 has a bbox that is not 4 finite"),
     (lambda c: c["annotations"][1].update(area="large"), "record 1: 'area'"),
-    (lambda c: c["annotations"][1].pop("iscrowd"), "record 1: 'iscrowd'"),
+    (lambda c: c["annotations"][1].update(iscrowd="no"), "record 1: 'iscrowd'"),
+    (lambda c: c["images"][0].update(id=2**63), "record 0: 'id' is not one whole number of at"),
+    (lambda c: c["annotations"][1].update(image_id="1x"), "record 1: 'image_id'"),
+    (lambda c: c["annotations"][1].update(bbox=None, segmentation=[["a"]]), "record 1: 'bbox'"),
+    (lambda c: c["categories"].append(c["categories"][0]), "an id occurs twice in categories"),
+    (lambda c: c["images"][0].update(file_name="C:\\x\\1.jpg"), "leads out of"),
     (lambda c: c["annotations"][1].update(category_id=91), "record 1 has a category_id not in"),
     (lambda c: c["annotations"][1].update(category_id=2), "record 1 has a category_id not in"),
     (lambda c: c["categories"][1].update(id=2**15), "1 of categories has an id outside 0..32767"),
@@ -395,12 +459,121 @@ def test_coco_bad_records(tmp_path, change, message):
         read("coco", tmp_path)
 
 
+def without(*keys):
+    def change(content):
+        for row in content["annotations"]:
+            for key in keys:
+                row.pop(key, None)
+    return change
+
+
+def every(**fields):
+    def change(content):
+        for row in content["annotations"]:
+            row.update({key: value(row) for key, value in fields.items()})
+    return change
+
+
+def round_box(row):
+    x, y, w, h = row["bbox"]
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def run_lengths(row):
+    """Of a mask of 40 x 30 pixels, column by column, that fills the box."""
+    x, y, w, h = row["bbox"]
+    mask = np.zeros((30, 40), bool)
+    mask[y:y + h, x:x + w] = True
+    edges = np.flatnonzero(np.diff(mask.ravel("F"), prepend=False, append=False))
+    return dict(size=[30, 40], counts=np.diff([0, *edges, 1200]).tolist())
+
+
+@pytest.mark.parametrize("change, note", [
+    (lambda c: None, ""), (without("iscrowd", "area"), ""),
+    (every(iscrowd=lambda row: None, area=lambda row: None), ""),
+    (every(image_id=lambda row: f"{row['image_id']}"), "image_id is a text"),
+    (every(image_id=lambda row: float(row["image_id"]), category_id=lambda row: 3.0), ""),
+    (every(segmentation=round_box, bbox=lambda row: None), "3 boxes (bbox) made from"),
+    (every(segmentation=run_lengths, bbox=lambda row: None), "3 boxes (bbox) made from")])
+def test_own_exports(tmp_path, change, note):
+    """Whatever other tools leave out or write otherwise: the same boxes, said where it matters."""
+    content = make_coco(tmp_path, [(1, 3, [4, 3, 8, 6], 0), (2, 3, [20, 10, 20, 20], 0),
+                                   (2, 3, [0, 5, 7, 9], 0)])
+    change(content)
+    write(tmp_path / "coco/annotations/instances_val2017.json", content)
+    dataset = read("coco", tmp_path)
+    assert dataset.boxes.tolist() == [[4, 3, 8, 6], [20, 10, 20, 20], [0, 5, 7, 9]]
+    assert dataset.areas.tolist() == [48, 400, 63] and not dataset.crowd.any()
+    assert dataset.labels.tolist() == [3, 3, 3] and note in dataset.summary
+    assert [dataset.crowded(n) for n in (0, 1, 2)] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("ids", [[0], [0, 1, 2], range(1, 201), [5, 1000, 32_767]])
+def test_any_category_ids(tmp_path, ids):
+    boxes = [(1, n, [4, 3, 8, 6], 0) for n in ids]
+    make_coco(tmp_path, boxes, categories=[(n, f"kind {n}") for n in ids])
+    dataset = read("coco", tmp_path)
+    assert dataset.labels.tolist() == list(ids) and dataset.task.num_classes == max(ids) + 1
+    assert [dataset.class_names[n] for n in ids] == [f"kind {n}" for n in ids]
+
+
+def test_ids_of_any_size_are_exact(tmp_path):
+    """Dates and hashes, above 2^53, where doubles have gaps."""
+    ids = [20240115093000001, 20240115093000002, 2**63 - 1]
+    images = [dict(id=n, file_name=f"{k}.jpg", width=40, height=30) for k, n in enumerate(ids)]
+    make_coco(tmp_path, [(n, 1, [1, 2, 3, 4], 0) for n in ids], images=images)
+    dataset = read("coco", tmp_path)
+    assert [dataset.sample(n).id for n in range(3)] == ids == dataset.ground_truth().getImgIds()
+    assert dataset.starts.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("boxes, message", [
+    ([[4, 3, 12, 9], [20, 10, 38, 30], [30, 5, 37, 14]], "2 of 3 boxes go beyond .* corners x0"),
+    ([[.1, .2, .3, .4], [0, 0, 1, 1]], "all boxes lie in 0..1, relative")])
+def test_other_conventions_of_boxes_are_refused(tmp_path, boxes, message):
+    make_coco(tmp_path, [(1, 1, box, 0) for box in boxes])
+    with pytest.raises(InputError, match=f"val2017.json: {message}.*convert them"):
+        read("coco", tmp_path)
+
+
+def test_boxes_beyond_their_pictures_are_counted(tmp_path):
+    """Not corners, as one of four has more width than its right side would be."""
+    make_coco(tmp_path, [(1, 1, [10, 10, 35, 20], 0), (1, 1, [0, 0, 40.4, 30], 0),
+                         (1, 1, [20, 20, 10, 5], 0)])
+    assert "1 boxes go beyond their pictures: clipped" in read("coco", tmp_path).summary
+
+
+def test_a_training_set_without_boxes_is_refused(tmp_path):
+    make_coco(tmp_path, [(1, 1, [4, 3, 0, 6], 0)], "train")
+    with pytest.raises(InputError, match="no box to learn from .left out: 1 empty boxes"):
+        read("coco", tmp_path, "train")
+
+
+NFC, NFD = "Gr\u00fc\u00dfe", "Gru\u0308\u00dfe"
+
+
+@pytest.mark.parametrize("listed, stored", [
+    (f"{NFC}/{NFC}.jpg", f"{NFD}/{NFD}.jpg"), (f"{NFD}.jpg", f"{NFC}.jpg"),
+    ("batch1\\1.jpg", "batch1/1.jpg"), ("1.jpg", "1.JPG"), ("1.png", "1.jpg"), ("1", "1.jpeg")])
+def test_names_in_another_spelling(tmp_path, listed, stored):
+    """A Mac's accents, Windows' backslashes, endings. A file with exactly the name comes first."""
+    image = dict(id=1, file_name=listed, width=40, height=30)
+    write(tmp_path / "coco/annotations/instances_val2017.json", coco_file([], images=[image]))
+    expected = data.read_image(picture(tmp_path / "coco/val2017" / stored))
+    dataset = read("coco", tmp_path)
+    assert "1 pictures have unusual names" in dataset.summary
+    assert torch.equal(dataset.picture(0), expected)
+    picture(tmp_path / "coco/val2017/1.bmp")
+    picture(tmp_path / "coco/val2017/._1.jpg")
+    assert read("coco", tmp_path).names.tolist() == [stored]
+
+
 def test_coco_record_numbers_are_the_files(tmp_path):
     """Also where the file's boxes are not in the order of its images."""
     content = make_coco(tmp_path, [(2, 1, [4, 3, 8, 6], 0), (1, 3, [4, 3, 8, 6], 0)])
     content["annotations"][0]["bbox"] = [1, 2, 3]
     write(tmp_path / "coco/annotations/instances_val2017.json", content)
-    with pytest.raises(InputError, match="record 0: 'bbox' is not 4 finite number"):
+    with pytest.raises(InputError, match="record 0 has a bbox that is not 4 finite number"):
         read("coco", tmp_path)
 
 
@@ -510,6 +683,22 @@ def test_vg_reader(tmp_path, capsys):
     assert (prepared.task.num_classes, prepared.task.num_attributes) == (4, 23)
 
 
+def test_vg_vocabulary_of_another_case(tmp_path):
+    make_vg(tmp_path)
+    write(tmp_path / "vg/objects_vocab.txt", "Man\nSTOP SIGN,StopSign\ndog\n")
+    dataset = read("vg", tmp_path, "train")
+    assert dataset.labels.tolist() == [1, 2] and dataset.class_names[2] == "STOP SIGN"
+    assert "dropped from train and val: 1 repeated image ids, 1 attributes outside the" in dataset.summary
+
+
+def test_vg_vocabulary_that_fits_nothing(tmp_path):
+    make_vg(tmp_path)
+    write(tmp_path / "vg/objects_vocab.txt", "zebra\n")
+    with pytest.raises(InputError, match="objects_vocab.txt: no box is left to train on .*"
+                                         "5 objects outside the vocabulary"):
+        read("vg", tmp_path, "train")
+
+
 def test_vg_without_coco_names_the_file(tmp_path):
     make_vg(tmp_path)
     (tmp_path / "coco/annotations/instances_val2017.json").unlink()
@@ -577,7 +766,7 @@ def test_vqa_splits_and_scores(tmp_path):
     # 11 and "Why?" have no known answer, 99 no picture; VG's 2 is COCO's 500, in val2017.
     assert train.ids.tolist() == [10, 20, 40, 1001, 1003]
     assert val.ids.tolist() == [30, 31]
-    assert "1 without picture (the first: question 99's)" in train.summary
+    assert "1 without picture (the first: coco/*/77.jpg)" in train.summary
     assert "3 without an answer in the vocabulary" in train.summary
     assert "2 VG questions on unknown images" in train.summary
     # 2017 names come first, then 2014.
@@ -632,9 +821,73 @@ def test_vqa_errors(tmp_path):
     write(path, rows)
     with pytest.raises(InputError, match="annotations.json: record 0: 'answers'"):
         read("vqa2", tmp_path)
-    (tmp_path / "coco/annotations/instances_val2017.json").unlink()
-    with pytest.raises(InputError, match="instances_val2017.json: missing"):
-        read("vqa2", tmp_path)
+
+
+def own_vqa(root, train, val, pictures, coco=True):
+    """train, val: (question id, image id, answers) of the two files; pictures: as in coco/.
+    val2017's images, if `coco`, are those in its folder."""
+    for part, rows in (("train2014", train), ("val2014", val)):
+        asked = [dict(question_id=n, image_id=i, question=f"{part} {n}?") for n, i, _ in rows]
+        answered = [dict(question_id=n, answers=[dict(answer=a) for a in answers])
+                    for n, _, answers in rows]
+        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=asked))
+        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=answered))
+    for name in pictures:
+        picture(root / "coco" / name)
+    images = [dict(id=int(name[-5]), file_name=name[8:], width=40, height=30)
+              for name in pictures if name.startswith("val2017")]
+    if coco:
+        write(root / "coco/annotations/instances_val2017.json", coco_file([], images=images))
+    write(root / "vqa2/answers_vqa.txt", "<unk>\nred\nblue")
+
+
+def asked(dataset):
+    """{(question, picture): the answers}"""
+    return {(dataset.texts(n)[0], dataset.names[n]): dataset.answers(n)
+            for n in range(len(dataset))}
+
+
+def test_vqa_of_own_numbers(tmp_path):
+    """Questions and images numbered from 1 in both files: each has its own answers and pictures;
+    image 3 has none in train2017, and so is val2017's."""
+    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"]), (3, 3, ["red"])], [(1, 1, ["blue"])],
+            ["train2017/1.jpg", "train2017/2.png", "val2017/1.jpg", "val2017/3.jpg"])
+    train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
+    assert asked(train) == {("train2014 1?", "coco/train2017/1.jpg"): ["red"],
+                            ("train2014 2?", "coco/train2017/2.png"): ["red"]}
+    assert asked(val) == {("val2014 1?", "coco/val2017/1.jpg"): ["blue"]}
+    assert "1 training questions have image ids that are in val2017, too" in train.summary
+    assert "skipped: 1 training questions on pictures of val2017" in train.summary
+    assert "2 questions have fewer than ten answers" in train.summary
+
+
+def test_vqa_without_cocos_file(tmp_path):
+    """Then the split is that of the two files."""
+    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"])], [(3, 3, ["blue"]), (4, 4, ["blue"])],
+            [f"train2017/{n}.JPG" for n in (1, 2, 3, 4)], coco=False)
+    train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
+    assert train.ids.tolist() == [1, 2] and val.ids.tolist() == [3, 4]
+    assert "instances_val2017.json train2014 trains, val2014 evaluates" in train.summary
+    assert "4 pictures have unusual" not in train.summary and "unusual" in train.summary
+
+
+def test_vqa_vocabulary_without_the_most_common_answers(tmp_path):
+    own_vqa(tmp_path, [(n, n, ["blue", "red", "red"]) for n in range(1, 10)], [],
+            [f"train2017/{n}.jpg" for n in range(1, 10)])
+    (tmp_path / "vqa2/answers_vqa.txt").unlink()
+    assert read("vqa2", tmp_path, "train").class_names == ["<unk>", "red"]
+
+
+@pytest.mark.parametrize("answers, scores", [
+    (["red"], [1, 0]), (["red", "blue"], [1, 1]), (["red"] + ["x"] * 3, [.75, 0]),
+    (["red"] * 3 + ["blue"] + ["x"] * 6, [.9, .3]), (["red"] * 7 + ["blue"] * 13, [1, 1])])
+def test_vqa_scores_of_any_number_of_answers(tmp_path, answers, scores):
+    """The official rule at ten; a right answer can score 1 with any number, in any order."""
+    own_vqa(tmp_path, [(1, 1, answers), (2, 1, answers[::-1])], [], ["train2017/1.jpg"])
+    dataset = read("vqa2", tmp_path, "train")
+    for index in (0, 1):
+        torch.testing.assert_close(dataset.scores(index), torch.tensor([0, *scores]).float())
+    assert dataset.answers(0) == answers
 
 
 def test_vqa_without_vg_questions_says_so(tmp_path):
@@ -1002,16 +1255,52 @@ def command(*arguments):
 
 def test_report_names_what_is_missing(tmp_path):
     make_vqa(tmp_path, ["<unk>", "red"])
+    (tmp_path / "glue/MNLI").mkdir(parents=True)
     run = command("--data", tmp_path)
     assert run.returncode == 0 and not run.stderr
     lines = {tuple(line.split()[:2]): line for line in run.stdout.splitlines() if line}
     assert "coco/annotations/instances_train2017.json: missing" in lines["coco", "train"]
     assert re.search(r" 2 samples +2 pictures", lines["coco", "val"])
     assert "glue/MNLI/dev_mismatched.tsv: missing" in lines["mnli", "val"]
+    assert lines["sst2", "nothing"] and ("sst2", "val") not in lines
     assert "found   bert/vocab.txt" in run.stdout and "missing detr/detr-r50" in run.stdout
 
 
+def test_report_of_some_tasks(tmp_path, monkeypatch, capsys):
+    """--tasks; and ~ is home, also where no shell has seen to it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_coco(tmp_path / "data", [(1, 1, [4, 3, 8, 6], 0)])
+    data.main(["--data=~/data", "--tasks", "coco,sst2"])
+    lines = [line.split()[:2] for line in capsys.readouterr().out.split("\n\n")[1].splitlines()]
+    assert lines == [[name, split] for name in ("coco", "sst2") for split in ("train", "val", "test")]
+
+
+def test_check_opens_every_picture_once(tmp_path, capfd):
+    """COCO's val2017 is VQA's, too: 12 of its 14 pictures are broken, and said once."""
+    images = [dict(id=n, file_name=f"{n}.jpg", width=40, height=30) for n in range(1, 15)]
+    make_coco(tmp_path, [(1, 1, [4, 3, 8, 6], 0)], images=images)
+    own_vqa(tmp_path, [], [(n, n, ["red"]) for n in range(1, 15)], [], coco=False)
+    for n in range(1, 12):
+        write(tmp_path / f"coco/val2017/{n}.jpg", b"<html>")
+    picture(tmp_path / "coco/val2017/12.jpg", (30, 40))
+    with pytest.raises(SystemExit) as end:
+        data.main(["--data", str(tmp_path), "--check"])
+    printed = capfd.readouterr()
+    assert end.value.code == 1 and "14 of 14 pictures opened, ETA 0:00:00" in printed.err
+    assert "12 of 14 pictures cannot be used" in printed.out
+    assert printed.out.count("val2017/1.jpg: cannot be read") == 1
+    with pytest.raises(SystemExit) as end:
+        data.main(["--data", str(tmp_path), "--check", "--tasks", "vg,vqa2"])
+    assert "11 of 14 pictures cannot be used" in capfd.readouterr().out  # these need no size
+    for n in range(1, 13):
+        picture(tmp_path / f"coco/val2017/{n}.jpg")
+    with pytest.raises(SystemExit) as end:
+        data.main(["--data", str(tmp_path), "--check"])
+    assert end.value.code == 0
+
+
 @pytest.mark.parametrize("arguments, message", [
+    (["--data", ".", "--tasks", "coco,x"], "error: unknown task 'x'; there are coco"),
     (["--data", "nowhere"], "error: nowhere: no such folder; name the data sets' folder"),
     (["--data", ".", "--prepare", "vg"], "error: vg/objects_vocab.txt: No such file"),
     (["--dat", "."], "unrecognized arguments: --dat ."), (["--prepare", "coco"], "invalid choice")])
@@ -1041,7 +1330,7 @@ def test_a_console_that_lacks_a_letter_prints_a_question_mark(tmp_path):
 
 @real
 def test_report_on_real_rows(capsys):
-    data.report(REAL)
+    data.report(REAL, [])
     out = capsys.readouterr().out
     assert re.search(r"qnli +val +5,463 samples", out) and "none of its pictures" in out
 

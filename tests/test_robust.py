@@ -1111,3 +1111,22 @@ def test_a_long_run_keeps_its_size(small_tiny_data, tmp_path):
         assert max(x[2] for x in late) < max(x[2] for x in early) + 10
     for line in (tmp_path / "run/log.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+# --------------------------------------------------------------------------------------------------
+# What people hit: small folders and commands beside the project, run and judged by their own script
+# --------------------------------------------------------------------------------------------------
+
+CHECK = ROOT.parent / "shared" / "cases" / "check.py"
+FILES = "^(?!signal|nohup|worker|ulimit|shm|two-|warmup|grad|weights)"
+QUICK = "vg|glue-(bom|gzip)|snli-b|exif|size|windows|mac|picture-(zero-bytes$|html)|vqa-(im|qu|one)"
+
+
+@pytest.mark.skipif(not CHECK.exists(), reason="no cases beside the project")
+@pytest.mark.parametrize("more", [
+    ["--only", f"{FILES}({QUICK})"],
+    pytest.param(["--only", FILES, "--skip", QUICK], marks=pytest.mark.slow),
+    pytest.param(["--skip", FILES], marks=pytest.mark.slow)], ids=["some", "files", "processes"])
+def test_what_people_hit(more):
+    output = run_python([sys.executable, CHECK, *more], cwd=ROOT, timeout=900)
+    assert len(re.findall("^ok ", output, re.MULTILINE)) > 10
