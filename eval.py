@@ -599,7 +599,8 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
 def starting_weights(path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]], str]:
     """Of a checkpoint of train.py, or a file of the authors': the tensors under our names, the
     names of each task's classes (where it has them), and its origin in words."""
-    content = unit.read_file(unit.fetch(path), "previous.pt beside it may be whole; or get it again")
+    fix = "previous.pt beside it may be whole; or get it again"
+    content = unit.read_file(unit.fetch(path), fix)
     found = unit.weights_in(content, path)
     if CHECKPOINT <= set(content):
         classes = {task: names["classes"] for task, names in content["labels"].items()}

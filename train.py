@@ -304,7 +304,7 @@ def fetch_weights(config: Config, train: TrainConfig) -> None:
 
 
 def source_of(name: str, theirs: dict[str, Tensor], as_released: bool) -> str:
-    """The name in another model's tensors of the one that our `name` starts from. If it has a single
+    """The name in another model's tensors of the one that our `name` starts from. If it has one
     decoder, each of ours starts from that (Section 4.2); as released only those of its tasks."""
     if name in theirs or not name.startswith("decoders."):
         return name
@@ -331,7 +331,7 @@ def classes_of(task: str, tensors: dict[str, Tensor], names: list[str]) -> str:
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
                     classes: dict[str, list[str]] | None = None) -> str:
     """Takes from a checkpoint of train.py, or from a file of the authors', what fits by name and
-    shape, and leaves the rest as it is -> what it did, in words. `parts`: of these alone; then it is
+    shape, and leaves the rest as it is -> what it did, in words. `parts`: of these alone; it is then
     an error if nothing of one fits, or if a head has other classes there than here (`classes`)."""
     theirs, their_classes, origin = evaluation.starting_weights(path)
     ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
@@ -650,7 +650,8 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--experiment", default="", metavar="NAME",
          help="a line of the paper's tables (see --list) [T3.3; with --tiny none]")
     flag("--list", action="store_true", help="print all experiments and leave")
-    flag("--out", metavar="DIR", help="where everything goes [runs/EXPERIMENT, or runs/tiny]")
+    flag("--out", type=os.path.expanduser, metavar="DIR",
+         help="where everything goes [runs/EXPERIMENT, or runs/tiny]")
     flag("--resume", action="store_true", help="go on with what is in --out")
     flag("--overwrite", action="store_true", help="replace what is in --out")
     flag("--as_released", action="store_true",
@@ -807,6 +808,11 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
         print(dataset.summary)
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
+    for name, task in model.tasks.items():
+        if task.kind == "detection" and (count := datasets[name].crowded(task.num_queries)):
+            print(f"WARNING: {name}: {count} pictures have more boxes than there are queries "
+                  f"({task.num_queries}), and those that fit worst are not learned; raise "
+                  "--detection_queries")
     if state:
         unit.copy_weights(model.state_dict(), state["model"],
                           f"the checkpoint and the data in {folder}",

@@ -38,6 +38,7 @@ import argparse
 import io
 import json
 import math
+import os
 import pickle
 import re
 import socket
@@ -1236,13 +1237,13 @@ def flag_type(kind: type, limits: dict):
     if kind in (int, float):
         return between(limits["least"], limits["most"], kind)
     choices = ("true", "false") if kind is bool else limits["choices"]
+    if not choices:
+        return os.path.expanduser  # a name or a path; in a path, ~ means home
 
     def word(text):
-        if choices and text.lower() not in choices:
+        if text.lower() not in choices:
             raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
-        if kind is bool:
-            return text.lower() == "true"
-        return text.lower() if choices else text
+        return text.lower() == "true" if kind is bool else text.lower()
     return word
 
 
