@@ -694,7 +694,7 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 
 # ---- The command line ----------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    p = data.Parser(description=__doc__, allow_abbrev=False,
+    p = data.Parser(description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     path, number = os.path.expanduser, data.between(0)
     g = p.add_argument_group("the model (one of the two)")
