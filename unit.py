@@ -148,6 +148,8 @@ class Config:
     shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
     all_text_states: tuple[str, ...] = option((), "tasks that see all text states (Table 4 line 5)")
+    queries_as_input: bool = option(False, "q^task is also what the decoder begins with (ours; see "
+                                           "Decoder.forward), not zeros (DETR; released)")
     loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
     binary_vqa_loss: bool = option(False, "VQAv2's binary loss, as released; else as in Eq. 9")
     classifier_norm: bool = option(False, "LayerNorm, early dropout, as released; else as in Eq. 8")
@@ -415,7 +417,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        width = config.decoder_width
+        width, self.queries_as_input = config.decoder_width, config.queries_as_input
         self.layers = nn.ModuleList(
             DecoderLayer(width, config.decoder_heads, config.decoder_ff, config.dropout)
             for _ in range(config.decoder_layers))
@@ -427,10 +429,13 @@ class Decoder(nn.Module):
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
         So the first self-attention sees no content and all its values are its value bias: its
-        query, key and value matrices get a gradient of zero (the first two some from dropout)."""
+        query, key and value matrices get a gradient of zero (the first two some from dropout). A
+        state can then know which query it is by what that attends to alone, and small models stay
+        for long with one layout of boxes for all pictures. Eq. 4 also allows content that starts at
+        q^task: `queries_as_input`."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
-        x, states = torch.zeros_like(q_task), []
+        x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
         for layer in self.layers:
             x = layer(x, q_task, memory, keys, bias)
             states.append(self.norm(x))
