@@ -1467,13 +1467,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def import_tasks(path: Path) -> None:
-    """Imports it as a module, under its own name: data workers that do not fork find it again."""
+    """Imports it as a module of its own name: data workers that do not fork find it again."""
     if not path.is_file():
         raise bad(path, "no such file", "check --tasks_from")
     sys.path.insert(0, str(path.resolve().parent))
-    module = importlib.import_module(path.stem)
-    if Path(module.__file__) != path.resolve():
-        raise bad(path, f"Python has another module of this name, {module.__file__}", "rename it")
+    found = getattr(importlib.import_module(path.stem), "__file__", "Python itself")
+    if found != str(path.resolve()):
+        raise bad(path, f"a module of this name is in {found}", "rename the file")
 
 
 def command_line(parser: Parser, run, argv: list[str] | None) -> None:

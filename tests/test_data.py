@@ -477,6 +477,17 @@ def make_vg(root):
         picture(root / f"vg/{folder}/{n}.jpg")
 
 
+@pytest.mark.parametrize("name, problem", [
+    ("time.py", "a module of this name is in Python itself"), ("unit.py", "a module of this name"),
+    ("none.py", "no such file")])
+def test_files_of_own_tasks_that_cannot_be_meant(tmp_path, monkeypatch, name, problem):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if name != "none.py":
+        (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=problem):
+        data.import_tasks(tmp_path / name)
+
+
 def test_a_vocabulary_of_the_training_texts(tmp_path, capsys):
     """Made without BERT, in its format; held-out texts have no part in it."""
     folder = tmp_path / "glue/SST-2"
