@@ -13,6 +13,7 @@ import contextlib
 import errno
 import functools
 import gc
+import importlib
 import json
 import math
 import multiprocessing.util
@@ -326,14 +327,19 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator,
 
 
 # ---- Texts ---------------------------------------------------------------------------------------
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # BERT's; [PAD] is number 0
+PIECES = 8000                                             # of a vocabulary of one's own (ours)
+
+
 def read_vocabulary(path: Path) -> list[str]:
     """BERT's vocabulary, a word piece per line."""
     words = read_lines(path) if path.exists() else []
-    if lost := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words):
+    if lost := set(SPECIAL[:4]) - set(words):
         problem = "missing; texts need it"
         if path.exists():
             problem = what_is_wrong(path, text=True) or f"no line {min(lost)}: not BERT's"
-        raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased")
+        raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased, "
+                  "or let `python data.py --prepare vocab` make one of the training texts")
     return words
 
 
@@ -1095,7 +1101,8 @@ def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augmen
 def tasks_named(names) -> list[Task]:
     by_name = {task.name: task for task in TASKS}
     if unknown := [name for name in names if name not in by_name]:
-        raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}")
+        raise InputError(f"unknown task {unknown[0]!r}; there are {', '.join(by_name)}; the file "
+                         "of a task of yours goes to --tasks_from")
     return [by_name[name] for name in names]
 
 
@@ -1427,9 +1434,47 @@ def write_vg(data: Path) -> None:
     print(f"dropped: {counted(dropped)}")
 
 
+def write_vocabulary(data: Path) -> None:
+    """--prepare vocab: word pieces of the training texts that are there, as bert/vocab.txt."""
+    from tokenizers import BertWordPieceTokenizer
+    path, texts, names = data / "bert/vocab.txt", [], []
+    if path.exists():
+        raise bad(path, "is there already", "remove it if another should be made")
+    for task in (task for task in TASKS if task.text):
+        if all((data / file).exists() for file in task.dataset.needed(data, "train")):
+            names.append(task.name)
+            texts += chain(*task.dataset(task, data, "train").columns)
+    if not texts:
+        raise bad(data, "no training texts of any task are in it", LAYOUT)
+    wordpiece = BertWordPieceTokenizer(lowercase=True)
+    wordpiece.train_from_iterator(map(str, texts), PIECES, special_tokens=SPECIAL,
+                                  show_progress=False)
+    pieces = wordpiece.get_vocab()
+    with whole_file(path) as file:
+        file.writelines(f"{piece}\n" for piece in sorted(pieces, key=pieces.get))
+    print(f"{path}: {len(pieces):,} word pieces from {len(texts):,} texts of {', '.join(names)}")
+
+
 class Parser(argparse.ArgumentParser):
+    """What the three programs share."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+        self.add_argument("--tasks_from", type=Path, metavar="FILE", help=(
+            "a Python file of yours that adds its tasks to data.TASKS; it is run"))
+
     def error(self, message):  # in one line, by `command_line`
         raise InputError(f"{message} (see --help)")
+
+
+def import_tasks(path: Path) -> None:
+    """Imports it as a module of its own name: data workers that do not fork find it again."""
+    if not path.is_file():
+        raise bad(path, "no such file", "check --tasks_from")
+    sys.path.insert(0, str(path.resolve().parent))
+    found = getattr(importlib.import_module(path.stem), "__file__", "Python itself")
+    if found != str(path.resolve()):
+        raise bad(path, f"a module of this name is in {found}", "rename the file")
 
 
 def command_line(parser: Parser, run, argv: list[str] | None) -> None:
@@ -1439,7 +1484,10 @@ def command_line(parser: Parser, run, argv: list[str] | None) -> None:
             # A console without a letter of a class's name prints "?". (Tests replace the streams.)
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        if args.tasks_from:
+            import_tasks(args.tasks_from)
+        run(args)
         sys.stdout.flush()
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
@@ -1454,7 +1502,7 @@ def run(args: argparse.Namespace) -> None:
     data, names = Path(args.data), args.tasks.split(",") if args.tasks else []
     require_folder(data)
     if args.prepare:
-        write_vg(data)
+        write_vg(data) if args.prepare == "vg" else write_vocabulary(data)
     elif args.check:
         sys.exit(1 if check_pictures(data, names) else 0)
     else:
@@ -1462,15 +1510,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(allow_abbrev=False, description=(
+    parser = Parser(description=(
         "Says what is in the folder of the data sets (layout: README), and what is missing."))
     parser.add_argument("--data", type=os.path.expanduser, default="data", metavar="DIR",
                         help="the folder of the data sets (default: data)")
     parser.add_argument("--tasks", metavar="A,B", help="these alone (default: all that are there)")
     parser.add_argument("--check", action="store_true", help=(
         "open every picture once; exit status 1 if one cannot be used, 0 if all can"))
-    parser.add_argument("--prepare", choices=["vg"],
-                        help="raw Visual Genome to vg/instances_{train,val}.json, once")
+    parser.add_argument("--prepare", choices=["vg", "vocab"], help=(
+        "vg: raw Visual Genome to vg/instances_{train,val}.json, once; "
+        "vocab: bert/vocab.txt from the training texts, where there is no BERT"))
     command_line(parser, run, argv)
 
 
@@ -1557,8 +1606,7 @@ def write_tiny(folder: Path | str, seed: int = 0) -> None:
     for reader in TINY_GLUE:
         texts += tiny_glue(folder, reader, rng)
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    write(folder / "bert/vocab.txt", "\n".join(special + words) + "\n")
+    write(folder / "bert/vocab.txt", "\n".join(SPECIAL + words) + "\n")
 
 
 def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
@@ -1786,4 +1834,5 @@ def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    import data  # the module that a file given to --tasks_from imports as well
+    data.main()

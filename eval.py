@@ -433,7 +433,7 @@ def save_picture(picture: Image.Image, path) -> None:
 
 def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
     """A copy of the picture, `scale` times as large (small ones have no room for letters), with the
-    boxes that `predict` found; the first of `found` is drawn on top."""
+    boxes that `predict` found (or the truth's); the first of `found` is drawn on top."""
     # A picture may be one pixel wide, or high: no side becomes 0, and none fills the memory.
     scale = min(scale, 10 * WIDTH / picture.height)
     width, height = (max(1, round(side * scale)) for side in picture.size)
@@ -444,7 +444,9 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
     for _, box, colour in drawn:
         draw.rectangle(box, outline=colour, width=3)
     for thing, (x, y, _, _), colour in drawn:  # names last: no line crosses them
-        name = f"{title(thing)} {thing['score']:.2f}"
+        name = title(thing)
+        if "score" in thing:
+            name += f" {thing['score']:.2f}"
         x = max(0, min(x, width - draw.textlength(name, FONT) - 8))
         draw.text((x + 5, y + 3), name, "white", FONT, stroke_width=3, stroke_fill=colour)
     return picture
@@ -475,24 +477,41 @@ def save_grid(tiles: list[Image.Image], path) -> None:
     save_picture(sheet, path)
 
 
-def show_sample(model: UniT, dataset, index: int, device) -> Image.Image:
-    """One held-out input with the model's answer: green if right, red with the truth if wrong."""
+def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
+    """The boxes of a sample as `predict` returns its own, without scores."""
+    scale = torch.tensor(sample.size).flip(0).repeat(2)               # width, height, width, height
+    boxes = box_convert(sample.boxes, "cxcywh", "xyxy") * scale
+    found = [{"label": labels["classes"][label], "box": box}
+             for label, box in zip(sample.labels.tolist(), boxes.tolist())]
+    if sample.attributes is not None:
+        for thing, first in zip(found, sample.attributes[:, 0].tolist()):
+            thing["attribute"] = labels["attributes"][first] if first >= 0 else ""
+    return found
+
+
+def show_sample(model: UniT, dataset, index: int, device) -> list[Image.Image]:
+    """One held-out input with the model's answer: green if right, red with the truth if wrong. For
+    detection two tiles, the prediction's boxes and the truth's."""
     task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
     labels = {"classes": names, "attributes": dataset.attribute_names}
     answers = answers_to(model, task, sample, labels, device)
     picture, lines = Image.new("RGB", (WIDTH, 1), "white"), [(task.name, "#808080")]
     if task.image:  # boxes are in the pixels of this size
         picture = to_picture(dataset.picture(index)).resize(sample.size[::-1])
-        sure = [a for a in answers if task.kind == "detection" and a["score"] >= 0.5]
-        picture = draw_boxes(picture, sure, WIDTH / picture.width)
-    if task.kind == "classification":
-        lines += [(f'"{text}"', "black") for text in dataset.texts(index)]
-        answer, scores = answers[0]["label"], sample.scores
-        line = f"prediction: {answer}", "#1b7f3b"
-        if scores is not None and scores[names.index(answer)] < 0.5:
-            line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
-        lines.append(line)
-    return tile(picture, lines)
+    if task.kind == "detection":
+        shown = {"prediction": [a for a in answers if a["score"] >= 0.5]}
+        if sample.boxes is not None:
+            shown["truth"] = true_boxes(sample, labels)
+        return [tile(draw_boxes(picture, things, WIDTH / picture.width),
+                     [(f"{task.name}, {name}", "#808080")]) for name, things in shown.items()]
+    if task.image:
+        picture = draw_boxes(picture, [], WIDTH / picture.width)
+    lines += [(f'"{text}"', "black") for text in dataset.texts(index)]
+    answer, scores = answers[0]["label"], sample.scores
+    line = f"prediction: {answer}", "#1b7f3b"
+    if scores is not None and scores[names.index(answer)] < 0.5:
+        line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
+    return [tile(picture, [*lines, line])]
 
 
 def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
@@ -501,7 +520,7 @@ def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
     for dataset in datasets.values():
         for index in drawn_indices(len(dataset), 4):
             with contextlib.suppress(data.UnusablePicture):  # `evaluate` has printed which
-                tiles.append(show_sample(model, dataset, index, device))
+                tiles += show_sample(model, dataset, index, device)
     save_grid(tiles, path)
 
 
@@ -695,7 +714,7 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 
 # ---- The command line ----------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    p = data.Parser(description=__doc__, allow_abbrev=False,
+    p = data.Parser(description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     path, number = os.path.expanduser, data.between(0)
     g = p.add_argument_group("the model (one of the two)")

@@ -641,7 +641,7 @@ def training_loop(model, datasets, held_out, names, train: TrainConfig, out, sta
 # ---- The command line ----------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
     parser = data.Parser(
-        usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]", allow_abbrev=False,
+        usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
         epilog="Order: defaults < --tiny < --experiment < flags.")
     flag = parser.add_argument_group("what to run").add_argument
@@ -719,7 +719,7 @@ def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -
     known = [task.name for task in data.TASKS]
     if unknown := {*train.tasks, *config.all_text_states} - set(known):
         raise InputError(f"--tasks or --all_text_states: there is no task {min(unknown)!r}, but "
-                         f"{', '.join(known)}")
+                         f"{', '.join(known)}; the file of a task of yours goes to --tasks_from")
     if not train.tasks or len(set(train.tasks)) < len(train.tasks):
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
     if train.probabilities and (len(train.probabilities) != len(train.tasks)

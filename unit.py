@@ -149,6 +149,8 @@ class Config:
     shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
     all_text_states: tuple[str, ...] = option((), "tasks that see all text states (Table 4 line 5)")
+    queries_as_input: bool = option(False, "q^task is also what the decoder begins with (ours; see "
+                                           "Decoder.forward), not zeros (DETR; released)")
     loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
     binary_vqa_loss: bool = option(False, "VQAv2's binary loss, as released; else as in Eq. 9")
     classifier_norm: bool = option(False, "LayerNorm, early dropout, as released; else as in Eq. 8")
@@ -284,25 +286,29 @@ class Backbone(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """B for small pictures (ours): residual, stride 8. Group norm, since statistics over a batch
-    would make the update depend on how a batch is cut into micro-batches."""
+    """B for small pictures (ours): residual, stride 8. Each picture is standardised, so that a pale
+    one is as clear as any, and the features leave without ReLU: what all places have in common
+    would drown what tells them apart. Group norm, since statistics over a batch would make the
+    update depend on how a batch is cut into micro-batches."""
 
     def __init__(self, width: int = 64):
         super().__init__()
         self.channels = width
-        self.stem = nn.Conv2d(3, width // 2, 3, stride=2, padding=1)
-        self.down = nn.ModuleList([nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-                                   nn.Conv2d(width, width, 3, stride=2, padding=1)])
+        self.down = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after
+                                  in ((3, width // 2), (width // 2, width), (width, width)))
         self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(4))
+        self.down_norms = nn.ModuleList(nn.GroupNorm(8, conv.out_channels) for conv in self.down)
+        self.residual_norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in self.residual)
+        self.last_norm = nn.GroupNorm(8, width)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
-        x = F.relu(self.stem(images))
-        for i, (down, residual) in enumerate(zip(self.down, self.residual)):
-            x = F.relu(self.norms[2 * i](down(x)))
-            x = F.relu(x + self.norms[2 * i + 1](residual(x)))
-        return x
+        x = F.group_norm(images, 1)  # of each picture: mean 0, deviation 1
+        for conv, norm in zip(self.down, self.down_norms):
+            x = F.relu(norm(conv(x)))
+        for conv, norm in zip(self.residual, self.residual_norms):
+            x = x + F.relu(norm(conv(x)))
+        return self.last_norm(x)
 
 
 def sine_positions(valid: Tensor, width: int) -> Tensor:
@@ -412,7 +418,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        width = config.decoder_width
+        width, self.queries_as_input = config.decoder_width, config.queries_as_input
         self.layers = nn.ModuleList(
             DecoderLayer(width, config.decoder_heads, config.decoder_ff, config.dropout)
             for _ in range(config.decoder_layers))
@@ -424,10 +430,13 @@ class Decoder(nn.Module):
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
         So the first self-attention sees no content and all its values are its value bias: its
-        query, key and value matrices get a gradient of zero (the first two some from dropout)."""
+        query, key and value matrices get a gradient of zero (the first two some from dropout). A
+        state can then know which query it is by what that attends to alone, and small models stay
+        for long with one layout of boxes for all pictures. Eq. 4 also allows content that starts at
+        q^task: `queries_as_input`."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
-        x, states = torch.zeros_like(q_task), []
+        x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
         for layer in self.layers:
             x = layer(x, q_task, memory, keys, bias)
             states.append(self.norm(x))

@@ -650,6 +650,46 @@ def make_vg(root):
         picture(root / f"vg/{folder}/{n}.jpg")
 
 
+@pytest.mark.parametrize("name, problem", [
+    ("time.py", "a module of this name is in Python itself"), ("unit.py", "a module of this name"),
+    ("none.py", "no such file")])
+def test_files_of_own_tasks_that_cannot_be_meant(tmp_path, monkeypatch, name, problem):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    if name != "none.py":
+        (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=problem):
+        data.import_tasks(tmp_path / name)
+
+
+def test_a_vocabulary_of_the_training_texts(tmp_path, capsys):
+    """Made without BERT, in its format; held-out texts have no part in it."""
+    folder = tmp_path / "glue/SST-2"
+    folder.mkdir(parents=True)
+    header = "sentence\tlabel\n"
+    (folder / "train.tsv").write_text(header + "A Charming film\t1\nthe film is dull .\t0\n" * 9)
+    (folder / "dev.tsv").write_text(header + "zebra zebra zebra\t1\n" * 9)
+    data.main(["--data", str(tmp_path), "--prepare", "vocab"])
+    path, out = tmp_path / "bert/vocab.txt", capsys.readouterr().out
+    words = data.read_vocabulary(path)
+    assert words[:5] == data.SPECIAL and len(set(words)) == len(words)
+    assert out == f"{path}: {len(words)} word pieces from 18 texts of sst2\n"
+    assert {"charming", "film", "dull", "."} <= set(words) and "zebra" not in words
+    tokens, _ = data.Tokenizer(path).encode("a CHARMING zebra")
+    assert [words[n] for n in tokens][1:3] == ["a", "charming"]
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--data", str(tmp_path), "--prepare", "vocab"])
+    assert stop.value.code == 2 and path.read_bytes() == before
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_no_vocabulary_of_no_texts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        data.main(["--data", str(tmp_path), "--prepare", "vocab"])
+    assert "no training texts" in capsys.readouterr().err
+    assert not (tmp_path / "bert").exists()
+
+
 def test_prepare_vg(tmp_path):
     make_vg(tmp_path)
     splits, dropped = data.prepare_vg(tmp_path)

@@ -322,6 +322,27 @@ def test_pictures(val_run):
     assert len(picture.getcolors(10**6)) > 10
 
 
+def test_truth_is_drawn_beside_the_prediction(checkpoint, folder):
+    """Where the true boxes are, in the pixels of the picture; VG's with their attribute."""
+    model, _ = evaluation.load_checkpoint(checkpoint)
+    for name in ("coco", "vg"):
+        _, datasets = data.load(folder, [name], "val", 32)
+        dataset = datasets[name]
+        index = int(np.argmax(np.diff(dataset.starts)))
+        sample, (first, last) = dataset.sample(index), dataset.starts[index:index + 2]
+        labels = {"classes": dataset.class_names, "attributes": dataset.attribute_names}
+        found = evaluation.true_boxes(sample, labels)
+        x, y, w, h = dataset.boxes[first]
+        assert len(found) == last - first > 0
+        assert found[0]["box"] == pytest.approx([x, y, x + w, y + h], abs=1e-3)
+        assert found[0]["label"] == dataset.class_names[dataset.labels[first]]
+        prediction, truth = evaluation.show_sample(model, dataset, index, "cpu")
+        assert prediction.size == truth.size
+        line = tuple(bytes.fromhex(evaluation.COLOURS[0][1:]))
+        at = [round(10 * side) + 1 for side in (x, y + h / 2)]
+        assert truth.getpixel(tuple(at)) == line
+
+
 def test_tiny_pictures_are_enlarged_before_drawing():
     found = [{"label": "square", "score": 0.9, "box": [4, 4, 40, 20]}]  # overshoots: kept inside
     picture = evaluation.draw_boxes(Image.new("RGB", (32, 32), "white"), found, 10)

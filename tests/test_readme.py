@@ -20,13 +20,27 @@ def section(title):
 
 
 def test_the_ninth_task_as_printed(tmp_path):
-    """The file and the command, word for word."""
+    """The file and the commands, word for word."""
     code, = re.findall(r"```python\n(.*?)```", section("A ninth task"), re.S)
-    command, = re.findall(r"^python (count\.py .*)$", section("A ninth task"), re.M)
+    training, evaluating = re.findall(r"^python (\w+\.py .*)$", section("A ninth task"), re.M)
     (tmp_path / "count.py").write_text(code)
-    run_python([sys.executable, *shlex.split(command)], cwd=tmp_path)
-    results = json.loads((tmp_path / "runs/count/results.json").read_text())
-    assert results["count"]["accuracy"] >= 95
+
+    def run(command, **kwargs):
+        script, *words = shlex.split(command)
+        return run_python([sys.executable, ROOT / script, *words], cwd=tmp_path, **kwargs)
+    run(training)
+    results = tmp_path / "runs/count/results.json"
+    trained = json.loads(results.read_text())
+    assert trained["count"]["accuracy"] >= 95
+    results.unlink()
+    (tmp_path / "runs/count/predictions.png").unlink()
+    run(evaluating)
+    assert json.loads(results.read_text()) == trained
+    assert (tmp_path / "runs/count/predictions.png").exists()
+    # Never code that a checkpoint names: without the flag there is no such task.
+    asked = evaluating.replace("--tasks_from count.py ", "")
+    assert "--tasks_from" in run(asked, expect=2)
+    assert "count          train" in run("data.py --tasks_from count.py --data runs/tiny-data")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -546,6 +546,19 @@ def test_one_memory_position_makes_all_queries_equal(float64):
     close(hidden, hidden[:, :, :1].expand(-1, -1, 3, -1), 1e-12)
 
 
+def test_queries_as_input(float64):
+    """Content that starts at q^task: even one memory position leaves the queries apart, in eval
+    mode (where one query computes what all would) as in training; first layer by hand."""
+    model, batch = make_model(queries_as_input=True), text_batch()
+    hidden = model(batch).hidden
+    assert (hidden[-1, :, 0] - hidden[-1, :, 1]).abs().max() > 1e-3
+    close(model.eval()(batch).hidden[-1], hidden[-1])
+    memory, positions, _ = model.encode(batch, model.tasks["sentences"])
+    decoder, q_task = model.decoders["shared"], model.queries["sentences"].expand(2, -1, -1)
+    x = decoder.layers[0](q_task, q_task, memory, memory + positions, None)
+    close(decoder(memory, positions, None, q_task[0])[0], decoder.norm(x))
+
+
 def test_first_self_attention_sees_no_content(float64):
     """Content starts at zero, so all values of the first self-attention are its value bias: only
     that learns, its matrices for queries, keys and values do not (but for the noise of attention
