@@ -281,25 +281,29 @@ class Backbone(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """B for small pictures (ours): residual, stride 8. Group norm, since statistics over a batch
-    would make the update depend on how a batch is cut into micro-batches."""
+    """B for small pictures (ours): stride 8, two residuals. Each picture is standardised, and no
+    ReLU ends it: what all pictures have in common would drown what they differ in, pale ones most.
+    Group norm, since statistics over a batch would make the update depend on how it is cut."""
 
     def __init__(self, width: int = 64):
         super().__init__()
         self.channels = width
-        self.stem = nn.Conv2d(3, width // 2, 3, stride=2, padding=1)
-        self.down = nn.ModuleList([nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-                                   nn.Conv2d(width, width, 3, stride=2, padding=1)])
+        self.down = nn.ModuleList(nn.Conv2d(channels, out, 3, stride=2, padding=1) for channels, out
+                                  in ((3, width // 2), (width // 2, width), (width, width)))
         self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(4))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, conv.out_channels)
+                                   for conv in (*self.down, *self.residual))
+        self.last_norm = nn.GroupNorm(8, width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
-        x = F.relu(self.stem(images))
-        for i, (down, residual) in enumerate(zip(self.down, self.residual)):
-            x = F.relu(self.norms[2 * i](down(x)))
-            x = F.relu(x + self.norms[2 * i + 1](residual(x)))
-        return x
+        """(B, 3, H, W) -> (B, width, H / 8, W / 8). Padding counts as part of the picture."""
+        std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True)
+        x = (images - mean) / (std + 0.1)
+        for conv, norm in zip(self.down, self.norms):
+            x = F.relu(norm(conv(x)))
+        for conv, norm in zip(self.residual, self.norms[3:]):
+            x = x + F.relu(norm(conv(x)))
+        return self.last_norm(x)
 
 
 def sine_positions(valid: Tensor, width: int) -> Tensor:
@@ -576,6 +580,8 @@ def initialise(model: UniT) -> None:
     xavier = nn.ModuleList(model.decoders.values())
     if image:
         xavier += [image.layers, image.projection, image.position_projection]
+    if text:  # (The release leaves these at PyTorch's defaults, and the text at 0.58 of this.)
+        xavier += [text.projection, text.position_projection]
     for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
@@ -586,8 +592,8 @@ def initialise(model: UniT) -> None:
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
     for name, p in text.named_parameters() if text else ():  # pretrained in the paper's runs
-        if name.startswith(OUR_OWN):
-            continue
+        if name.startswith(OUR_OWN) or "embeddings" in name:
+            continue  # BERT's 0.02 for embeddings would hide the words' positions from the decoder
         if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
         elif name.endswith("bias"):
