@@ -303,7 +303,7 @@ class SmallBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
-        x = F.group_norm(images, 1)  # of each picture: mean 0, deviation 1
+        x = F.group_norm(images, 1)  # each picture: mean 0, deviation 1 (padding counts as well)
         for conv, norm in zip(self.down, self.down_norms):
             x = F.relu(norm(conv(x)))
         for conv, norm in zip(self.residual, self.residual_norms):
@@ -588,6 +588,8 @@ def initialise(model: UniT) -> None:
     xavier = nn.ModuleList(model.decoders.values())
     if image:
         xavier += [image.layers, image.projection, image.position_projection]
+    if text:  # (The release leaves these at PyTorch's defaults, and the text at 0.58 of this.)
+        xavier += [text.projection, text.position_projection]
     for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
@@ -598,8 +600,8 @@ def initialise(model: UniT) -> None:
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
     for name, p in text.named_parameters() if text else ():  # pretrained in the paper's runs
-        if name.startswith(OUR_OWN):
-            continue
+        if name.startswith(OUR_OWN) or "embeddings" in name:
+            continue  # BERT's 0.02 for embeddings would hide the words' positions from the decoder
         if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
         elif name.endswith("bias"):

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -1373,6 +1373,29 @@ def test_report_on_real_rows(capsys):
     data.report(REAL, [])
     out = capsys.readouterr().out
     assert re.search(r"qnli +val +5,463 samples", out) and "none of its pictures" in out
+
+
+def test_tiny_questions_need_the_picture():
+    """Every answer holds in its picture, and a question's text alone does not tell yes from no."""
+    rng, said = np.random.default_rng(0), defaultdict(list)
+    for _ in range(1500):
+        things = data.tiny_picture(rng, most=3)[1]
+        text, answer = data.tiny_question(things, rng)
+        pairs = [(shape, colour) for shape, colour, _ in things]
+        asked = [word for word in re.findall("[a-z]+", text)
+                 if word in data.SHAPES or word in data.COLOURS]
+        fitting = [pair for pair in pairs if set(asked) <= set(pair)]
+        if answer in ("yes", "no"):
+            assert (answer == "yes") == bool(fitting), (text, answer, pairs)
+            said[text].append(answer == "yes")
+        elif asked:  # the colour of the only circle, the shape of the only red thing
+            assert len(fitting) == 1 and answer in fitting[0] and answer not in asked
+        else:
+            assert answer == str(len(things))
+    assert len(said) == 3 + 5 + 15
+    for form in ("there", "anything", "is the "):
+        answers = [x for text, answers in said.items() if form in text for x in answers]
+        assert 0.4 < np.mean(answers) < 0.6, form
 
 
 ORPHANS = """
