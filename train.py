@@ -395,8 +395,24 @@ def gather(pending: list[Record]) -> None:
 
 
 class Log:
-    """A line per iteration in log.jsonl, one every `log_every` on the screen. Tensors stay on the
-    device until `flush`: most iterations need not wait for them."""
+    """A JSON object a line in log.jsonl for each iteration, a line on the screen every `log_every`.
+    Tensors stay on the device until `flush`: most iterations need not wait for them.
+
+    | key                         | meaning                                                       |
+    |-----------------------------|---------------------------------------------------------------|
+    | `iteration`, `task`         | iterations done, from 1; the data set that this one drew      |
+    | `loss`                      | the sum of its terms, in detection over all decoder layers    |
+    | `class`                     | cross entropy of classes, per sample (Eq. 5; DETR)            |
+    | `l1`, `giou`                | 5 x distance, 2 x (1 - generalised IoU), per box (Eq. 6)      |
+    | `attribute`                 | 0.5 x cross entropy of attributes, per sample (Eq. 7; BUTD)   |
+    | `answer`                    | cross entropy of the answer, per sample (Eq. 9)               |
+    | `lr`                        | learning rate of all but the backbone                         |
+    | `grad_norm`                 | norm of the gradient before clipping                          |
+    | `samples_per_second`, `eta` | since the last line on the screen; seconds left to train      |
+    | `unusable`                  | pictures met for the first time that cannot be used, and why  |
+    | `results`                   | of an evaluation, beside `iteration`: percent by task, metric |
+
+    Numbers that are not finite are written as null."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
         self.path, self.train, self.main = out / "log.jsonl", train, main
