@@ -15,7 +15,7 @@ import functools
 import gc
 import importlib
 import json
-import math
+import multiprocessing.connection
 import multiprocessing.util
 import os
 import pickle
@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 # First, as it makes `import torchvision` safe.
@@ -228,20 +228,14 @@ def read_image(path: Path | str, size=None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
-
-
 def upright(picture: Image.Image, size) -> Image.Image:
     """The picture turned as EXIF says, as viewers and most labelling tools do; as it is stored if
     only so it has the shape of the annotations (`size`: height, width). A scaled copy of that is
     as good, as boxes are relative; any other shape is an error."""
     picture.load()
     views = [picture]
-    with contextlib.suppress(Exception):  # no EXIF, damaged EXIF, or not turned
-        views.insert(0, picture.transpose(TURNS[picture.getexif()[ExifTags.Base.Orientation]]))
+    with contextlib.suppress(Exception):  # damaged EXIF
+        views.insert(0, ImageOps.exif_transpose(picture))
     if size is None:
         return views[0]
     height, width = size
@@ -477,10 +471,11 @@ class Dataset:
                  for name in list_folder(self.folder / folder)]
         known = {spelling(name): name for name in reversed(there)} | dict(zip(there, there))
         found = {name: known.get(name) or known.get(spelling(name)) for name in found}
-        usual = {name for name in found if name.endswith((".jpg", ".jpeg", ".png"))}
-        if odd := [name for name in found if found[name] and (found[name] != name or name not in usual)]:
-            self.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, endings "
-                              f"or \\ in the annotations (the first: {odd[0]!r})")
+        odd = [name for name in found if found[name] not in (name, None)
+               or not name.endswith((".jpg", ".jpeg", ".png"))]
+        if odd:
+            self.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, "
+                              f"endings or \\ in the annotations (the first: {odd[0]!r})")
         present = np.array([found[name] is not None for name in names], bool)
         if not present.all():
             first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"  # escaped for printing
@@ -489,7 +484,7 @@ class Dataset:
                           "unpack the pictures there")
             self.missing = int((~present).sum())
             self.skipped[f"without picture {first}"] = self.missing
-        return [found[name] or "" for name in names], present
+        return [found[name] for name in names], present
 
     def picture_file(self, index: int) -> tuple[str, list[int] | None]:
         """Its path, and the height and width that the annotations state, if they do."""
@@ -573,7 +568,7 @@ class Coco(Dataset):
         rows, path = table(content, key, self.path), self.path
         ids = ids_of(rows, "id", path)
         if len(set(ids.tolist())) < len(ids):
-            raise bad(path, f"an id occurs twice in {key}", "which of its names counts is not known")
+            raise bad(path, f"an id occurs twice in {key}", "leave each id one name")
         require((ids >= 0) & (ids < MAX_CLASSES),
                 f"of {key} has an id outside 0..{MAX_CLASSES - 1}", path, rows)
         names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
@@ -590,7 +585,7 @@ class Coco(Dataset):
         # Stable: in the file's order. -1 has no picture, and goes.
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
         sizes, boxes = self.sizes[places[order]], self.given_boxes(rows)[order]
-        areas = np.array(column(rows, "area", path, float, default=math.nan))[order]
+        areas = np.array(column(rows, "area", path, float, default=np.nan))[order]
         labels = ids_of(rows, "category_id", path)
         used = np.flatnonzero([bool(name) for name in self.class_names])
         require(np.isin(labels, used), "has a category_id not in its categories", path, rows)
@@ -612,7 +607,7 @@ class Coco(Dataset):
             self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
 
     def given_boxes(self, rows: list[dict]) -> np.ndarray:
-        """(n, 4) x, y, w, h as in the file; where there is only a segmentation, the box round it."""
+        """(n, 4) x, y, w, h as in the file; from a segmentation where it lacks."""
         made = [row for row in rows if row.get("bbox") is None and row.get("segmentation")]
         for row in made:
             row["bbox"] = box_round(row["segmentation"])
@@ -633,8 +628,8 @@ class Coco(Dataset):
         if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
             raise bad(self.path, "all boxes lie in 0..1, relative to their pictures", fix)
         if beyond > 0.1 * len(boxes) and corners > 0.99 * len(boxes):
-            raise bad(self.path, f"{beyond:,} of {len(boxes):,} boxes go beyond their pictures, and "
-                      "all look like corners x0, y0, x1, y1", fix)
+            raise bad(self.path, f"{beyond:,} of {len(boxes):,} boxes go beyond their pictures, "
+                      "and all look like corners x0, y0, x1, y1", fix)
         if beyond:
             self.notes.append(f"{beyond:,} boxes go beyond their pictures: clipped")
 
@@ -881,8 +876,8 @@ class Vqa2(Classification):
                     answers.append(given[part].get(number, []))
         self.skipped["training questions on pictures of val2017"] = both[True]
         if both[False]:
-            self.notes.append(f"{both[False]:,} training questions have image ids that are in val2017,"
-                              " too, and are asked about train2017's pictures")
+            self.notes.append(f"{both[False]:,} training questions have image ids that are in "
+                              "val2017, too, and are asked about train2017's pictures")
         if few := sum(0 < len(texts) < 10 for texts in answers):
             self.notes.append(f"{few:,} questions have fewer than ten answers")
         if self.split == "train":
@@ -973,7 +968,8 @@ class Vqa2(Classification):
             owners = np.repeat(np.arange(len(rows)), lengths)
             known = np.bincount(owners, classes[places] >= 0, len(rows)) > 0  # else no loss
             self.skipped["without an answer in the vocabulary"] = int((~known).sum())
-            rows, places, lengths = list(compress(rows, known)), places[known[owners]], lengths[known]
+            rows, lengths = list(compress(rows, known)), lengths[known]
+            places = places[known[owners]]
         self.fill(rows)
         self.classes, self.answer_texts, self.answer_places = classes, strings(different), places
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -1018,7 +1014,7 @@ class SnliVe(Classification):
             name = str(name).removesuffix(".jpg") + ".jpg"
             rows.append((number, self.class_id(label, number + 1), name, [text]))
         names, present = self.locate([row[2] for row in rows])
-        rows = [(number, label, name, texts) for (number, label, _, texts), name in zip(rows, names)]
+        rows = [(n, label, name, texts) for (n, label, _, texts), name in zip(rows, names)]
         self.fill(list(compress(rows, present)))
 
 
@@ -1401,26 +1397,33 @@ def check_pictures(data: Path, names: list[str]) -> int:
     """--check: opens every picture once, on all cores -> how many cannot be used."""
     opened, unusable = set(), 0
     for dataset in splits(data, names):
-        if not dataset.task.image:
-            continue
-        files = dict(map(dataset.picture_file, range(len(dataset))))
+        files = {}
+        if dataset.task.image:
+            files = dict(map(dataset.picture_file, range(len(dataset))))
         files = {path: size for path, size in files.items() if path not in opened}
         opened.update(files)
-        problems, start = [], time.monotonic()
         with ProcessPoolExecutor() as pool:
             found = pool.map(problem_of, files, files.values(), chunksize=16)
-            for done, problem in enumerate(found, 1):
-                problems += [problem] if problem else []
-                if done % 100 == 0 or done == len(files):
-                    seconds = (time.monotonic() - start) / done * (len(files) - done)
-                    print(f"\r  {done:,} of {len(files):,} pictures opened, ETA "
-                          f"{timedelta(seconds=round(seconds))}", end="", file=sys.stderr)
-        print(file=sys.stderr)
-        print(f"  {len(problems):,} of {len(files):,} pictures cannot be used", flush=True)
-        for problem in problems[:10]:
-            print(f"  {problem}")
+            problems = [x for x in progress(dataset.task.name, found, len(files)) if x]
         unusable += len(problems)
+        if problems:
+            first = "".join(f"\n    {problem}" for problem in problems[:10])
+            print(f"    {len(problems):,} of {len(files):,} pictures cannot be used:{first}")
+    print(f"{len(opened):,} pictures opened, {unusable:,} cannot be used")
     return unusable
+
+
+def progress(name: str, items, total: int, size=lambda item: 1):
+    """Passes items on, and prints every ten seconds how far it is and how long it will take.
+    size(item): how many of `total` it is."""
+    start, shown, done = time.time(), time.time(), 0
+    for item in items:
+        yield item
+        done += size(item)
+        if time.time() - shown > 10:
+            shown = time.time()
+            left = timedelta(seconds=round((shown - start) * (total / done - 1)))
+            print(f"  {name}: {done:,} of {total:,}, ETA {left}", flush=True)
 
 
 def write_vg(data: Path) -> None:

@@ -24,10 +24,8 @@ import json
 import os
 import tempfile
 import textwrap
-import time
 import zipfile
 from collections import defaultdict
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +198,8 @@ def predict_split(model: UniT, dataset, indices, device, micro_batch: int, num_w
     indices = np.array_split(indices, world)[rank]
     batches = data.eval_loader(dataset, indices, micro_batch, num_workers)
     if rank == 0:
-        batches = progress(dataset.task.name, batches, len(indices))
+        batches = data.progress(dataset.task.name, batches, len(indices),
+                                lambda pair: len(pair[0] or ()) + len(pair[1]))
     items, unusable = [], {}
     for batch, faults in batches:
         unusable |= faults
@@ -242,18 +241,6 @@ def run_model(model: UniT, batch: Batch, device, precision: str = "fp32"):
     if model.tasks[batch.task].soft_scores:
         logits[:, 0] = -torch.inf  # class 0 is <unk>, which is never an answer (released system)
     return logits
-
-
-def progress(name: str, batches, total: int):
-    """Passes batches on, and prints every ten seconds how far it is and how long it will take."""
-    start, shown, done = time.time(), time.time(), 0
-    for batch, faults in batches:
-        yield batch, faults
-        done += len(faults) + len(batch or ())
-        if time.time() - shown > 10:
-            shown = time.time()
-            left = timedelta(seconds=round((shown - start) * (total / done - 1)))
-            print(f"  {name}: {done} of {total}, ETA {left}", flush=True)
 
 
 def score(dataset, indices, items: list) -> dict:

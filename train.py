@@ -331,7 +331,7 @@ def classes_of(task: str, tensors: dict[str, Tensor], names: list[str]) -> str:
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
                     classes: dict[str, list[str]] | None = None) -> str:
     """Takes from a checkpoint of train.py, or from a file of the authors', what fits by name and
-    shape, and leaves the rest as it is -> what it did, in words. `parts`: of these alone; it is then
+    shape, and leaves the rest as it is -> what it did, in words. `parts`: of these; it is then
     an error if nothing of one fits, or if a head has other classes there than here (`classes`)."""
     theirs, their_classes, origin = evaluation.starting_weights(path)
     ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
