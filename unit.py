@@ -286,9 +286,8 @@ class Backbone(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """B for small pictures (ours): residual, stride 8. Each picture is standardised, so that a pale
-    one is as clear as any. Group norm, since statistics over a batch would make the update depend
-    on how a batch is cut into micro-batches."""
+    """B for small pictures (ours): residual, stride 8. Group norm, since statistics over a batch
+    would make the update depend on how a batch is cut into micro-batches."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -302,8 +301,7 @@ class SmallBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
-        x = F.group_norm(images, 1)  # each picture: mean 0, deviation 1 (padding counts as well)
-        x = F.relu(self.stem(x))
+        x = F.relu(self.stem(images))
         for down, down_norm, residual, residual_norm in zip(
                 self.down, self.down_norms, self.residual, self.residual_norms):
             x = F.relu(down_norm(down(x)))
