@@ -1663,22 +1663,10 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
 
 
 def tiny_question(things: list, rng) -> tuple[str, str]:
-    """A question about the picture with these things, and its answer.
-
-    A yes or no takes one comparison of a word with what is seen, or two: is there such a shape,
-    or such a colour? Has the shape that colour?"""
-    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.3, 0.2, 0.2, 0.2, 0.1])
+    """A question about the picture with these things, and its answer."""
+    kind = rng.choice(["colour", "shape", "yes/no", "count"], p=[0.3, 0.3, 0.3, 0.1])
     if kind == "count":
         return pick(rng, "how many shapes are there?/how many things do you see?"), str(len(things))
-    answer = pick(rng, "yes/no")
-    if kind == "one":
-        place, names, text = pick(rng, [(0, SHAPES, "is there a {}?"),
-                                        (1, list(COLOURS), "is anything {}?")])
-        seen = {thing[place] for thing in things}
-        missing = [name for name in names if name not in seen]
-        if not missing:  # all three shapes: "yes" would be the only answer
-            return tiny_question(things, rng)
-        return text.format(pick(rng, sorted(seen) if answer == "yes" else missing)), answer
     # What is asked about must be one: the only circle, the only red thing.
     keys = [thing[1 if kind == "shape" else 0] for thing in things]
     single = [thing for thing, key in zip(things, keys) if keys.count(key) == 1]
@@ -1689,6 +1677,7 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
         return pick(rng, f"what color is the {shape}?/which color has the {shape}?"), colour
     if kind == "shape":
         return pick(rng, f"what shape is {colour}?/which shape is the {colour} thing?"), shape
+    answer = pick(rng, "yes/no")
     if answer == "no":
         colour = another(rng, COLOURS, colour)
     return f"is the {shape} {colour}?", answer

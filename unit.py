@@ -240,9 +240,9 @@ class Encoder(nn.Module):
     w^task is a learned (1, d) vector for each task, drawn from N(0, 1), and a parameter of its own:
     rows of one table would all get a gradient (zeros) and drift in the optimiser."""
 
-    def __init__(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
-                 ff: int, bert: bool):
-        super().__init__()
+    def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
+                   ff: int, bert: bool):
+        """Call last in `__init__`: initial weights depend on the order in which modules are made."""
         self.layers = nn.ModuleList(
             EncoderLayer(width, heads, ff, config.dropout, bert) for _ in range(depth))
         self.projection = nn.Linear(width, config.decoder_width)
@@ -296,16 +296,14 @@ class SmallBackbone(nn.Module):
         self.down = nn.ModuleList([nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
                                    nn.Conv2d(width, width, 3, stride=2, padding=1)])
         self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.down_norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in self.down)
-        self.residual_norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in self.residual)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(4))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
         x = F.relu(self.stem(images))
-        for down, down_norm, residual, residual_norm in zip(
-                self.down, self.down_norms, self.residual, self.residual_norms):
-            x = F.relu(down_norm(down(x)))
-            x = F.relu(x + residual_norm(residual(x)))
+        for i, (down, residual) in enumerate(zip(self.down, self.residual)):
+            x = F.relu(self.norms[2 * i](down(x)))
+            x = F.relu(x + self.norms[2 * i + 1](residual(x)))
         return x
 
 
@@ -331,11 +329,12 @@ class ImageEncoder(Encoder):
     """Section 3.1: backbone B, projection P_{b->e}, transformer E_v. w_v^task is (1, d_v^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
+        super().__init__()
         width = config.encoder_width
-        super().__init__(config, [t for t in tasks if t.image], config.encoder_layers, width,
-                         config.encoder_heads, config.encoder_ff, bert=False)
         self.backbone = SmallBackbone() if config.backbone == "small" else Backbone()
         self.input_proj = nn.Conv2d(self.backbone.channels, width, 1)  # P_{b->e}
+        self.add_layers(config, [t for t in tasks if t.image], config.encoder_layers, width,
+                        config.encoder_heads, config.encoder_ff, bert=False)
 
     def forward(self, images: Tensor, image_mask: Tensor | None, task: str):
         """images (B, 3, H, W), image_mask (B, H, W) -> h^v, projected to the decoder's width d
@@ -357,14 +356,15 @@ class TextEncoder(Encoder):
     """Section 3.2: BERT without its pooler. w_t^task is (1, d_t^e)."""
 
     def __init__(self, config: Config, tasks: list[Task]):
+        super().__init__()
         width = config.bert_width
-        super().__init__(config, [t for t in tasks if t.text], config.bert_layers, width,
-                         config.bert_heads, config.bert_ff, bert=True)
         self.word_embeddings = nn.Embedding(config.vocab_size, width)
         self.position_embeddings = nn.Embedding(config.max_positions, width)
         self.token_type_embeddings = nn.Embedding(2, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)  # BERT's epsilon
         self.dropout = nn.Dropout(config.dropout)
+        self.add_layers(config, [t for t in tasks if t.text], config.bert_layers, width,
+                        config.bert_heads, config.bert_ff, bert=True)
         self.all_states = config.all_text_states
 
     def forward(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str):
@@ -586,8 +586,6 @@ def initialise(model: UniT) -> None:
     xavier = nn.ModuleList(model.decoders.values())
     if image:
         xavier += [image.layers, image.projection, image.position_projection]
-    if text:  # (The release leaves these at PyTorch's defaults, and the text at 0.58 of this.)
-        xavier += [text.projection, text.position_projection]
     for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
@@ -598,8 +596,8 @@ def initialise(model: UniT) -> None:
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
     for name, p in text.named_parameters() if text else ():  # pretrained in the paper's runs
-        if name.startswith(OUR_OWN) or "embeddings" in name:
-            continue  # BERT's 0.02 for embeddings would hide the words' positions from the decoder
+        if name.startswith(OUR_OWN):
+            continue
         if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
         elif name.endswith("bias"):

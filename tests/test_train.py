@@ -16,8 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import train
@@ -335,6 +337,62 @@ def test_more_than_one_unusable_picture_in_100_ends_the_run(tmp_path, number, me
     if ends:
         says = rf"coco: {number} pictures of {met} .*0.jpg.*1.jpg.*2.jpg.*--check"
         assert re.match(says, problem)
+
+
+def odd_pictures(root):
+    """1,600 pictures of 36 x 24 with a box each; 5 cannot be opened, 5 are stored sideways (EXIF), of
+    5 width and height are exchanged in the annotations."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 1600), ("val", 8)):
+        images, boxes = [], []
+        for number in range(1, count + 1):
+            x, y = rng.integers(0, 14, 2).tolist()
+            pixels = rng.integers(60, 120, (24, 36, 3), dtype=np.uint8)
+            pixels[y:y + 10, x:x + 10] = (220, 40, 40)
+            picture, exif = Image.fromarray(pixels), Image.Exif()
+            image = {"id": number, "file_name": f"{number}.jpg", "width": 36, "height": 24}
+            if split == "train" and number % 320 == 1:
+                picture, exif[0x0112] = picture.transpose(Image.Transpose.ROTATE_90), 6
+            if split == "train" and number % 320 == 2:
+                image |= {"width": 24, "height": 36}
+            path = root / f"coco/{split}2017/{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path, exif=exif)
+            if split == "train" and number % 320 == 3:
+                path.write_bytes(path.read_bytes()[:200])
+            images.append(image)
+            boxes.append({"id": number, "image_id": number, "category_id": 1,
+                          "bbox": [x, y, 10, 10], "area": 100, "iscrowd": 0})
+        path = root / f"coco/annotations/instances_{split}2017.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": boxes,
+                                    "categories": [{"id": 1, "name": "thing"}]}))
+
+
+@pytest.mark.slow
+def test_1000_iterations_over_odd_pictures_are_the_same_everywhere(tmp_path):
+    """With no data worker and with two, in one process and in two, and after a kill."""
+    odd_pictures(tmp_path / "data")
+    flags = ["--tasks", "coco", "--iterations", 1000, "--save_every", 400, "--log_every", 100]
+
+    def go(name, *more, **kwargs):
+        return command(tmp_path / name, *flags, *more, data_dir=tmp_path / "data", first=DOUBLE,
+                       **kwargs)
+    go("plain")
+    go("workers", "--num_workers", 2)
+    go("processes", processes=2)
+    killed = go("killed", wait=False)
+    while not (tmp_path / "killed/last.pt").exists():
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    go("killed", "--resume")
+    records = [json.loads(x) for x in (tmp_path / "plain/log.jsonl").read_text().splitlines()]
+    reasons = [reason for record in records for reason in record.get("unusable", [])]
+    assert len(reasons) == 10 and sum("width and height" in reason for reason in reasons) == 5
+    for name, tolerance in (("workers", 0), ("killed", 0), ("processes", 1e-9)):
+        distance = farthest(weights(tmp_path / "plain"), weights(tmp_path / name), skip=False)
+        assert distance[0] <= tolerance, (name, distance)
 
 
 def test_a_run_that_saved_nothing_starts_anew(small_tiny_data, tmp_path):
