@@ -286,29 +286,27 @@ class Backbone(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """B for small pictures (ours): residual, stride 8. Each picture is standardised, so that a pale
-    one is as clear as any, and the features leave without ReLU: what all places have in common
-    would drown what tells them apart. Group norm, since statistics over a batch would make the
-    update depend on how a batch is cut into micro-batches."""
+    """B for small pictures (ours): residual, stride 8. Group norm, since statistics over a batch
+    would make the update depend on how a batch is cut into micro-batches."""
 
     def __init__(self, width: int = 64):
         super().__init__()
         self.channels = width
-        self.down = nn.ModuleList(nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after
-                                  in ((3, width // 2), (width // 2, width), (width, width)))
+        self.stem = nn.Conv2d(3, width // 2, 3, stride=2, padding=1)
+        self.down = nn.ModuleList([nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+                                   nn.Conv2d(width, width, 3, stride=2, padding=1)])
         self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.down_norms = nn.ModuleList(nn.GroupNorm(8, conv.out_channels) for conv in self.down)
+        self.down_norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in self.down)
         self.residual_norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in self.residual)
-        self.last_norm = nn.GroupNorm(8, width)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
-        x = F.group_norm(images, 1)  # each picture: mean 0, deviation 1 (padding counts as well)
-        for conv, norm in zip(self.down, self.down_norms):
-            x = F.relu(norm(conv(x)))
-        for conv, norm in zip(self.residual, self.residual_norms):
-            x = x + F.relu(norm(conv(x)))
-        return self.last_norm(x)
+        x = F.relu(self.stem(images))
+        for down, down_norm, residual, residual_norm in zip(
+                self.down, self.down_norms, self.residual, self.residual_norms):
+            x = F.relu(down_norm(down(x)))
+            x = F.relu(x + residual_norm(residual(x)))
+        return x
 
 
 def sine_positions(valid: Tensor, width: int) -> Tensor:

@@ -102,7 +102,6 @@ def test_the_eight_tasks():
     assert [t.num_classes for t in data.TASKS] == [91, 1601, 3129, 3, 2, 3, 2, 2]
     assert [t.num_attributes for t in data.TASKS] == [0, 401] + [0] * 6
     assert [t.max_tokens for t in data.TASKS[2:]] == [25, 25, 128, 128, 128, 128]
-    assert {t.text_states for t in data.TASKS} == {"cls"}
     assert [t.name for t in data.TASKS if t.soft_scores] == ["vqa2"]
 
 

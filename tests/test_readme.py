@@ -51,7 +51,7 @@ PARSERS = {"train.py": train.make_parser, "eval.py": evaluation.parser}
 
 
 def test_the_readme_s_commands_parse():
-    commands = re.findall(r"(?:python|=\d+) ((?:train|eval)\.py[^\n`#&|]*)", README)
+    commands = re.findall(r"(?:python|=\d+) ((?:train|eval)\.py[^\n`#&|]*)", README.replace("\\\n", ""))
     assert len(commands) > 10
     for command in commands:
         script, *words = shlex.split(command)

@@ -755,7 +755,7 @@ def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch
     ("--tasks mnli", "this model's tasks are coco, sst2, vqa2"), ("--tasks ,", "--tasks"),
     ("--tasks coco --split test", "image_info_test-dev2017.json: missing"),
     ("--data nowhere", "nowhere: no such folder"), ("--data OUT", "missing"),
-    ("--eval_samples -1", "at least 0"), ("--batch_size x", "an integer"),
+    ("--eval_samples -1", "at least 0"), ("--micro_batch x", "an integer"),
     ("--num_workers -1", "at least 0"), ("--precision fp8", "invalid choice"),
     ("--split dev", "invalid choice"), ("--text_pair x", "--text_pair"), ("--image=", "empty"),
     ("--text= --tasks sst2", "empty"), ("--text a --question b", "not allowed with"),
