@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 # First, as it makes `import torchvision` safe.
@@ -228,14 +228,21 @@ def read_image(path: Path | str, size=None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+
+
 def upright(picture: Image.Image, size) -> Image.Image:
     """The picture turned as EXIF says, as viewers and most labelling tools do; as it is stored if
     only so it has the shape of the annotations (`size`: height, width). A scaled copy of that is
     as good, as boxes are relative; any other shape is an error."""
     picture.load()
     views = [picture]
-    with contextlib.suppress(Exception):  # damaged EXIF
-        views.insert(0, ImageOps.exif_transpose(picture))
+    # ImageOps.exif_transpose writes EXIF anew, and fails where any other tag of it is damaged.
+    with contextlib.suppress(Exception):  # no EXIF, none that can be read, or not turned
+        views.insert(0, picture.transpose(TURNS[picture.getexif()[ExifTags.Base.Orientation]]))
     if size is None:
         return views[0]
     height, width = size
@@ -469,7 +476,9 @@ class Dataset:
             folders.update({folder, unicodedata.normalize("NFD", folder)})
         there = [os.path.join(folder, name) for folder in sorted(folders)
                  for name in list_folder(self.folder / folder)]
-        known = {spelling(name): name for name in reversed(there)} | dict(zip(there, there))
+        # A file that is listed under its own name is no other picture's.
+        known = {spelling(name): name for name in reversed(there) if name not in found}
+        known.update(zip(there, there))
         found = {name: known.get(name) or known.get(spelling(name)) for name in found}
         odd = [name for name in found if found[name] not in (name, None)
                or not name.endswith((".jpg", ".jpeg", ".png"))]

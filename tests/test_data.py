@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -256,6 +257,31 @@ def test_damaged_exif_turns_nothing(tmp_path):
     junk = b"\xff\xe1\x00\x10Exif\0\0MM\0\x2a\xff\xff\xff\xff"
     path.write_bytes(raw[:2] + junk + raw[2:])
     assert torch.equal(data.read_image(path, (30, 40)), expected)
+
+
+def test_another_damaged_tag_does_not_hide_the_orientation(tmp_path):
+    """ImageOps.exif_transpose gives up here."""
+    path = picture(tmp_path / "x.jpg")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0132] = 6, "2020:01:01 00:00:00"
+    with Image.open(path) as stored:
+        stored.save(path, exif=exif)
+    entry = bytes([1, 0x32, 0, 2])  # 0x0132, of type text; 0x0100 is the width, a number
+    assert (raw := path.read_bytes()).count(entry) == 1
+    path.write_bytes(raw.replace(entry, bytes([1, 0x00, 0, 2])))
+    with Image.open(path) as stored, pytest.raises(struct.error):
+        ImageOps.exif_transpose(stored)
+    assert data.read_image(path, (40, 30)).shape == (3, 40, 30)
+
+
+def test_listed_files_are_no_other_pictures(tmp_path):
+    """1.jpg lacks; 1.png, which is listed as well, does not take its place."""
+    images = [dict(id=n, file_name=name, width=40, height=30)
+              for n, name in enumerate(["1.jpg", "1.png"])]
+    make_coco(tmp_path, [], images=images)
+    (tmp_path / "coco/val2017/1.jpg").unlink()
+    dataset = read("coco", tmp_path)
+    assert dataset.ids.tolist() == [1] and dataset.missing == 1
 
 
 @pytest.mark.parametrize("size, good", [
