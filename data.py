@@ -1245,11 +1245,22 @@ class Fetcher(torch.utils.data.Dataset):
     def __getitem__(self, request) -> bytes:
         batch, reasons = self.fetch(request)
         # Packed here and not by the loader, in whose threads an error is only printed: the batch is
-        # lost, and waited for without end.
+        # lost, and waited for without end. So there is room for the files that they will open, too.
         try:
+            with contextlib.ExitStack() as room:
+                for _ in range(20):
+                    room.enter_context(open(os.devnull))
             return bytes(ForkingPickler.dumps((convert_lists(batch, Tensor.numpy), reasons)))
         except RuntimeError as error:  # of shared memory
             raise OSError(str(error)) from None
+
+
+def unpack(message: bytes) -> tuple[Batch | None, dict[int, str]]:
+    try:
+        batch, reasons = pickle.loads(message)
+    except RuntimeError as error:  # "received 0 items of ancdata" is one open file too many
+        raise OSError(f"too many open files? {error}") from None
+    return convert_lists(batch, torch.from_numpy), reasons
 
 
 def convert_lists(batch: Batch | None, convert) -> Batch | None:
@@ -1279,6 +1290,7 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
         yield from map(fetcher.fetch, requests)
         return
     waiting, workers, handler = True, [], signal.getsignal(signal.SIGCHLD)
+    others = multiprocessing.active_children()
 
     def ended() -> list[int]:
         return [worker.exitcode for worker in workers if worker.exitcode]
@@ -1299,15 +1311,19 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
         signal.signal(signal.SIGCHLD, look)
         look()
         for message in loader:
-            batch, reasons = pickle.loads(message)
+            batch, reasons = unpack(message)
             waiting = False
-            yield convert_lists(batch, torch.from_numpy), reasons
+            yield batch, reasons
             waiting = True
             look()  # one may have died meanwhile
     except InputError as error:  # a worker's comes with its traceback, of which it is the last line
         raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
     except (OSError, EOFError, RuntimeError) as error:
         waiting = False
+        if not workers:  # some were started, perhaps
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.kill()
         for worker in workers:  # "connection reset", say: one is just dying
             worker.join(0.2)
         if isinstance(error, RuntimeError) and not ended():

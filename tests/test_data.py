@@ -1234,6 +1234,26 @@ def test_failing_workers_end_the_run_in_one_line(name, says):
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
+FEW_FILES = """
+import resource, sys
+import data
+_, sets = data.load(sys.argv[1], ["coco"], "train", 32, "flip")
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))
+try:
+    list(data.eval_loader(sets["coco"], [0] * 1000, 4, 4))
+except data.InputError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("limit", [14, 32])  # the first while workers start
+def test_too_few_open_files_end_the_run_in_one_line(small_tiny_data, limit):
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", FEW_FILES, small_tiny_data,
+                          str(limit)], cwd=ROOT, timeout=100, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert re.search("Too many open files.*ulimit -n", run.stderr.splitlines()[-1])
+
+
 def test_a_worker_that_dies_during_an_update_shows_at_the_next_batch(small_tiny_data):
     """Not in the middle of the update: what was trained could not be saved."""
     loader, pids = workers_of(small_tiny_data)
