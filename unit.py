@@ -242,7 +242,7 @@ class Encoder(nn.Module):
 
     def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
                    ff: int, bert: bool):
-        """Call last in `__init__`: initial weights depend on the order in which modules are made."""
+        """Call last in `__init__`: initial weights depend on the order of the modules."""
         self.layers = nn.ModuleList(
             EncoderLayer(width, heads, ff, config.dropout, bert) for _ in range(depth))
         self.projection = nn.Linear(width, config.decoder_width)
