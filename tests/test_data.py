@@ -918,6 +918,7 @@ def test_vqa_of_own_numbers(tmp_path):
     image 3 has none in train2017, and so is val2017's."""
     own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"]), (3, 3, ["red"])], [(1, 1, ["blue"])],
             ["train2017/1.jpg", "train2017/2.png", "val2017/1.jpg", "val2017/3.jpg"])
+    write(tmp_path / "coco/train2017/._1.jpg", b"a Mac's, beside each file of a zip")
     train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
     assert asked(train) == {("train2014 1?", "coco/train2017/1.jpg"): ["red"],
                             ("train2014 2?", "coco/train2017/2.png"): ["red"]}
