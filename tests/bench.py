@@ -541,7 +541,7 @@ def read_through(dataset, pipe) -> None:
     memory grew that this process has for itself."""
     pixel, dataset.tokenizer = torch.zeros(3, 1, 1, dtype=torch.uint8), NoTokenizer()
     torch.set_num_threads(1)
-    with mock.patch.multiple(data, read_image=lambda path: pixel, resize=lambda x, *a, **k: x):
+    with mock.patch.multiple(data, read_image=lambda path, size=None: pixel, resize=lambda x, *a, **k: x):
         for index in range(200):  # brings in code and buffers
             dataset.sample(index)
         before = memory("Private_Dirty", "smaps_rollup")
