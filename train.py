@@ -293,11 +293,13 @@ def fetch_weights(config: Config, train: TrainConfig) -> None:
     others wait. `build` reports what could not be had."""
     tasks = [task for task in data.TASKS if task.name in train.tasks]
     bert, backbone = unit.pretrained_files(Path(train.data), train.imagenet_backbone)
-    files = [Path(train.init)] if train.init else []
+    files = []
     if train.pretrained and any(task.text for task in tasks):
         files += [bert.with_name("vocab.txt"), bert]
     if train.pretrained and config.backbone == "resnet50" and any(task.image for task in tasks):
         files.append(backbone)
+    if train.init:
+        files.append(Path(train.init))
     for path in files:
         with contextlib.suppress(unit.MissingFile):
             unit.fetch(path)
