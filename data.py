@@ -40,7 +40,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 # First, as it makes `import torchvision` safe.
-from unit import Batch, InputError, Task, between, what_is_wrong
+from unit import Batch, InputError, Task, what_is_wrong
 
 from torchvision.transforms.v2 import functional as F
 

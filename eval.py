@@ -703,7 +703,7 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 def parser() -> argparse.ArgumentParser:
     p = data.Parser(description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    path, number = os.path.expanduser, data.between(0)
+    path, number = os.path.expanduser, unit.between(0)
     g = p.add_argument_group("the model (one of the two)")
     g = g.add_mutually_exclusive_group(required=True).add_argument
     g("--checkpoint", type=path, metavar="FILE", help="a file of train.py: runs/T3.3/last.pt")

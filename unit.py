@@ -39,7 +39,6 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import socket
 import tarfile
