@@ -1,10 +1,12 @@
 """The README: what it prints runs, what it names exists."""
+import itertools
 import json
 import re
 import shlex
 import sys
 
 import pytest
+from PIL import Image, ImageDraw
 
 import data
 import eval as evaluation
@@ -13,35 +15,87 @@ import unit
 from conftest import ROOT, run_python
 
 README = (ROOT / "README.md").read_text()
+SHORT = ["--iterations", 2, "--warmup", 1, "--eval_samples", 4, "--num_workers", 0]
 
 
 def section(title):
     return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S)[1]
 
 
-def test_the_ninth_task_as_printed(tmp_path):
-    """The file and the commands, word for word."""
-    code, = re.findall(r"```python\n(.*?)```", section("A ninth task"), re.S)
-    training, evaluating = re.findall(r"^python (\w+\.py .*)$", section("A ninth task"), re.M)
-    (tmp_path / "count.py").write_text(code)
+def commands(title):
+    """Those of a section's blocks, without comments, as lists of words."""
+    lines = section(title).replace("\\\n", "").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
 
-    def run(command, **kwargs):
-        script, *words = shlex.split(command)
-        return run_python([sys.executable, ROOT / script, *words], cwd=tmp_path, **kwargs)
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    """A function that runs a command of the README in a folder, and that folder."""
+    folder = tmp_path_factory.mktemp("typed")
+    (folder / "tests").symlink_to(ROOT / "tests")
+
+    def run(words, **kwargs):
+        return run_python([sys.executable, ROOT / words[0], *words[1:]], cwd=folder, **kwargs)
+    return run, folder
+
+
+def test_the_ninth_task_as_printed(typed):
+    run, folder = typed
+    training, evaluating = commands("A ninth task")
     run(training)
-    results = tmp_path / "runs/count/results.json"
+    results, pictures = folder / "runs/count/results.json", folder / "runs/count/predictions.png"
     trained = json.loads(results.read_text())
     assert trained["count"]["accuracy"] >= 95
-    results.unlink()
-    (tmp_path / "runs/count/predictions.png").unlink()
+    results.unlink(), pictures.unlink()
     run(evaluating)
-    assert json.loads(results.read_text()) == trained
-    assert (tmp_path / "runs/count/predictions.png").exists()
+    assert json.loads(results.read_text()) == trained and pictures.exists()
     # Never code that a checkpoint names: without the flag there is no such task.
-    asked = evaluating.replace("--tasks_from count.py ", "")
-    assert "--tasks_from" in run(asked, expect=2)
-    listed = run("data.py --tasks_from count.py --data runs/tiny-data")
+    assert evaluating[1:3] == ["--tasks_from", "tests/own.py"]
+    assert "--tasks_from" in run(evaluating[:1] + evaluating[3:], expect=2)
+    listed = run(["data.py", "--tasks_from", "tests/own.py", "--data", "runs/tiny-data"])
     assert re.search(r"^count +train ", listed, re.M)
+
+
+def test_own_data_as_printed(typed):
+    """The recipes from the user's files to an answer, with few iterations."""
+    run, folder = typed
+    xml, pictures, questions, sentences = [
+        folder / name for name in ("xml", "mine/questions/pictures", "mine/questions",
+                                   "mine/sentences")]
+    for path in (xml, pictures, sentences):
+        path.mkdir(parents=True)
+    rows = {"questions": ["picture\tquestion\tanswer"], "sentences": ["first\tsecond\tlabel"]}
+    for n, colour in zip(range(10), itertools.cycle(["red", "blue"])):
+        picture = Image.new("RGB", (80, 60))
+        ImageDraw.Draw(picture).rectangle([10, 20, 40, 50], fill=colour)
+        picture.save(pictures / f"{n}.png")
+        (xml / f"{n}.xml").write_text(
+            f"<annotation><filename>{n}.png</filename><size><width>80</width><height>60</height>"
+            f"</size><object><name>{colour}</name><bndbox><xmin>10</xmin><ymin>20</ymin>"
+            "<xmax>40</xmax><ymax>50</ymax></bndbox></object></annotation>")
+        rows["questions"].append(f"{n}.png\tWhat colour is it?\t{colour}")
+        rows["sentences"].append(f"the sky is {colour}\tit is so\t{colour} sky")
+    for name, split in itertools.product(rows, ("train", "val")):
+        (folder / f"mine/{name}/{split}.tsv").write_text("\n".join(rows[name]) + "\n")
+    picture.save(folder / "new.jpg"), picture.save(folder / "new.png")
+    voc, = re.findall(r"`python (tests/voc.py .*?)`", section("Your own data"))
+    printed = run(voc.replace("XML_FOLDER", "xml")
+                  .replace("PICTURE_FOLDER", "mine/questions/pictures").split())
+    assert "2 pictures, 2 boxes, 2 classes" in printed and "8 pictures, 8 boxes" in printed
+    found = json.loads((folder / "mine/coco/annotations/instances_val2017.json").read_text())
+    assert [box["bbox"] for box in found["annotations"]] == [[10, 20, 30, 30]] * 2
+    assert [found["categories"][box["category_id"]]["name"] for box in found["annotations"]] == [
+        "red", "blue"]  # of pictures 0 and 5
+    printed = []
+    for words in commands("Your own data"):
+        if "vocab" in words:
+            (folder / "mine/bert/vocab.txt").unlink(missing_ok=True)
+        printed.append(run(words + (SHORT if words[0] == "train.py" else [])))
+    assert "boxes of at least 50%, drawn into runs/mine/" in printed[2]
+    assert set(re.findall(r"% +(.+)", printed[5])) == {"red", "blue"}
+    assert set(re.findall(r"% +(.+)", printed[8])) == {"red sky", "blue sky"}
+    for name in ("mine", "questions", "sentences"):
+        assert (folder / f"runs/{name}/predictions.png").exists()
 
 
 # --------------------------------------------------------------------------------------------------
