@@ -1,10 +1,10 @@
 """Tasks of one's own, to run as they are or to copy and change: `--tasks_from tests/own.py`.
 
-| task        | its files, under --data                                                             |
-|-------------|-------------------------------------------------------------------------------------|
-| `count`     | COCO's: how many boxes has a picture?                                               |
-| `questions` | `questions/{train,val}.tsv`: columns picture, question, answer; `questions/pictures` |
-| `sentences` | `sentences/{train,val}.tsv`: one or two columns of text, then the label             |
+| task        | its files, under --data                                                            |
+|-------------|------------------------------------------------------------------------------------|
+| `count`     | COCO's; the answer is the number of boxes in a picture                             |
+| `questions` | `questions/{train,val}.tsv`, picture, question, answer; `questions/pictures`       |
+| `sentences` | `sentences/{train,val}.tsv`, one or two columns of text, then the label            |
 
 The tables begin with a line that names the columns; tabs separate them. The classes are those of
 the training table.
@@ -19,7 +19,7 @@ from unit import Task
 
 
 class Count(data.Classification):
-    """Pictures alone, without texts: the class is the number of boxes."""
+    """How many objects are in the picture? It has no texts, hence the empty lists."""
 
     files = {split: data.Coco.files[split] for split in ("train", "val")}
     class_names = [str(number) for number in range(10)] + ["10 or more"]
@@ -50,7 +50,7 @@ class Questions(Sentences):
     def fill(self, rows):
         """The first of the two texts is the picture's name."""
         self.folder = self.data / "questions/pictures"
-        super().fill([(n, answer, picture, [question]) for n, answer, _, (picture, question) in rows])
+        super().fill([(n, answer, texts[0], texts[1:]) for n, answer, _, texts in rows])
 
 
 data.TASKS += [

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 xml, pictures, folder = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]) / "coco"
 (folder / "annotations").mkdir(parents=True, exist_ok=True)
 parts, classes = {"val": ([], []), "train": ([], [])}, {}
@@ -30,5 +32,7 @@ for split, (images, boxes) in parts.items():
     content = {"images": images, "annotations": boxes, "categories": categories}
     path = folder / f"annotations/instances_{split}2017.json"
     path.write_text(json.dumps(content))
-    (folder / f"{split}2017").symlink_to(pictures.resolve())
+    link = folder / f"{split}2017"
+    if not link.exists():
+        link.symlink_to(pictures.resolve())
     print(f"{path}: {len(images)} pictures, {len(boxes)} boxes, {len(categories)} classes")
