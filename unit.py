@@ -15,9 +15,10 @@
 
 Where this differs from the paper's text:
 * Section 3.1: positions are added to the queries and keys of every layer (DETR), not to the map.
-* Eq. 2: the encoder's input is added to its output: unsaid, but the released weights need it.
-* Eq. 7: in training the attribute head is fed the class of the matched target (as in BUTD, which
-  the paper cites), at test the highest-scoring class of c^l.
+* Eq. 2: the encoder's input is added to its output. The paper does not say so, but the released
+  weights need it.
+* Eq. 7: in training the attribute head sees the class of the matched target (as in BUTD, which the
+  paper cites), at test time the highest-scoring class of c^l.
 * Table A.1 names one learning rate; the backbone has its own, DETR's (see train.py).
 
 Where the paper is silent, the authors' released system decides: how d_v^e and d_t^e become d_t^d (a
@@ -176,7 +177,7 @@ LOSS_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0, "attribute": 1.0}
 
 # ---- Attention, and the one encoder layer of both encoders ---------------------------------------
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Padding mask (B, S), True = padding -> (B, 1, 1, S), what attention adds to its scores.
+    """Padding mask (B, S), True = padding -> (B, 1, 1, S), which attention adds to its scores.
 
     Trap: `scaled_dot_product_attention` reads a boolean mask the other way round (True = attend),
     and copies it to the full (B, heads, S, S). A float bias that broadcasts is taken as it is."""
@@ -214,7 +215,7 @@ class Attention(nn.Module):
 
 class EncoderLayer(nn.Module):
     """Post-norm transformer layer. DETR's: ReLU, epsilon 1e-5, dropout in the feed-forward as well,
-    and positions added to queries and keys. BERT's: GELU, epsilon 1e-12, without these two."""
+    and positions added to queries and keys. BERT's: GELU, epsilon 1e-12, neither of the two."""
 
     def __init__(self, width: int, heads: int, ff: int, dropout: float, bert: bool):
         super().__init__()
@@ -427,11 +428,11 @@ class Decoder(nn.Module):
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
-        So the first self-attention sees no content and all its values are its value bias: its
-        query, key and value matrices get a gradient of zero (the first two some from dropout). A
-        state can then know which query it is by what that attends to alone, and small models stay
-        for long with one layout of boxes for all pictures. Eq. 4 also allows content that starts at
-        q^task: `queries_as_input`."""
+        So the first self-attention sees no content and all its values are its value bias: the
+        gradients of its query, key and value matrices are zero (except for dropout in the first
+        two). Queries then differ only in where they attend, and small models predict one layout of
+        boxes for all pictures for a long time. Eq. 4 also allows content that starts at q^task:
+        `queries_as_input`."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
@@ -497,9 +498,8 @@ class Classifier(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 @dataclass
 class Outputs:
-    """The model's outputs for a batch. The last layer gives the prediction; in eval mode it is the
-    only one. Attributes a^l follow once the class is known (`detection_losses`, `postprocess`).
-    """
+    """The model's outputs for a batch. The last layer is the prediction; eval mode has no other.
+    Attributes a^l follow once the class is known (`detection_losses`, `postprocess`)."""
 
     hidden: Tensor               # (N_d, B, q, d)
     logits: Tensor               # detection c^l (N_d, B, q, C + 1); else p (N_d or 1, B, C)
@@ -535,7 +535,7 @@ class UniT(nn.Module):
         q_task = self.queries[task.name]                              # (q, d)
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
         # Where [CLS] alone is seen, attention over that one position returns the same to every
-        # query: all q states are equal (in training dropout tells them apart).
+        # query: all q states are equal (except for dropout in training).
         hidden = decoder(memory, positions, mask, q_task)             # Eq. 4, (N_d, B, q, d)
         if not self.training:
             hidden = hidden[-1:]  # at test time only the top layer (Section 3.4)
@@ -801,7 +801,7 @@ def dilated_resnet50() -> ResNet:
 # A missing file raises MissingFile; an unreadable or mismatched one raises InputError and leaves
 # the model as it was.
 OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder; BERT has none of it
-BERT_NAMES = {  # parts of our names: what they are in BERT's files
+BERT_NAMES = {  # parts of our names, and of those in BERT's files
     "word_embeddings": "embeddings.word_embeddings",
     "position_embeddings": "embeddings.position_embeddings",
     "token_type_embeddings": "embeddings.token_type_embeddings",
@@ -811,12 +811,12 @@ BERT_NAMES = {  # parts of our names: what they are in BERT's files
     "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
     "linear1": "intermediate.dense", "linear2": "output.dense"}
 BERT_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # in older files
-BERT_SIZES = {  # the same for sizes: entries of BERT's config.json, and ours
+BERT_SIZES = {  # entries of BERT's config.json, and of Config
     "hidden_size": "bert_width", "num_attention_heads": "bert_heads",
     "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
     "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
-# Parts of keys that we have no use for: BERT's pretraining heads and constants; the rest of DETR,
-# and the classifier and counters in torchvision's file.
+# Keys with these parts are not used: BERT's pretraining heads and constants; the rest of DETR, and
+# the classifier and counters in torchvision's file.
 BERT_UNUSED = ("cls.", "pooler.", "position_ids")
 BACKBONE_UNUSED = ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.",
                    "fc.", "num_batches_tracked")
@@ -848,8 +848,8 @@ def copy_weights(ours: dict[str, Tensor], found: dict[str, Tensor], path, fix: s
         key, shape = keys[name], tuple(tensor.shape)
         their_shape = tuple(found[key].shape) if key in found else "missing"
         if their_shape != shape:
-            raise InputError(f"{path}: {key} is {their_shape}, which does not fit our {name} "
-                             f"{shape}; {fix}")
+            raise InputError(f"{path}: {key} is {their_shape}, our {name} is {shape}: it does not "
+                             f"fit; {fix}")
     if left := found.keys() - keys.values():
         raise InputError(f"{path}: {min(left)} ({len(left)} in all) fit nowhere; {fix}")
     for name, tensor in ours.items():
@@ -928,7 +928,7 @@ RELEASED_TASKS = {  # our tasks: group and name in the released files, row of th
     "vqa2": ("vl", "vqa2", 3), "snli_ve": ("vl", "visual_entailment", 9),
     "qnli": ("glue", "glue_qnli", 5), "mnli": ("glue", "glue_mnli_mismatched", 6),
     "qqp": ("glue", "glue_qqp", 8), "sst2": ("glue", "glue_sst2", 7)}
-RELEASED_NAMES = {  # the beginnings of our names: those in the released files
+RELEASED_NAMES = {  # beginnings of our names, and of those in the released files
     "image_encoder.backbone.": "backbone.0.", "image_encoder.input_proj.": "input_proj.",
     "image_encoder.layers.": "encoder.layers.", "image_encoder.projection.": "enc2dec_proj.",
     "image_encoder.position_projection.": "pos_embed_proj.",
@@ -989,15 +989,13 @@ def load_released(path: Path | str, **overrides) -> UniT:
 
 
 def released_model(found: dict[str, Tensor], path, **overrides) -> UniT:
-    """What `load_released` returns, of the tensors `found` in the file `path`. It must hold all of
-    our tensors. What else is in it is left: queries of all tasks, BERT's pooler, second names."""
+    """The model of `load_released`, from the tensors `found` in the file `path`. Those that we have
+    no use for are ignored: BERT's pooler, queries of tasks without a head, second names."""
     try:
         found = unpack_released(found)
         tasks, sizes = released_settings(found)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: sizes cannot be read off it ({error}); {RELEASED_FIX}") from None
-    if not tasks:
-        raise InputError(f"{path}: none of the authors' heads is in it; {RELEASED_FIX}")
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        raise InputError(f"{path}: not a model of the authors'; {RELEASED_FIX}") from None
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
@@ -1021,8 +1019,6 @@ def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
             attributes = length(f"{head}.attribute_head.linear2.bias")
             tasks.append(replace(task, num_classes=classes, num_queries=queries,
                                  num_attributes=attributes))
-    if not tasks:
-        return [], {}
     decoder = "shared" if "decoder.norm.weight" in found else tasks[0].name
     sizes = {"shared_decoder": decoder == "shared",
              "task_embedding": "task_embeddings_enc.coco" in found,
@@ -1085,7 +1081,7 @@ def fetch(path: Path | str) -> Path:
     return path
 
 
-SIGNATURES = {  # how files begin that people often have in place of another: what they are
+SIGNATURES = {  # beginnings of files that people often have in place of the one they wanted
     b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` in its folder gets the file",
     b"<": "a web page", b"\x1f\x8b": "a gzip file: unpack it"}
 
@@ -1130,7 +1126,7 @@ def read_file(path: Path | str, fix: str = ""):
         reason = "cut short, damaged, or not weights"
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"more than tensors: {refused[1]}, and loading that could run code"
-        elif isinstance(error, (OSError, ValueError)):  # PyTorch's advise to load it unsafely
+        elif isinstance(error, (OSError, ValueError)):  # PyTorch's own give unsafe advice
             reason += ": " + textwrap.shorten(str(error), 200)
     source, _ = PUBLISHED.get(path.name, ("its source", ""))
     raise InputError(f"{path}: cannot be read ({reason}); {fix or f'get it again from {source}'}")
@@ -1146,12 +1142,10 @@ def weights_in(found, path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):  # where training programs put the weights
         if isinstance(found, dict):
             found = found.get(key, found)
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"{path}: holds no weights; give a file of named tensors")
-    for key, value in found.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
-            raise InputError(f"{path}: {key!r} is not a tensor; give a file of named tensors")
-    return {key.removeprefix("module."): value for key, value in found.items()}
+    tensors = found.values() if isinstance(found, dict) else []
+    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise InputError(f"{path}: holds no weights, or more than weights; give named tensors")
+    return {str(key).removeprefix("module."): x for key, x in found.items()}
 
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

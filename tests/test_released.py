@@ -32,8 +32,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import data
 import train
 
-SHARED = ROOT.parent / "shared"
-GOLDEN = Path(os.environ.get("UNIT_GOLDEN") or SHARED / "golden")
+GOLDEN = Path(os.environ.get("UNIT_GOLDEN") or ROOT.parent / "shared/golden")
 FILES = {"shared decoder": "golden_small.pt", "separate decoders": "golden_small_separate.pt"}
 CASES = ["detection_coco", "detection_visual_genome", "vqa2", "visual_entailment", "glue_qnli",
          "glue_mnli_mismatched", "glue_qqp", "glue_sst2", "detection_coco_empty_image"]
@@ -56,10 +55,7 @@ def close(ours, theirs, tolerance=1e-4):
     torch.testing.assert_close(ours.detach(), theirs, atol=tolerance, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# The authors' numbers
-# --------------------------------------------------------------------------------------------------
-
+# ---- The authors' numbers ------------------------------------------------------------------------
 class NarrowBottleneck(Bottleneck):
     expansion = 1
 
@@ -103,10 +99,11 @@ def model(file):
     return model
 
 
-def to_batch(given, sample=None):
+def to_batch(given, model, sample=None):
     """A case's two samples padded to one size, or one of them as it is."""
     pick = slice(None) if sample is None else slice(sample, sample + 1)
     batch = unit.Batch(task=OURS[given["dataset_name"]], ids=[0, 1][pick])
+    targets = given["targets"][pick]
     if "images" in given and sample is None:
         batch.images, batch.image_mask = given["images_padded"], given["images_mask"]
     elif "images" in given:
@@ -115,84 +112,56 @@ def to_batch(given, sample=None):
         batch.tokens, batch.token_types = given["input_ids"][pick], given["segment_ids"][pick]
         batch.text_mask = given["input_mask"][pick] == 0
     if given["task_type"] == "detection":
-        targets = given["targets"][pick]
         batch.sizes = given["orig_size"][pick]
         batch.boxes, batch.labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
         if "attributes" in targets[0]:
             batch.attributes = [t["attributes"] for t in targets]
+    elif targets.is_floating_point():
+        batch.scores = targets
+    else:  # the right class, as a single 1
+        batch.scores = torch.eye(model.tasks[batch.task].num_classes)[targets]
     return batch
-
-
-def with_scores(batch, given, model):
-    """Adds the targets of classification: soft scores as they are, a class as a single 1."""
-    if given["task_type"] != "detection":
-        targets, classes = given["targets"], model.tasks[batch.task].num_classes
-        scores = targets if targets.is_floating_point() else (
-            torch.nn.functional.one_hot(targets, classes).float())
-        batch.scores = scores[batch.ids]
-    return batch
-
-
-def spy(module, seen, name):
-    """Puts (input, output) of the module's next calls into `seen`."""
-    module.register_forward_hook(lambda _, x, y: seen.update({name: (x[0], y)}))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward(file, model, name):
     """Everything from the backbone's features to the answers, for two padded samples."""
     case = golden(file)["cases"][name]
-    batch, theirs, seen = to_batch(case["input"]), case["output"], {}
-    task, image, text = model.tasks[batch.task], model.image_encoder, model.text_encoder
-    spy(image.backbone, seen, "backbone")
-    spy(image.layers[-1], seen, "image")
-    spy(text.layers[0], seen, "first")
-    spy(text.layers[-1], seen, "last")
-    outputs = model(batch)
+    batch, theirs = to_batch(case["input"], model), case["output"]
+    task = model.tasks[batch.task]
     if task.image:
-        close(seen["backbone"][1], theirs["backbone_features"])
-        positions = unit.sine_positions(~theirs["backbone_mask"], model.config.encoder_width)
-        close(positions, theirs["backbone_pos"].flatten(2).mT)
-        close(seen["image"][1], theirs["image_encoder_output"].transpose(0, 1))
+        close(model.image_encoder.backbone(batch.images), theirs["backbone_features"])
     if task.text:
-        close(seen["first"][0], theirs["bert_encoder_input"])
-        close(seen["last"][1], theirs["bert_encoder_output"])
+        text = batch.tokens, batch.token_types, batch.text_mask
+        states = model.text_encoder.bert(*text, task.name)
+        close(states, theirs["bert_encoder_output"][:, 1:])           # without the task vector
     memory, positions, mask = model.encode(batch, task)
     close(memory, theirs["decoder_memory"].transpose(0, 1))
     close(positions.expand_as(memory), theirs["decoder_memory_pos"].transpose(0, 1))
     their_mask = theirs["decoder_memory_mask"]
     assert not their_mask.any() if mask is None else torch.equal(mask, their_mask)
+    outputs = model(batch)
     close(outputs.hidden, theirs["decoder_hidden_states"])            # every layer
     if task.kind == "detection":
         close(outputs.logits, theirs["pred_logits"])
         close(outputs.boxes, theirs["pred_boxes"])
     else:
         close(outputs.logits[-1], theirs["scores"])
-    if task.num_attributes:
-        classes = theirs["pred_logits"][-1][..., :-1].argmax(-1)
-        close(model.heads[batch.task].attribute_head(outputs.hidden[-1], classes),
-              theirs["attr_logits"])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_answers(file, model, name):
+@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("detection")])
+def test_detections(file, model, name):
     """In eval mode, which returns the last layer only."""
     case = golden(file)["cases"][name]
-    batch, theirs = to_batch(case["input"]), case["output"]
-    with torch.inference_mode():
-        outputs = model.eval()(batch)
-    if "scores" in theirs:
-        return close(outputs.logits[-1], theirs["scores"])
-    close(outputs.logits[-1], theirs["pred_logits"][-1])
-    found = unit.postprocess(model, outputs, batch)
+    batch, theirs = to_batch(case["input"], model), case["output"]
+    found = unit.postprocess(model, model.eval()(batch), batch)
     for i, (ours, their) in enumerate(zip(found, theirs["postprocess"], strict=True)):
-        size = case["input"]["orig_size"][i]
         assert torch.equal(ours.labels, their["labels"])
         close(ours.scores, their["scores"])
-        close(ours.boxes, their["boxes"], 1e-4 * size.max().item())   # pixels
+        close(ours.boxes, their["boxes"], 1e-4 * batch.sizes.max().item())  # pixels
         if "attr_labels" in their:
             assert torch.equal(ours.attributes, their["attr_labels"])
-            close(theirs["attr_logits"][i].amax(-1), their["attr_scores"])  # ours: probabilities
+            # Theirs are scores, ours probabilities.
             close(ours.attribute_scores, theirs["attr_logits"][i].softmax(-1).amax(-1))
         else:
             assert ours.attributes is None
@@ -202,22 +171,6 @@ def layer_of(name, layers):
     """loss_ce is the last layer's, loss_ce_0 the first's; so are `last` and `aux_0`."""
     number = re.search(r"\d+$", name)
     return int(number[0]) if number else layers - 1
-
-
-@pytest.mark.parametrize("name", [c for c in CASES if c.startswith("detection")])
-def test_matching(file, model, name):
-    """The same queries for the same boxes, on every layer and image."""
-    case = golden(file)["cases"][name]
-    batch = to_batch(case["input"])
-    outputs = model(batch)
-    found = unit.match(outputs.logits, outputs.boxes, batch.labels, batch.boxes)
-    first = [0, len(batch.labels[0])]                                 # of each image's boxes
-    ours = {(l, i, q, t - first[i]) for l, i, q, t in zip(*(x.tolist() for x in found))}
-    theirs = {(layer_of(key, len(outputs.logits)), i, q, t)
-              for key, images in case["output"]["matcher_indices"].items()
-              for i, (queries, targets) in enumerate(images)
-              for q, t in zip(queries.tolist(), targets.tolist())}
-    assert ours == theirs
 
 
 def packed(name):
@@ -257,7 +210,7 @@ def test_losses_and_gradients(file, model, name):
     detection = given["task_type"] == "detection"
     boxes = sum(len(t["labels"]) for t in given["targets"]) if detection else None
     for sample, rank in enumerate(theirs["ranks"]):
-        batch = with_scores(to_batch(given, sample), given, model)
+        batch = to_batch(given, model, sample)
         outputs = model(batch)
         terms = model.losses(outputs, batch, batch_size=2, num_boxes=boxes)
         for term, value in terms.items():                             # weighted, all layers
@@ -299,15 +252,12 @@ def by_the_rule(keys):
     return weights
 
 
-def tiny_config(**settings):
-    return unit.Config(**dict(
+def tiny_model(*names, **settings):
+    settings = dict(
         encoder_width=16, encoder_heads=2, encoder_ff=16, encoder_layers=1, decoder_width=16,
         decoder_heads=2, decoder_ff=16, decoder_layers=1, bert_width=24, bert_heads=2, bert_ff=32,
-        bert_layers=2, vocab_size=50, max_positions=20) | settings)
-
-
-def tiny_model(*names, **settings):
-    return unit.UniT(tiny_config(**settings), [t for t in data.TASKS if t.name in names])
+        bert_layers=2, vocab_size=50, max_positions=20) | settings
+    return unit.UniT(unit.Config(**settings), [t for t in data.TASKS if t.name in names])
 
 
 def test_dilated_resnet50(tmp_path):
@@ -338,10 +288,7 @@ def test_dilated_resnet50(tmp_path):
     close(unit.sine_positions(~theirs["c5_mask"], 256), theirs["sine_pos"].flatten(2).mT)
 
 
-# --------------------------------------------------------------------------------------------------
-# The published layouts at full size
-# --------------------------------------------------------------------------------------------------
-
+# ---- The published layouts at full size ----------------------------------------------------------
 def published_shapes():
     """released_keys.txt -> shapes of the shared-decoder model's keys, and of DETR's."""
     sections = golden_file("released_keys.txt").read_text().split("# DETR")
@@ -355,8 +302,8 @@ def zeros(shapes):
     return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
 
 
-# Keys of the files that we do not use: BERT's pooler, counters, constants of the losses, tables that
-# are read row by row, packed matrices, and the same tensors under second names.
+# Keys of the files that we do not use: BERT's pooler, counters, constants of the losses, tables
+# that are read row by row, packed matrices, and the same tensors under second names.
 UNUSED = re.compile(r"\.pooler\.|position_ids|num_batches_tracked|empty_weight|^task_embeddings_"
                     r"|in_proj_|^bert_model\.embeddings\.|^decoders\.\w+\.\w+\.\w")
 
@@ -404,7 +351,7 @@ def test_full_size_single_task(tmp_path, task_embedding):
 @pytest.mark.parametrize("key, tensor, message", [
     ("bert_projection.bias", None, "bert_projection.bias is missing"),
     ("class_embeds.detection_coco.bias", torch.zeros(4), r"class_embeds.detection_coco.\w+ is \("),
-    ("task_embeddings_lang.weight", torch.zeros(()), "sizes cannot be read off it"),
+    ("task_embeddings_lang.weight", torch.zeros(()), "not a model of the authors'"),
     ("decoder.layers.0.norm1.weight", None, "decoder.layers.0.norm1.weight is missing")])
 def test_what_does_not_fit_is_named(tmp_path, key, tensor, message):
     file = golden("golden_small.pt")
@@ -417,10 +364,7 @@ def test_what_does_not_fit_is_named(tmp_path, key, tensor, message):
     assert str(tmp_path / "unit.pth") in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training that starts from them (--init)
-# --------------------------------------------------------------------------------------------------
-
+# ---- Training that starts from them (--init) -----------------------------------------------------
 def untrained(file, **changes):
     """A model of the sizes of a golden file, with random weights of its own."""
     theirs = authors_model(file)
@@ -473,23 +417,11 @@ def test_init_from_the_single_task_file(tmp_path, shared, as_released):
 
 def test_init_from_strangers(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
-    with pytest.raises(unit.InputError, match="resnet.pth: none of the authors' heads is in it"):
+    with pytest.raises(unit.InputError, match="resnet.pth: not a model of the authors'"):
         train.initialise_from(tiny_model("coco"), tmp_path / "resnet.pth", (), False)
 
 
-# --------------------------------------------------------------------------------------------------
-# BERT and the backbone, as others publish them
-# --------------------------------------------------------------------------------------------------
-
-def our_states(model, tokens, mask, types):
-    """Hidden states as transformers returns them: the embeddings', then each layer's."""
-    seen = []
-    for layer in model.text_encoder.layers:
-        layer.register_forward_hook(lambda _, inputs, out: seen.extend((inputs[0], out)))
-    model.eval().text_encoder.bert(tokens, types, mask, "sst2")
-    return [seen[0], *seen[1::2]]
-
-
+# ---- BERT and the backbone, as others publish them -----------------------------------------------
 def random_bert():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -526,7 +458,8 @@ def new_names(state):
 
 @pytest.mark.parametrize("kind", ["old bin", "old zip", "new bin", "new safetensors"])
 def test_bert(tmp_path, kind):
-    """Every published layout of BERT gives the hidden states of transformers' BertModel."""
+    """Every published layout of BERT gives the hidden states of transformers' BertModel, with texts
+    of unequal length in one batch. In double precision, where LayerNorm's epsilon shows."""
     bert = random_bert()
     state = {k: v.clone() for k, v in bert.state_dict().items()}
     path = tmp_path / "pytorch_model.bin"
@@ -538,15 +471,13 @@ def test_bert(tmp_path, kind):
         path = tmp_path / "model.safetensors"
         write_safetensors(path, new_names(state), format="pt")
     (tmp_path / "config.json").write_text(bert.config.to_json_string())
-    model = unit.UniT(tiny_config(**unit.bert_config(tmp_path), task_embedding=False),
-                      [t for t in data.TASKS if t.name == "sst2"])
+    model = tiny_model("sst2", **unit.bert_config(tmp_path), task_embedding=False)
     unit.load_bert(model, path)
     tokens, types = torch.randint(50, (3, 9)), torch.randint(2, (3, 9))
     mask = torch.arange(9) >= torch.tensor([9, 5, 7])[:, None]
-    expected = bert.bert(tokens, attention_mask=(~mask).long(), token_type_ids=types,
-                         output_hidden_states=True).hidden_states
-    for ours, theirs in zip(our_states(model, tokens, mask, types), expected, strict=True):
-        close(ours[~mask], theirs.detach()[~mask])
+    expected = bert.double().bert(tokens, (~mask).long(), types).last_hidden_state.detach()
+    states = model.eval().double().text_encoder.bert(tokens, types, mask, "sst2")
+    close(states[~mask], expected[~mask], 1e-9)
 
 
 def test_bert_config(tmp_path):
@@ -607,41 +538,33 @@ def test_imagenet_backbone(tmp_path):
     assert torch.equal(model.image_encoder.backbone.body.conv1.weight, theirs.conv1.weight)
 
 
-# --------------------------------------------------------------------------------------------------
-# Fetching
-# --------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def shelf(tmp_path, monkeypatch):
-    """A published file on a shelf of this machine, fetched by torch's own downloader."""
-    content = b"piece\n" * 1000
-    (tmp_path / "shelf").write_bytes(content)
-    address = (tmp_path / "shelf").as_uri()
-    monkeypatch.setitem(unit.PUBLISHED, "vocab.txt", (address, sha256(content).hexdigest()))
-    return tmp_path
-
-
-def test_fetch(shelf, monkeypatch):
-    """An absent file is fetched once, into the data folder; the next run finds it."""
-    path = shelf / "bert" / "vocab.txt"
-    assert unit.fetch(path) == path and path.read_bytes() == b"piece\n" * 1000
-    assert os.listdir(shelf / "bert") == ["vocab.txt"]
+# ---- Fetching ------------------------------------------------------------------------------------
+def test_fetch(tmp_path, monkeypatch):
+    """By torch's own downloader from a shelf of this machine: refused where the hash is another,
+    then fetched into the data folder, once."""
+    shelf, path, content = tmp_path / "shelf", tmp_path / "bert/vocab.txt", b"piece\n" * 1000
+    published = shelf.as_uri(), sha256(content).hexdigest()
+    monkeypatch.setitem(unit.PUBLISHED, "vocab.txt", published)
+    shelf.write_bytes(b"something else")
+    with pytest.raises(unit.MissingFile, match="invalid hash"):
+        unit.fetch(path)
+    assert os.listdir(path.parent) == []
+    shelf.write_bytes(content)
+    assert unit.fetch(path) == path and path.read_bytes() == content
+    assert os.listdir(path.parent) == ["vocab.txt"]
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)      # not called again
     assert unit.fetch(path) == path
+    with pytest.raises(unit.MissingFile, match="no such file"):
+        unit.fetch(tmp_path / "mine.pth")
 
 
-def test_fetch_checks_the_hash(shelf):
-    (shelf / "shelf").write_bytes(b"something else")
-    with pytest.raises(unit.MissingFile, match="invalid hash"):
-        unit.fetch(shelf / "bert" / "vocab.txt")
-    assert os.listdir(shelf / "bert") == []
+def offline(*args, **kwargs):
+    raise OSError("no route to host")
 
 
 @pytest.mark.parametrize("name", unit.PUBLISHED)
 def test_fetch_without_a_net(tmp_path, monkeypatch, name):
     """The message says where the file is, how to know it, and where to put it."""
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(unit.InputError) as error:
         unit.fetch(tmp_path / name)
@@ -663,15 +586,8 @@ def test_fetch_gives_up_on_silence(tmp_path, monkeypatch):
     assert socket.getdefaulttimeout() is None and not list(tmp_path.iterdir())
 
 
-def test_unknown_files_are_not_fetched(tmp_path):
-    with pytest.raises(unit.MissingFile, match="no such file"):
-        unit.load_released(tmp_path / "mine.pth")
-
-
 def test_load_pretrained(tmp_path, monkeypatch):
     """BERT and backbone from the data folder; a warning names what is absent."""
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     for line, file in zip(unit.load_pretrained(tiny_model("coco", "sst2"), tmp_path),
                           ("model.safetensors", "detr-r50-dc5-f0fb7ef5.pth"), strict=True):
@@ -692,10 +608,7 @@ def test_load_pretrained(tmp_path, monkeypatch):
     assert "pytorch_model.bin" in lines[0] and "resnet50-0676ba61.pth" in lines[1]
 
 
-# --------------------------------------------------------------------------------------------------
-# Hostile files: a clear error, no code run, nothing written
-# --------------------------------------------------------------------------------------------------
-
+# ---- Hostile files: a clear error, no code run, nothing written ----------------------------------
 class Bomb:
     """A pickle of this would create a file where it is loaded."""
 
@@ -745,12 +658,6 @@ def zip_of(name):
     return buffer.getvalue()
 
 
-def script():
-    buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), buffer)
-    return buffer.getvalue()
-
-
 MANY = {"a": torch.arange(1000.0)}
 GOOD = saved(MANY)
 NOISE = bytes(range(256)) * 20
@@ -763,11 +670,10 @@ HOSTILE = {  # name: content, what the error says
     "code.tar.gz": (lambda bomb: archive_of(("x/m.pth", saved({"a": bomb}))), "run code"),
     "namespace.pth": (lambda _: saved({"a": argparse.Namespace()}), "argparse.Namespace"),
     "list.pth": (lambda _: saved([torch.zeros(1)]), "no weights"),
-    "values.pth": (lambda _: saved({"a": torch.zeros(1), "b": 3}), "'b' is not a tensor"),
+    "values.pth": (lambda _: saved({"a": torch.zeros(1), "b": 3}), "or more than weights"),
     "short.pth": (lambda _: GOOD[:len(GOOD) // 2], DAMAGED),
     "short_old.pth": (lambda _: saved(MANY, old=True)[:2000], DAMAGED),
     "short.tar.gz": (lambda _: archive_of(("m.pth", os.urandom(5000)))[:3000], DAMAGED),
-    "program.pth": (lambda _: script(), DAMAGED),
     "pickle.bin": (lambda _: pickle.dumps({"a": 1}, protocol=4), DAMAGED),
     "photo.pth": (lambda _: b"\xff\xd8\xff\xe0\0\x10JFIF" + NOISE, DAMAGED),
     "pointer.tar.gz": (lambda _: POINTER, "Git LFS pointer: `git lfs pull`"),
@@ -785,7 +691,6 @@ HOSTILE = {  # name: content, what the error says
     "none.tar.gz": (lambda _: archive_of(("m.txt", GOOD)), "holds 0 checkpoints"),
     "long.safetensors": (lambda _: safetensors({}, length=2 ** 63), DAMAGED),
     "header.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,))})[:40], DAMAGED),
-    "list.safetensors": (lambda _: safetensors([1, 2]), DAMAGED),
     "deep.safetensors": (lambda _: safetensors(b"[" * 100_000), DAMAGED),
     "twice.safetensors": (lambda _: safetensors(TWICE), "a is at 8..16"),
     "overlap.safetensors": (lambda _: two((0, 8), (4, 12)), "b is at 4..12"),
@@ -794,7 +699,6 @@ HOSTILE = {  # name: content, what the error says
     "negative.safetensors": (lambda _: safetensors({"a": entry(-8, 8, (4,))}), "a is at -8..8"),
     "shape.safetensors": (lambda _: safetensors({"a": entry(0, 16, (5,))}), DAMAGED),
     "type.safetensors": (lambda _: safetensors({"a": entry(0, 16, (4,), "F99")}), DAMAGED),
-    "fields.safetensors": (lambda _: safetensors({"a": {"dtype": "F32"}}), DAMAGED),
 }
 
 
