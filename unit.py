@@ -283,7 +283,9 @@ class Backbone(nn.Module):
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(F.relu_(folded(body.conv1, body.bn1, images)))
-        return body.layer4(body.layer3(body.layer2(body.layer1(x))))
+        for layer in (body.layer1, body.layer2, body.layer3, body.layer4):
+            x = layer(x)
+        return x
 
 
 class SmallBackbone(nn.Module):
@@ -491,8 +493,10 @@ class Classifier(nn.Module):
     def forward(self, h_1: Tensor) -> Tensor:
         """h_1^{dec} (..., d) -> p (..., C)"""
         if self.norm is not None:  # as released, not as in Eq. 8
-            return self.linear1(self.norm(F.gelu(self.linear2(self.dropout(h_1)))))
-        return self.linear1(self.dropout(F.gelu(self.linear2(h_1))))  # Eq. 8
+            hidden = F.gelu(self.linear2(self.dropout(h_1)))
+            return self.linear1(self.norm(hidden))
+        hidden = F.gelu(self.linear2(h_1))
+        return self.linear1(self.dropout(hidden))                     # Eq. 8
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -757,7 +761,8 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
         attribute_scores = head(outputs.hidden[-1], labels)              # (B, q, A)
         best = attribute_scores.softmax(-1).max(-1)
         columns += [best.indices, best.values]
-    return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
+    columns = [column.cpu() for column in columns]
+    return [Detections(*image) for image in zip(*columns)]
 
 
 # ---- torchvision's ResNet ------------------------------------------------------------------------
@@ -1251,9 +1256,9 @@ def paper_tasks() -> list[Task]:
 
 
 @torch.no_grad()
-def figure_2(config: Config) -> list[tuple]:
-    """Figure 2 as rows: (symbol, place in the paper, class, input shape, output shape, number of
-    parameters of all tasks). On the meta device: shapes without memory or arithmetic."""
+def figure_2(config: Config) -> None:
+    """Prints Figure 2 for one picture and one text. On the meta device: shapes without memory or
+    arithmetic."""
     shapes = {}                                          # module: shapes of its input and output
 
     def note(module, inputs, output):
@@ -1284,11 +1289,13 @@ def figure_2(config: Config) -> list[tuple]:
         ("b^l = box_head(h)", "Eq. 6", vg.box_head, [coco.box_head, vg.box_head]),
         ("a^l = attr_head(h, c^l)", "Eq. 7", vg.attribute_head, [vg.attribute_head]),
         ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", vqa2, [vqa2, *others])]
-    rows = []
+    form, total = "{:<26} {:<6} {:<14} {:>19} {:>19} {:>12}", 0
+    print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
     for symbol, place, module, owners in parts:
         count = sum(p.numel() for p in nn.ModuleList(owners).parameters())
-        rows.append((symbol, place, type(module).__name__, *shapes[module], count))
-    return rows
+        print(form.format(symbol, place, type(module).__name__, *shapes[module], f"{count:,}"))
+        total += count
+    print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
 
 
 def shape_of(x: Tensor) -> str:
@@ -1296,22 +1303,15 @@ def shape_of(x: Tensor) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints Figure 2 for one picture and one text."""
     parser = argparse.ArgumentParser(
         description="Prints Figure 2: each part's symbol, place in the paper, class, input and "
         "output shape (800 x 1066 pixels, 20 words, VG's queries) and parameters (all tasks).")
     add_flags(parser, Config)
+    settings = vars(parser.parse_args(argv))
     try:
-        rows = figure_2(Config(**vars(parser.parse_args(argv))))
+        figure_2(Config(**settings))
     except InputError as error:
         parser.error(str(error))
-    form = "{:<26} {:<6} {:<14} {:>19} {:>19} {:>12}"
-    print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
-    total = 0
-    for *words, parameters in rows:
-        print(form.format(*words, f"{parameters:,}"))
-        total += parameters
-    print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
 
 
 if __name__ == "__main__":

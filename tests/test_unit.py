@@ -415,8 +415,8 @@ def padded_images():
 
 def test_encoder_decoder_and_heads_are_detrs(float64):
     """From the same picture's features on, sine positions, encoder, decoder and heads give the
-    classes and boxes of transformers' DETR to 1e-9. (UniT adds a residual around the encoder and two
-    projections behind it; here they are left out.)"""
+    classes and boxes of transformers' DETR to 1e-9. (UniT's residual around the encoder and the two
+    projections behind it are left out here.)"""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.DetrForObjectDetection(transformers.DetrConfig(
         backbone_config=transformers.ResNetConfig(
