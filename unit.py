@@ -118,8 +118,7 @@ def option(default, help: str, least: float | None = None, most: float = math.in
     integer is at least 1 unless said otherwise, or 0 where 0 is its default."""
     if least is None:
         least = 1 if type(default) is int and default else 0
-    return field(default=default, metadata={"help": help, "least": least, "most": most,
-                                            "choices": choices})
+    return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
 
 
 @dataclass(frozen=True)
@@ -1088,7 +1087,7 @@ def fetch(path: Path | str) -> Path:
 
 SIGNATURES = {  # beginnings of files that people often have in place of the one they wanted
     b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` in its folder gets the file",
-    b"<": "a web page", b"\x1f\x8b": "a gzip file: unpack it"}
+    b"<": "a web page or other markup", b"\x1f\x8b": "a gzip file: unpack it"}
 
 
 def what_is_wrong(path: Path, text: bool = False) -> str:

@@ -38,7 +38,7 @@ def seed():
 
 @pytest.fixture
 def float64():
-    """Double precision throughout: what is left of a difference is a difference of meaning."""
+    """Double precision throughout, so that any difference left is a mistake and not rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -82,7 +82,7 @@ def random_detections(counts, queries=5, layers=3):
 
 
 def with_gradients(outputs):
-    """A copy whose tensors are leaves: what a loss says about each of them is in their .grad."""
+    """A copy whose tensors are leaves, so that a loss leaves its gradients in their .grad."""
     return unit.Outputs(*(x.detach().clone().requires_grad_()
                           for x in (outputs.hidden, outputs.logits, outputs.boxes)))
 
@@ -167,8 +167,8 @@ def slow_detection_losses(outputs, batch, attribute_head):
 @pytest.mark.parametrize("counts", [[1], [2, 3], [4, 0, 1], [0, 0], [7]], ids=str)
 def test_detection_losses(float64, counts):
     """Class, L1, GIoU and attribute loss on every decoder layer, each layer with its own matching,
-    and their gradients are what the loops give, also without boxes and with more boxes than
-    queries."""
+    and their gradients are those of the loops, also without boxes and with more boxes than queries.
+    """
     model = make_model([SHAPES])
     drawn, batch = random_detections(counts)
     ours, slow = with_gradients(drawn), with_gradients(drawn)
@@ -206,8 +206,8 @@ def test_answer_loss(float64):
 
 # ---- What enters the transformers ----------------------------------------------------------------
 def test_task_vector_is_put_in_front_and_stripped(float64):
-    """w^task is one more position in front of both encoders' inputs. It is not in their outputs,
-    but it tells: another task gives other states. Without task embeddings there is none."""
+    """w^task is one more position in front of both encoders' inputs. It is not in their outputs, but
+    these depend on the task. Without task embeddings there is none."""
     model = make_model().eval()
     seen = []
     hook = model.image_encoder.layers[0].register_forward_pre_hook(lambda _, x: seen.extend(x))
@@ -272,36 +272,6 @@ def test_memory_is_image_then_text(float64):
 
 
 # ---- Decoder and queries -------------------------------------------------------------------------
-def test_queries_are_told_apart_by_their_embeddings(float64):
-    """All start with the same content, zero. What a query finds depends on its row of q^task alone
-    and not on its number: rows exchanged, outputs exchanged."""
-    model = make_model().eval()
-    batch = unit.Batch("shapes", [0], images=torch.randn(1, 3, 16, 24))
-    before = model(batch).boxes[-1, 0]                                # (q, 4)
-    assert (before[0] - before[1]).abs().max() > 1e-6
-    with torch.no_grad():
-        rows = model.queries["shapes"]
-        rows[:2] = rows[:2].flip(0).clone()
-    close(model(batch).boxes[-1, 0], before[[1, 0, 2, 3, 4]])
-
-
-def test_what_goes_into_the_decoders_attentions(float64):
-    """q^task is added to queries and keys of self-attention and to the queries of cross-attention;
-    positions to the keys of cross-attention; nothing ever to values (DETR)."""
-    layer, seen = make_model().decoders["shared"].layers[0], {}
-    for name in ("self_attention", "cross_attention"):
-        getattr(layer, name).register_forward_pre_hook(
-            lambda module, inputs, name=name: seen.update({name: inputs[:3]}))
-    content, q_task = torch.randn(1, 3, 20), torch.randn(1, 3, 20)
-    memory, positions = torch.randn(1, 5, 20), torch.randn(1, 5, 20)
-    layer(content, q_task, memory, memory + positions, None)
-    for x, expected in zip(seen["self_attention"], (content + q_task, content + q_task, content)):
-        close(x, expected)
-    found = layer.norm1(content + layer.self_attention(*seen["self_attention"]))
-    for x, expected in zip(seen["cross_attention"], (found + q_task, memory + positions, memory)):
-        close(x, expected)
-
-
 def test_one_memory_position_makes_all_queries_equal(float64):
     """With [CLS] alone attention over the memory is constant, and contents that start equal stay
     equal, whatever the queries."""
@@ -310,8 +280,8 @@ def test_one_memory_position_makes_all_queries_equal(float64):
 
 
 def test_queries_as_input(float64):
-    """Content that starts at q^task: even one memory position leaves the queries apart, in eval
-    mode (where one query computes what all would) as in training; first layer by hand."""
+    """Where content starts at q^task, queries differ even with one memory position, in eval mode as
+    in training. The first layer is computed step by step."""
     model, batch = make_model(queries_as_input=True), text_batch()
     hidden = model(batch).hidden
     assert (hidden[-1, :, 0] - hidden[-1, :, 1]).abs().max() > 1e-3
@@ -324,7 +294,7 @@ def test_queries_as_input(float64):
 
 def test_first_self_attention_sees_no_content(float64):
     """Content starts at zero, so all values of the first self-attention are its value bias: only
-    that learns, its matrices for queries, keys and values do not (but for the noise of attention
+    that learns, its matrices for queries, keys and values do not (except for the noise of attention
     dropout, which is off here). In the second layer all learn."""
     model = make_model()
     batch = text_batch("questions", images=torch.randn(2, 3, 16, 16))
@@ -352,8 +322,8 @@ def test_parts_not_used_have_no_gradient(shared):
 
 
 def test_eval_mode_gives_the_top_layer():
-    """In training there are outputs of every decoder layer for the losses; in eval mode those of
-    the top layer alone, the same numbers."""
+    """Training has outputs of every decoder layer for the losses, eval mode only those of the top
+    layer: the same numbers."""
     model = make_model()
     images, mask = padded_images()
     batch = unit.Batch("shapes", [0, 1], images=images, image_mask=mask)
@@ -538,7 +508,7 @@ def test_initial_weights(shared):
 
 
 def test_width_must_be_divisible_by_heads():
-    """A mistake in the settings is told in a line that names the fix."""
+    """The error names the flags and the fix."""
     with pytest.raises(unit.InputError, match="--decoder_width 20 cannot be split among 3"):
         make_model(decoder_heads=3)
 
