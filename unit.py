@@ -15,9 +15,10 @@
 
 Where this differs from the paper's text:
 * Section 3.1: positions are added to the queries and keys of every layer (DETR), not to the map.
-* Eq. 2: the encoder's input is added to its output: unsaid, but the released weights need it.
-* Eq. 7: in training the attribute head is fed the class of the matched target (as in BUTD, which
-  the paper cites), at test the highest-scoring class of c^l.
+* Eq. 2: the encoder's input is added to its output. The paper does not say so, but the released
+  weights need it.
+* Eq. 7: in training the attribute head sees the class of the matched target (as in BUTD, which the
+  paper cites), at test time the highest-scoring class of c^l.
 * Table A.1 names one learning rate; the backbone has its own, DETR's (see train.py).
 
 Where the paper is silent, the authors' released system decides: how d_v^e and d_t^e become d_t^d (a
@@ -46,6 +47,7 @@ import textwrap
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
@@ -103,9 +105,9 @@ class Batch:
         def move(x):
             if isinstance(x, list):
                 return [move(y) for y in x]
-            if not isinstance(x, Tensor):
-                return x
-            return x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
+            if isinstance(x, Tensor):
+                x = x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
+            return x
         return Batch(**{name: move(x) for name, x in vars(self).items()})
 
 
@@ -116,8 +118,7 @@ def option(default, help: str, least: float | None = None, most: float = math.in
     integer is at least 1 unless said otherwise, or 0 where 0 is its default."""
     if least is None:
         least = 1 if type(default) is int and default else 0
-    limits = {"least": least, "most": most, "choices": choices}
-    return field(default=default, metadata={"help": help, **limits})
+    return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ LOSS_WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0, "attribute": 1.0}
 
 # ---- Attention, and the one encoder layer of both encoders ---------------------------------------
 def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Padding mask (B, S), True = padding -> (B, 1, 1, S), what attention adds to its scores.
+    """Padding mask (B, S), True = padding -> (B, 1, 1, S), which attention adds to its scores.
 
     Trap: `scaled_dot_product_attention` reads a boolean mask the other way round (True = attend),
     and copies it to the full (B, heads, S, S). A float bias that broadcasts is taken as it is."""
@@ -213,7 +214,7 @@ class Attention(nn.Module):
 
 class EncoderLayer(nn.Module):
     """Post-norm transformer layer. DETR's: ReLU, epsilon 1e-5, dropout in the feed-forward as well,
-    and positions added to queries and keys. BERT's: GELU, epsilon 1e-12, without these two."""
+    and positions added to queries and keys. BERT's: GELU, epsilon 1e-12, neither of the two."""
 
     def __init__(self, width: int, heads: int, ff: int, dropout: float, bert: bool):
         super().__init__()
@@ -281,7 +282,9 @@ class Backbone(nn.Module):
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(F.relu_(folded(body.conv1, body.bn1, images)))
-        return body.layer4(body.layer3(body.layer2(body.layer1(x))))
+        for layer in (body.layer1, body.layer2, body.layer3, body.layer4):
+            x = layer(x)
+        return x
 
 
 class SmallBackbone(nn.Module):
@@ -426,11 +429,11 @@ class Decoder(nn.Module):
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
-        So the first self-attention sees no content and all its values are its value bias: its
-        query, key and value matrices get a gradient of zero (the first two some from dropout). A
-        state can then know which query it is by what that attends to alone, and small models stay
-        for long with one layout of boxes for all pictures. Eq. 4 also allows content that starts at
-        q^task: `queries_as_input`."""
+        So the first self-attention sees no content and all its values are its value bias: the
+        gradients of its query, key and value matrices are zero (except for dropout in the first
+        two). Queries then differ only in where they attend, and small models predict one layout of
+        boxes for all pictures for a long time. Eq. 4 also allows content that starts at q^task:
+        `queries_as_input`."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
@@ -489,16 +492,17 @@ class Classifier(nn.Module):
     def forward(self, h_1: Tensor) -> Tensor:
         """h_1^{dec} (..., d) -> p (..., C)"""
         if self.norm is not None:  # as released, not as in Eq. 8
-            return self.linear1(self.norm(F.gelu(self.linear2(self.dropout(h_1)))))
-        return self.linear1(self.dropout(F.gelu(self.linear2(h_1))))  # Eq. 8
+            hidden = F.gelu(self.linear2(self.dropout(h_1)))
+            return self.linear1(self.norm(hidden))
+        hidden = F.gelu(self.linear2(h_1))
+        return self.linear1(self.dropout(hidden))                     # Eq. 8
 
 
 # ---- The model -----------------------------------------------------------------------------------
 @dataclass
 class Outputs:
-    """The model's outputs for a batch. The last layer gives the prediction; in eval mode it is the
-    only one. Attributes a^l follow once the class is known (`detection_losses`, `postprocess`).
-    """
+    """The model's outputs for a batch. The last layer is the prediction; eval mode has no other.
+    Attributes a^l follow once the class is known (`detection_losses`, `postprocess`)."""
 
     hidden: Tensor               # (N_d, B, q, d)
     logits: Tensor               # detection c^l (N_d, B, q, C + 1); else p (N_d or 1, B, C)
@@ -534,7 +538,7 @@ class UniT(nn.Module):
         q_task = self.queries[task.name]                              # (q, d)
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
         # Where [CLS] alone is seen, attention over that one position returns the same to every
-        # query: all q states are equal (in training dropout tells them apart).
+        # query: all q states are equal (except for dropout in training).
         hidden = decoder(memory, positions, mask, q_task)             # Eq. 4, (N_d, B, q, d)
         if not self.training:
             hidden = hidden[-1:]  # at test time only the top layer (Section 3.4)
@@ -635,32 +639,29 @@ def matching_cost(logits: Tensor, boxes: Tensor, image: Tensor, labels: Tensor, 
 
 
 @torch.no_grad()
-def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], targets: list[Tensor]):
+def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], target_boxes: list[Tensor]):
     """Hungarian matching (DETR) of all layers and images at once.
 
-    logits (N_d, B, q, C + 1), boxes (N_d, B, q, 4), labels B x (n,), targets B x (n, 4)
+    logits (N_d, B, q, C + 1), boxes (N_d, B, q, 4), labels B x (n,), target_boxes B x (n, 4)
     -> layer, image, query, target, each (K,) on the CPU: `target` indexes the boxes of all
     images, concatenated. More boxes than queries: the q that fit best are matched."""
     counts = [len(x) for x in labels]
     # (T,), each box's image; made on the CPU, since on the GPU this would wait for the counts.
     box_image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     box_image = box_image.to(logits.device, non_blocking=True)
-    cost = matching_cost(logits, boxes, box_image, torch.cat(labels), torch.cat(targets))
+    cost = matching_cost(logits, boxes, box_image, torch.cat(labels), torch.cat(target_boxes))
     # The one copy to the host. If the model has diverged (NaN), any pairing will do: raising here
     # would leave other processes waiting. The loss is NaN as well, and train.py stops them all.
     cost = np.nan_to_num(cost.cpu().numpy(), nan=1e4, posinf=1e4, neginf=-1e4)
-    layers, images, queries, indices = [], [], [], []
+    pairs = []
     for layer in range(len(cost)):
         start = 0
         for image, count in enumerate(counts):
-            target, query = linear_sum_assignment(cost[layer, start:start + count])
-            layers += [layer] * len(query)
-            images += [image] * len(query)
-            queries.append(query)
-            indices.append(start + target)
+            targets, queries = linear_sum_assignment(cost[layer, start:start + count])
+            for target, query in zip(targets.tolist(), queries.tolist()):
+                pairs.append((layer, image, query, start + target))
             start += count
-    return (torch.tensor(layers, dtype=torch.int64), torch.tensor(images, dtype=torch.int64),
-            torch.from_numpy(np.concatenate(queries)), torch.from_numpy(np.concatenate(indices)))
+    return torch.tensor(pairs, dtype=torch.int64).view(len(pairs), 4).unbind(1)
 
 
 def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
@@ -759,7 +760,8 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
         attribute_scores = head(outputs.hidden[-1], labels)              # (B, q, A)
         best = attribute_scores.softmax(-1).max(-1)
         columns += [best.indices, best.values]
-    return [Detections(*image) for image in zip(*(c.cpu() for c in columns))]
+    columns = [column.cpu() for column in columns]
+    return [Detections(*image) for image in zip(*columns)]
 
 
 # ---- torchvision's ResNet ------------------------------------------------------------------------
@@ -803,7 +805,7 @@ def dilated_resnet50() -> ResNet:
 # A missing file raises MissingFile; an unreadable or mismatched one raises InputError and leaves
 # the model as it was.
 OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder; BERT has none of it
-BERT_NAMES = {  # parts of our names: what they are in BERT's files
+BERT_NAMES = {  # parts of our names, and of those in BERT's files
     "word_embeddings": "embeddings.word_embeddings",
     "position_embeddings": "embeddings.position_embeddings",
     "token_type_embeddings": "embeddings.token_type_embeddings",
@@ -812,8 +814,13 @@ BERT_NAMES = {  # parts of our names: what they are in BERT's files
     "attention.v_proj": "attention.self.value", "attention.out_proj": "attention.output.dense",
     "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
     "linear1": "intermediate.dense", "linear2": "output.dense"}
-# Parts of keys that are not used: BERT's pretraining heads and constants; the rest of DETR, and in
-# torchvision's file the classifier and counters.
+BERT_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # in older files
+BERT_SIZES = {  # entries of BERT's config.json, and of Config
+    "hidden_size": "bert_width", "num_attention_heads": "bert_heads",
+    "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
+    "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
+# Keys with these parts are not used: BERT's pretraining heads and constants; the rest of DETR, and
+# the classifier and counters in torchvision's file.
 BERT_UNUSED = ("cls.", "pooler.", "position_ids")
 BACKBONE_UNUSED = ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.",
                    "fc.", "num_batches_tracked")
@@ -826,9 +833,13 @@ def renamed(name: str, names: dict[str, str]) -> str:
     return name
 
 
-def without(found: dict[str, Tensor], unused: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a file whose keys have no part that is `unused`."""
-    return {key: x for key, x in found.items() if not any(part in key for part in unused)}
+def used_weights(found: dict[str, Tensor], unused: tuple[str, ...], prefix: str):
+    """The tensors of a file whose keys have no part that is `unused`, by keys without `prefix`."""
+    used = {}
+    for key, tensor in found.items():
+        if not any(part in key for part in unused):
+            used[key.removeprefix(prefix)] = tensor
+    return used
 
 
 def copy_weights(ours: dict[str, Tensor], found: dict[str, Tensor], path, fix: str, keys=None):
@@ -839,13 +850,12 @@ def copy_weights(ours: dict[str, Tensor], found: dict[str, Tensor], path, fix: s
     keys = keys or {name: name for name in ours}
     for name, tensor in ours.items():
         key, shape = keys[name], tuple(tensor.shape)
-        if key not in found:
-            raise InputError(f"{path}: {key} is missing; {fix}")
-        if found[key].shape != shape:
-            raise InputError(f"{path}: {key} is {tuple(found[key].shape)}, which does not fit our "
-                             f"{name} {shape}; {fix}")
-    if left := [key for key in found if key not in keys.values()]:
-        raise InputError(f"{path}: {', '.join(left[:3])} ({len(left)} in all) fit nowhere; {fix}")
+        their_shape = tuple(found[key].shape) if key in found else "missing"
+        if their_shape != shape:
+            raise InputError(f"{path}: {key} is {their_shape}, our {name} is {shape}: it does not "
+                             f"fit; {fix}")
+    if left := found.keys() - keys.values():
+        raise InputError(f"{path}: {min(left)} ({len(left)} in all) fit nowhere; {fix}")
     for name, tensor in ours.items():
         tensor.copy_(found[keys[name]])
 
@@ -857,18 +867,13 @@ def bert_config(folder: Path) -> dict[str, int]:
         return {}
     try:
         given = dict(json.loads(path.read_text(encoding="utf-8")))
+        sizes = {ours: int(given[key]) for key, ours in BERT_SIZES.items() if key in given}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not BERT's settings ({error}); get it again") from None
     for key, value in {"hidden_act": "gelu", "position_embedding_type": "absolute",
                        "type_vocab_size": 2, "layer_norm_eps": 1e-12}.items():
         if given.get(key, value) != value:
             raise InputError(f"{path}: {key} is {given[key]}, not {value}; take another BERT")
-    names = {"hidden_size": "bert_width", "num_attention_heads": "bert_heads",
-             "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
-             "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
-    sizes = {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
-    if wrong := [name for name, size in sizes.items() if type(size) is not int or size < 1]:
-        raise InputError(f"{path}: {wrong[0]} is {sizes[wrong[0]]!r}, not a positive integer")
     return sizes
 
 
@@ -885,10 +890,8 @@ def load_bert(model: UniT, path: Path) -> None:
     for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
         if size != (our_size := getattr(model.config, name)):
             raise InputError(f"{path.parent}: {name} is {size}, the model's is {our_size}; {fix}")
-    found = {}
-    for key, tensor in without(read_weights(fetch(path)), BERT_UNUSED).items():
-        key = key.removeprefix("bert.").replace(".gamma", ".weight").replace(".beta", ".bias")
-        found[key] = tensor
+    found = used_weights(read_weights(fetch(path)), BERT_UNUSED, "bert.")
+    found = {renamed(key, BERT_OLD_NAMES): tensor for key, tensor in found.items()}
     ours = model.text_encoder.state_dict()
     ours = {name: tensor for name, tensor in ours.items() if not name.startswith(OUR_OWN)}
     copy_weights(ours, found, path, fix, {name: renamed(name, BERT_NAMES) for name in ours})
@@ -897,8 +900,7 @@ def load_bert(model: UniT, path: Path) -> None:
 def load_backbone(model: UniT, path: Path) -> None:
     """ResNet-50 from DETR's file (nothing else of it, as released) or torchvision's."""
     with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
-        found = without(read_weights(fetch(path)), BACKBONE_UNUSED)
-    found = {key.removeprefix("backbone.0.body."): tensor for key, tensor in found.items()}
+        found = used_weights(read_weights(fetch(path)), BACKBONE_UNUSED, "backbone.0.body.")
     copy_weights(model.image_encoder.backbone.body.state_dict(), found, path,
                  "give DETR's detr-r50-dc5 or resnet50-0676ba61")
 
@@ -907,11 +909,12 @@ def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[s
     """The paper's start: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1 line 3)
     -> a sentence about each. A missing file is a warning among them, not an error."""
     bert, backbone = pretrained_files(folder, imagenet)
-    wanted = [("BERT", load_bert, bert)] if model.text_encoder else []
+    wanted, lines = [], []
+    if model.text_encoder:
+        wanted.append(("BERT", load_bert, bert))
     if model.image_encoder and model.config.backbone == "resnet50":
         wanted.append(("backbone", load_backbone, backbone))
-    lines = []
-    if model.image_encoder and model.config.backbone == "small":
+    elif model.image_encoder:
         lines.append("backbone: the small one starts from random weights (none are published)")
     for name, load, path in wanted:
         try:
@@ -925,72 +928,61 @@ def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[s
 
 # ---- The authors' released weights ---------------------------------------------------------------
 RELEASED_TASKS = {  # our tasks: group and name in the released files, row of the task tables
-    "coco": ("detection.detection_coco", 0), "vg": ("detection.detection_visual_genome", 1),
-    "vqa2": ("vl.vqa2", 3), "snli_ve": ("vl.visual_entailment", 9),
-    "qnli": ("glue.glue_qnli", 5), "mnli": ("glue.glue_mnli_mismatched", 6),
-    "qqp": ("glue.glue_qqp", 8), "sst2": ("glue.glue_sst2", 7)}
-RELEASED_PREFIXES = ("unit_base_model.", "detr_model.", "transformer.")  # in this order, or none
-RELEASED_NAMES = {  # the beginnings of our names: those in the released files
+    "coco": ("detection", "detection_coco", 0), "vg": ("detection", "detection_visual_genome", 1),
+    "vqa2": ("vl", "vqa2", 3), "snli_ve": ("vl", "visual_entailment", 9),
+    "qnli": ("glue", "glue_qnli", 5), "mnli": ("glue", "glue_mnli_mismatched", 6),
+    "qqp": ("glue", "glue_qqp", 8), "sst2": ("glue", "glue_sst2", 7)}
+RELEASED_NAMES = {  # beginnings of our names, and of those in the released files
     "image_encoder.backbone.": "backbone.0.", "image_encoder.input_proj.": "input_proj.",
     "image_encoder.layers.": "encoder.layers.", "image_encoder.projection.": "enc2dec_proj.",
     "image_encoder.position_projection.": "pos_embed_proj.",
     "image_encoder.w_task.": "task_embeddings_enc.", "text_encoder.projection.": "bert_projection.",
     "text_encoder.position_projection.": "bert_pos_projection.",
-    "text_encoder.w_task.": "task_embeddings_lang.", "decoders.shared.": "decoder."}
+    "text_encoder.w_task.": "task_embeddings_lang.",
+    "decoders.shared.": "decoder.", "decoders.TASK.": "decoders.{group}.{name}.",
+    "queries.TASK": "query_embeds.{group}.{name}.weight",
+    "heads.TASK.class_head.": "class_embeds.{name}.",
+    "heads.TASK.box_head.0.": "bbox_embeds.{name}.layers.0.",
+    "heads.TASK.box_head.2.": "bbox_embeds.{name}.layers.1.",
+    "heads.TASK.box_head.4.": "bbox_embeds.{name}.layers.2.",
+    "heads.TASK.attribute_head.class_embedding.": "det_losses.{name}.attribute_head.cls_embed.",
+    "heads.TASK.attribute_head.linear": "det_losses.{name}.attribute_head.attr_linear",
+    "heads.TASK.linear2.": "classifiers.{group}.{name}.0.dense.",
+    "heads.TASK.norm.": "classifiers.{group}.{name}.0.LayerNorm.",
+    "heads.TASK.linear1.": "classifiers.{group}.{name}.1."}
 RELEASED_ATTENTION = {".attention.": ".self_attn.", ".self_attention.": ".self_attn.",
                       ".cross_attention.": ".multihead_attn."}
-for _task, (_key, _) in RELEASED_TASKS.items():
-    _name = _key.split(".")[1]
-    RELEASED_NAMES |= {
-        f"decoders.{_task}.": f"decoders.{_key}.",
-        f"queries.{_task}": f"query_embeds.{_key}.weight",
-        f"heads.{_task}.class_head.": f"class_embeds.{_name}.",
-        f"heads.{_task}.box_head.0.": f"bbox_embeds.{_name}.layers.0.",
-        f"heads.{_task}.box_head.2.": f"bbox_embeds.{_name}.layers.1.",
-        f"heads.{_task}.box_head.4.": f"bbox_embeds.{_name}.layers.2.",
-        f"heads.{_task}.attribute_head.class_embedding.":
-            f"det_losses.{_name}.attribute_head.cls_embed.",
-        f"heads.{_task}.attribute_head.linear": f"det_losses.{_name}.attribute_head.attr_linear",
-        f"heads.{_task}.linear2.": f"classifiers.{_key}.0.dense.",
-        f"heads.{_task}.norm.": f"classifiers.{_key}.0.LayerNorm.",
-        f"heads.{_task}.linear1.": f"classifiers.{_key}.1."}
-# Parts of keys that are not used: BERT's pooler, counters, constants of the losses.
-RELEASED_UNUSED = ("position_ids", ".pooler.", "num_batches_tracked", "empty_weight")
+RELEASED_PREFIXES = ("unit_base_model.", "detr_model.", "transformer.")  # in this order, or none
 RELEASED_FIX = "give one of the authors' files (README)"
 
 
 def released_key(name: str) -> str:
     """The key of our tensor `name` in what `unpack_released` returns."""
+    module, task = name.split(".")[:2]
+    group, their_name, _ = RELEASED_TASKS.get(task, ("", "", 0))
+    if group:
+        name = name.replace(f"{module}.{task}", f"{module}.TASK")
     for ours, theirs in RELEASED_NAMES.items():
         if name.startswith(ours):
-            return theirs + renamed(name.removeprefix(ours), RELEASED_ATTENTION)
+            rest = renamed(name.removeprefix(ours), RELEASED_ATTENTION)
+            return theirs.format(group=group, name=their_name) + rest
     return "bert_model.module." + renamed(name.removeprefix("text_encoder."), BERT_NAMES)
 
 
-def unpack_released(found: dict[str, Tensor], path) -> dict[str, Tensor]:
-    """A released file's tensors one by one: without prefixes and second names, attention's packed
-    matrices as three, of the tables of task vectors a row for each of our tasks."""
+def unpack_released(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released file's tensors one by one: without prefixes, attention's packed matrices as three,
+    and of the tables of task vectors a row for each of our tasks."""
     tensors = {}
-    for key, tensor in without(found, RELEASED_UNUSED).items():
+    for key, tensor in found.items():
         for prefix in RELEASED_PREFIXES:
             key = key.removeprefix(prefix)
-        rows = torch.atleast_1d(tensor)
+        tensors[key] = tensor
         if "in_proj_" in key:
-            for name, third in zip("qkv", rows.tensor_split(3)):
+            for name, third in zip("qkv", tensor.chunk(3)):
                 tensors[key.replace("in_proj_", f"{name}_proj.")] = third
         elif key.startswith("task_embeddings_"):
-            for task, (_, row) in RELEASED_TASKS.items():
-                tensors[key.replace("weight", task)] = rows[row:row + 1]
-        else:
-            tensors[key] = tensor
-    for key in list(tensors):  # the same tensor under a second name
-        original = key.replace("bert_model.embeddings.", "bert_model.module.embeddings.")
-        if key.startswith("decoders.") and key.count(".") > 2:  # decoders.GROUP.NAME.rest
-            original = "decoder." + key.split(".", 3)[3]
-        if original != key and original in tensors:
-            alias = tensors.pop(key)
-            if not torch.equal(alias, tensors[original].to(alias.dtype)):
-                raise InputError(f"{path}: {key} should equal {original}; get the file again")
+            for task, (_, _, row) in RELEASED_TASKS.items():
+                tensors[key.replace("weight", task)] = tensor[row:row + 1]
     return tensors
 
 
@@ -1001,56 +993,49 @@ def load_released(path: Path | str, **overrides) -> UniT:
 
 
 def released_model(found: dict[str, Tensor], path, **overrides) -> UniT:
-    """What `load_released` returns, of the tensors `found` in the file `path`."""
-    found = unpack_released(found, path)
-    tasks, sizes = released_settings(found)
-    if not tasks:
-        raise InputError(f"{path}: none of the authors' heads is in it; {RELEASED_FIX}")
+    """The model of `load_released`, from the tensors `found` in the file `path`. Those that we have
+    no use for are ignored: BERT's pooler, queries of tasks without a head, second names."""
+    try:
+        found = unpack_released(found)
+        tasks, sizes = released_settings(found)
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        raise InputError(f"{path}: not a model of the authors'; {RELEASED_FIX}") from None
     with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
         model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
     model.to_empty(device="cpu")
     keys = {name: released_key(name) for name in model.state_dict()}
-    # Every file has the queries of all tasks, their task vectors, and a text encoder.
-    idle = ("query_embeds.", "task_embeddings_") + (() if model.text_encoder else ("bert_",))
-    used = set(keys.values())
-    found = {key: x for key, x in found.items() if key in used or not key.startswith(idle)}
-    copy_weights(model.state_dict(), found, path, RELEASED_FIX, keys)
+    used = {key: found[key] for key in keys.values() if key in found}
+    copy_weights(model.state_dict(), used, path, RELEASED_FIX, keys)
     return model.eval()
 
 
 def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
-    """Tasks and fields of Config, read off the names and shapes of a released file's tensors. A
-    missing or strange one counts as 0 here: `copy_weights` will name it."""
-    def size(key: str, dim: int = 0) -> int:
-        shape = found[key].shape if key in found else ()
-        return shape[dim] if dim < len(shape) else 0
+    """Tasks and fields of Config, read off the keys and shapes that `unpack_released` returned."""
+    def length(name: str) -> int:
+        return len(found.get(released_key(name), ()))
 
-    tasks, bert, decoder = [], "bert_model.module.", "decoder"
-    for name, (key, _) in RELEASED_TASKS.items():
-        group, dataset = key.split(".")
-        head, kind, classes = f"classifiers.{key}.1.weight", "classification", 0
-        if group == "detection":
-            head, kind, classes = f"class_embeds.{dataset}.weight", "detection", -1  # no-object
-        if head in found:
-            tasks.append(Task(
-                name, kind, image=group != "glue", text=group != "detection",
-                num_queries=size(f"query_embeds.{key}.weight"), num_classes=classes + size(head),
-                num_attributes=size(f"det_losses.{dataset}.attribute_head.attr_linear2.weight"),
-                max_tokens=25 if group == "vl" else 128, soft_scores=name == "vqa2"))
-            if "decoder.norm.weight" not in found:
-                decoder = f"decoders.{key}"  # one of the separate ones: they are alike
-    sizes = {"shared_decoder": decoder == "decoder",
+    tasks = []
+    for task in paper_tasks():
+        head = f"heads.{task.name}"
+        classes = length(f"{head}.linear1.bias") or length(f"{head}.class_head.bias") - 1
+        if classes > 0:
+            queries = length(f"queries.{task.name}")
+            attributes = length(f"{head}.attribute_head.linear2.bias")
+            tasks.append(replace(task, num_classes=classes, num_queries=queries,
+                                 num_attributes=attributes))
+    decoder = "shared" if "decoder.norm.weight" in found else tasks[0].name
+    sizes = {"shared_decoder": decoder == "shared",
              "task_embedding": "task_embeddings_enc.coco" in found,
-             "vocab_size": size(bert + "embeddings.word_embeddings.weight"),
-             "max_positions": size(bert + "embeddings.position_embeddings.weight")}
-    for part, layers, linear in (("encoder", "encoder.layers.", ".linear1.weight"),
-                                 ("decoder", f"{decoder}.layers.", ".linear1.weight"),
-                                 ("bert", f"{bert}encoder.layer.", ".intermediate.dense.weight")):
-        first = f"{layers}0{linear}"  # (intermediate size, width)
-        depth = [key for key in found if key.startswith(layers) and key.endswith(linear)]
-        sizes |= {f"{part}_layers": len(depth), f"{part}_ff": size(first),
-                  f"{part}_width": size(first, 1)}
-    return tasks, {name: value for name, value in sizes.items() if value or value is False}
+             "vocab_size": length("text_encoder.word_embeddings.weight"),
+             "max_positions": length("text_encoder.position_embeddings.weight")}
+    for part, module in (("encoder", "image_encoder"), ("bert", "text_encoder"),
+                         ("decoder", f"decoders.{decoder}")):
+        linears = []  # (intermediate size, width) of each layer
+        while (key := released_key(f"{module}.layers.{len(linears)}.linear1.weight")) in found:
+            linears.append(found[key].shape)
+        sizes[f"{part}_layers"] = len(linears)
+        sizes[f"{part}_ff"], sizes[f"{part}_width"] = linears[0]
+    return tasks, sizes
 
 
 # ---- Files of weights ----------------------------------------------------------------------------
@@ -1100,38 +1085,36 @@ def fetch(path: Path | str) -> Path:
     return path
 
 
-SIGNATURES = {  # how files begin that people often have in place of another: what they are
+SIGNATURES = {  # beginnings of files that people often have in place of the one they wanted
     b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` in its folder gets the file",
-    b"<!doctype": "a web page", b"<html": "a web page", b"<?xml": "an XML text", b"%pdf": "a PDF",
-    b"\x89png": "a picture", b"\xff\xd8\xff": "a picture", b"gif8": "a picture",
-    b"\x1f\x8b": "a gzip file: unpack it", b"rar!": "a RAR archive", b"7z\xbc\xaf": "a 7z archive"}
+    b"<": "a web page or other markup", b"\x1f\x8b": "a gzip file: unpack it"}
 
 
 def what_is_wrong(path: Path, text: bool = False) -> str:
-    """Why a file holds no weights (or, with `text`, no text), in plain words, by its first bytes
-    and its end; "" if nothing shows."""
+    """Why a file holds no weights (or, with `text`, no text), in plain words, by its first bytes;
+    "" if nothing shows."""
     with open(path, "rb") as file:
         head = file.read(1024)
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # without a byte order mark
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()  # without a byte order mark
+    if not start.strip(b"\0"):
+        return "an empty file"
     for beginning, words in SIGNATURES.items():
         if start.startswith(beginning) and (text or not tarfile.is_tarfile(path)):
             return words
-    if not start.strip(b"\0"):
-        return "an empty file"
-    if min(head) >= 8:  # files of weights have lower bytes, texts have none
-        return "" if text else f"a text: {head[:40]!r}"
+    is_text = min(head) >= 8  # files of weights have lower bytes, texts have none
     if text:
-        return "binary data, not a text"
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        return "cut short: its end is missing"
-    names = zipfile.ZipFile(path).namelist() if head.startswith(b"PK") else ["data.pkl"]
-    if not any(name.endswith("data.pkl") for name in names):
-        return f"a zip archive of something else: {', '.join(names[:3])}"
+        return "" if is_text else "binary data, not a text"
+    if is_text:
+        return f"a text: {head[:40]!r}"
+    if head.startswith(b"PK"):  # what PyTorch saves is a zip archive, too
+        names = zipfile.ZipFile(path).namelist()
+        if not any(name.endswith("data.pkl") for name in names):
+            return f"a zip archive of something else: {', '.join(names[:3])}"
     return ""
 
 
 def read_file(path: Path | str, fix: str = ""):
-    """What is in a PyTorch or safetensors file, or in the one PyTorch file of a tar archive.
+    """The content of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes of
     `torch.serialization.safe_globals` is refused before any of its code runs."""
@@ -1144,14 +1127,11 @@ def read_file(path: Path | str, fix: str = ""):
             source = read_archive(path) if tarfile.is_tarfile(path) else path
             return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can break a reader in any way
-        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        reason = "cut short, damaged, or not weights"
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"more than tensors: {refused[1]}, and loading that could run code"
-        elif isinstance(error, EOFError) or re.search("EOF|end of data|ran out|truncated", reason):
-            reason = "cut short"
-        elif isinstance(error, IndexError) or "eights" in reason:
-            # PyTorch's own words would advise to load the file unsafely.
-            reason = "cut short, damaged, or not tensors that PyTorch saved"
+        elif isinstance(error, (OSError, ValueError)):  # PyTorch's own give unsafe advice
+            reason += ": " + textwrap.shorten(str(error), 200)
     source, _ = PUBLISHED.get(path.name, ("its source", ""))
     raise InputError(f"{path}: cannot be read ({reason}); {fix or f'get it again from {source}'}")
 
@@ -1164,14 +1144,12 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 def weights_in(found, path) -> dict[str, Tensor]:
     """The tensors in what `read_file` returned."""
     for key in ("model", "state_dict"):  # where training programs put the weights
-        found = found.get(key, found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"{path}: holds no weights; give a file of named tensors")
-    for key, value in found.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor)
-                and value.layout == torch.strided and not value.is_quantized):
-            raise InputError(f"{path}: {key!r} is not a plain tensor; give a file of named tensors")
-    return {key.removeprefix("module."): value for key, value in found.items()}
+        if isinstance(found, dict):
+            found = found.get(key, found)
+    tensors = found.values() if isinstance(found, dict) else []
+    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+        raise InputError(f"{path}: holds no weights, or more than weights; give named tensors")
+    return {str(key).removeprefix("module."): x for key, x in found.items()}
 
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -1181,76 +1159,63 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The format: 8 bytes, the header's length (little-endian); the header, JSON, with dtype, shape
-    and data_offsets by name; the data. Tensors must fill the data one after another, as the format
-    demands: then no two overlap, none reaches out of the file, and no name is there twice."""
+    and data_offsets by name; the data, in which the tensors follow one another without gaps."""
     content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
     length = int.from_bytes(content[:8].tobytes(), "little")
-    if length > len(content) - 8:
-        raise ValueError(f"cut short: a header of {length} bytes in a file of {len(content)}")
     header = json.loads(content[8:8 + length].tobytes())
     header.pop("__metadata__", None)
     data, tensors, end = torch.from_numpy(content[8 + length:]), {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (start, stop) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        size = -1 if min(shape, default=0) < 0 else math.prod(shape) * dtype.itemsize
-        if start != end or stop - start != size:
-            raise ValueError(f"{name} at {start}..{stop}, not from {end}, or not of shape {shape}")
-        if stop > len(data):
-            raise ValueError(f"cut short: {name} at {start}..{stop} of {len(data)} bytes")
-        tensors[name] = data[start:stop].clone().view(dtype).reshape(shape)  # a copy is aligned
+        start, stop = entry["data_offsets"]
+        if start != end or stop > len(data):
+            raise ValueError(f"{name} is at {start}..{stop} of {len(data)} bytes, not at {end}")
+        raw = data[start:stop].clone()                    # a copy is aligned
+        tensors[name] = raw.view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
         end = stop
-    if end != len(data):
-        raise ValueError(f"{len(data) - end} bytes that belong to no tensor")
     return tensors
 
 
 def read_archive(path: Path) -> io.BytesIO:
-    """The one checkpoint in a tar archive, in memory: nothing is unpacked, nothing climbs out."""
-    found = {}
+    """The one checkpoint in a tar archive, in memory: nothing is written to the disk."""
+    found = []
     with tarfile.open(path) as archive:
         for member in archive:
-            name = Path(member.name)
-            if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
-                raise ValueError(f"its member {name} is a link or lies outside its folder")
-            if name.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-                found[member.name] = archive.extractfile(member).read()
+            if member.name.startswith("/") or ".." in member.name or member.issym():
+                raise ValueError(f"its member {member.name} is a link or lies outside its folder")
+            if member.isfile() and member.name.endswith((".pth", ".pt", ".ckpt", ".bin")):
+                found.append(archive.extractfile(member).read())
     if len(found) != 1:
-        raise ValueError(f"it should hold one checkpoint, but holds {', '.join(found) or 'none'}")
-    return io.BytesIO(*found.values())
+        raise ValueError(f"it holds {len(found)} checkpoints, but should hold one")
+    return io.BytesIO(found[0])
 
 
 # ---- Settings as flags, and Figure 2 on the command line -----------------------------------------
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
 
 
-def between(least: float, most: float = math.inf, kind: type = int):
-    """A flag's type: a finite number from `least` to `most`."""
-    def convert(text: str):
+def parse(text: str, kind: type, least: float, most: float, choices: tuple):
+    """A flag's text -> a value of this kind within the limits of its `option`."""
+    if get_origin(kind) is tuple:
+        parts = [part for part in text.split(",") if part]
+        return tuple(parse(part, get_args(kind)[0], least, most, choices) for part in parts)
+    if kind in (int, float):
         with suppress(ValueError):
             if least <= kind(text) <= most and kind(text) < math.inf:
                 return kind(text)
         limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
-        what = "an integer" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text}: must be {what} {limits}")
-    return convert
+        number = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text}: must be {number} {limits}")
+    words = {"true": True, "false": False} if kind is bool else {word: word for word in choices}
+    if not words:
+        return os.path.expanduser(text)  # a name or a path; in a path, ~ means home
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(words)}")
+    return words[text.lower()]
 
 
-def flag_type(kind: type, limits: dict):
-    """A function from a flag's text to a value of this kind, within the limits of its `option`."""
-    if get_origin(kind) is tuple:
-        one = flag_type(get_args(kind)[0], limits)
-        return lambda text: tuple(one(part) for part in text.split(",") if part)
-    if kind in (int, float):
-        return between(limits["least"], limits["most"], kind)
-    choices = ("true", "false") if kind is bool else limits["choices"]
-    if not choices:
-        return os.path.expanduser  # a name or a path; in a path, ~ means home
-
-    def word(text):
-        if text.lower() not in choices:
-            raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
-        return text.lower() == "true" if kind is bool else text.lower()
-    return word
+def between(least: float):
+    """The type of a flag that is not in a dataclass: an integer of at least `least`."""
+    return partial(parse, kind=int, least=least, most=math.inf, choices=())
 
 
 def written(value) -> str:
@@ -1268,10 +1233,11 @@ def add_flags(group, settings: type, presets: dict[str, dict] | None = None) -> 
         for name, preset in (presets or {}).items():
             if setting.name in preset:
                 values.append(f"{name}: {written(preset[setting.name])}")
-        group.add_argument(
-            f"--{setting.name}", type=flag_type(kinds[setting.name], setting.metadata),
-            default=argparse.SUPPRESS, metavar=METAVARS[type(setting.default)],
-            help=f"{setting.metadata['help']} [{'; '.join(values)}]")
+        limits = dict(setting.metadata)
+        help = f"{limits.pop('help')} [{'; '.join(values)}]"
+        group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, help=help,
+                           type=partial(parse, kind=kinds[setting.name], **limits),
+                           metavar=METAVARS[type(setting.default)])
 
 
 def paper_tasks() -> list[Task]:
@@ -1289,76 +1255,62 @@ def paper_tasks() -> list[Task]:
 
 
 @torch.no_grad()
-def figure_2(config: Config, height: int = 800, width: int = 1066, words: int = 20) -> list[tuple]:
-    """Figure 2 as rows: (symbol, place in the paper, class, input shape, output shape, number of
-    parameters of all tasks). On the meta device: shapes without memory or arithmetic."""
+def figure_2(config: Config) -> None:
+    """Prints Figure 2 for one picture and one text. On the meta device: shapes without memory or
+    arithmetic."""
+    shapes = {}                                          # module: shapes of its input and output
+
+    def note(module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        shapes[module] = shape_of(inputs[0]), shape_of(output)
+
     with torch.device("meta"):
-        model = UniT(config, paper_tasks()).eval()
-        images = torch.empty(1, 3, height, width)
-        tokens = torch.empty(1, words, dtype=torch.int64)
-    image, text, head = model.image_encoder, model.text_encoder, model.heads["vg"]
-    detection = [h for h in model.heads.values() if isinstance(h, DetectionHead)]
-    classifiers = [h for h in model.heads.values() if isinstance(h, Classifier)]
-    x_v = image.backbone(images)
-    projected = image.input_proj(x_v)
-    sequence = projected.flatten(2).transpose(1, 2)                   # (1, L, d_v^e)
-    states = text.bert(tokens, tokens, None, "vqa2")
-    h_v, image_positions, _ = image(images, None, "vqa2")
-    h_t, text_positions, _ = text(tokens, tokens, None, "vqa2")
-    memory = torch.cat([h_v, h_t], dim=1)
-    positions = torch.cat([image_positions, text_positions], dim=1)
-    decoder = next(iter(model.decoders.values()))
-    hidden = decoder(memory, positions, None, model.queries["vg"])
-    logits, h_1 = head.class_head(hidden), hidden[-1, :, 0]
-    attributes = head.attribute_head(hidden, logits[..., :-1].argmax(-1))
-    bert = [text.word_embeddings, text.position_embeddings, text.token_type_embeddings, text.norm,
-            text.layers, text.w_task]
-    rows = [
-        ("x^v = B(I)", "Eq. 1", "Backbone", images, x_v, [image.backbone]),
-        ("P_{b->e}(x^v)", "Eq. 2", "ImageEncoder", x_v, projected, [image.input_proj]),
-        ("h^v = E_v(.., w_v^task)", "Eq. 2", "ImageEncoder", sequence, sequence,
-         [image.layers, image.w_task]),
-        ("h^v in width d_t^d", "Section 3.3", "ImageEncoder", sequence, h_v,
-         [image.projection, image.position_projection]),
-        ("h^t = BERT(w, w_t^task)", "Eq. 3", "TextEncoder", tokens, states, bert),
-        ("h^t in width d_t^d", "Section 3.3", "TextEncoder", states[:, :h_t.shape[1]], h_t,
-         [text.projection, text.position_projection]),
-        ("q^task", "Section 3.3", "UniT", None, model.queries["vg"], [model.queries]),
-        ("h^{dec,l} = D(h^enc, q)", "Eq. 4", "Decoder", memory, hidden, [model.decoders]),
-        ("c^l = class_head(h)", "Eq. 5", "DetectionHead", hidden, logits,
-         [h.class_head for h in detection]),
-        ("b^l = box_head(h)", "Eq. 6", "DetectionHead", hidden, head.box_head(hidden),
-         [h.box_head for h in detection]),
-        ("a^l = attr_head(h, c^l)", "Eq. 7", "AttributeHead", hidden, attributes,
-         [head.attribute_head]),
-        ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", "Classifier", h_1, model.heads["vqa2"](h_1),
-         classifiers)]
-    return [(symbol, place, name, shape_of(before), shape_of(after),
-             sum(p.numel() for module in modules for p in module.parameters()))
-            for symbol, place, name, before, after, modules in rows]
+        model = UniT(config, paper_tasks())
+        for module in model.modules():
+            module.register_forward_hook(note)
+        images, tokens = torch.empty(1, 3, 800, 1066), torch.zeros(1, 20, dtype=torch.int64)
+        both = Batch("vqa2", [0], images=images, tokens=tokens, token_types=tokens)
+        image, text = model.image_encoder, model.text_encoder
+        decoder = next(iter(model.decoders.values()))
+        coco, vg, vqa2, *others = model.heads.values()
+        memory, positions, _ = model.encode(both, model.tasks["vqa2"])
+        hidden = decoder(memory, positions, None, model.queries["vg"])
+        classes = vg.class_head(hidden)[..., :-1].argmax(-1)
+        vg.box_head(hidden), vg.attribute_head(hidden, classes), vqa2(hidden[-1, :, 0])
+    parts = [  # symbol, place, the module whose shapes are shown, all whose parameters are counted
+        ("x^v = B(I)", "Eq. 1", image.backbone, [image.backbone]),
+        ("P_{b->e}(x^v)", "Eq. 2", image.input_proj, [image.input_proj]),
+        ("h^v = E_v(.., w_v^task)", "Eq. 2", image,
+         [image.layers, image.w_task, image.projection, image.position_projection]),
+        ("h^t = BERT(.., w_t^task)", "Eq. 3", text, [text]),
+        ("h^{dec,l} = D(.., q^task)", "Eq. 4", decoder, [model.decoders, model.queries]),
+        ("c^l = class_head(h)", "Eq. 5", vg.class_head, [coco.class_head, vg.class_head]),
+        ("b^l = box_head(h)", "Eq. 6", vg.box_head, [coco.box_head, vg.box_head]),
+        ("a^l = attr_head(h, c^l)", "Eq. 7", vg.attribute_head, [vg.attribute_head]),
+        ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", vqa2, [vqa2, *others])]
+    form, total = "{:<26} {:<6} {:<14} {:>19} {:>19} {:>12}", 0
+    print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
+    for symbol, place, module, owners in parts:
+        count = sum(p.numel() for p in nn.ModuleList(owners).parameters())
+        print(form.format(symbol, place, type(module).__name__, *shapes[module], f"{count:,}"))
+        total += count
+    print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
 
 
-def shape_of(x: Tensor | None) -> str:
-    return "" if x is None else " x ".join(map(str, x.shape))
+def shape_of(x: Tensor) -> str:
+    return " x ".join(map(str, x.shape))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints Figure 2 with the shapes of one picture and one text, VG's queries and heads."""
     parser = argparse.ArgumentParser(
         description="Prints Figure 2: each part's symbol, place in the paper, class, input and "
         "output shape (800 x 1066 pixels, 20 words, VG's queries) and parameters (all tasks).")
     add_flags(parser, Config)
+    settings = vars(parser.parse_args(argv))
     try:
-        config = Config(**vars(parser.parse_args(argv)))
+        figure_2(Config(**settings))
     except InputError as error:
         parser.error(str(error))
-    form = "{:<24} {:<12} {:<14} {:>18} {:>22} {:>12}"
-    print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
-    rows = figure_2(config)
-    for *words, parameters in rows:
-        print(form.format(*words, f"{parameters:,}"))
-    total = sum(parameters for *_, parameters in rows)
-    print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
 
 
 if __name__ == "__main__":
