@@ -86,6 +86,221 @@ class TrainConfig:
 FREE_ON_RESUME = {"data", "num_workers", "threads", "log_every", "save_every", "eval_every",
                   "eval_samples", "micro_batch"}
 
+
+# ---- The loop (Section 3.5) ----------------------------------------------------------------------
+def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
+    """The gradient of this process's micro-batches -> its shares of the loss terms."""
+    _, world_size = processes()
+    device, dtype = next((p.device, p.dtype) for p in step.parameters())
+    totals: dict[str, Tensor] = {}
+    for k, batch in enumerate(batches):
+        wait = k < len(batches) - 1 and world_size > 1
+        with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once per iteration
+            with evaluation.autocast(device, train.precision):
+                terms = step(batch.to(device, dtype), train.batch_size, num_boxes)
+            # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
+            scaler.scale(sum(terms.values()) * world_size).backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    return totals
+
+
+def update(step, optimizer, scaler, batches, train, num_boxes):
+    """One update from this process's micro-batches -> its shares of the loss terms, {name: value};
+    the gradient's norm before clipping; that of each parameter, by name."""
+    terms = backward(step, scaler, batches, train, num_boxes)
+    scaler.unscale_(optimizer)
+    if train.update_unused:
+        for p in step.parameters():  # Appendix A's worse strategy: zeros where no task reached
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+    reached = {name: p for group in optimizer.param_groups
+               for name, p in zip(group["param_names"], group["params"]) if p.grad is not None}
+    # As clip_grad_norm_ does it, which keeps the norm of each to itself.
+    norms = torch._foreach_norm([p.grad for p in reached.values()])
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(reached.values(), train.clip, norm)
+    # A step that is not finite is not taken: the fused AdamW skips it on the device, where nobody
+    # waits for the norm. `Log.flush` ends the run. (In fp16 the scaler puts its own in place.)
+    optimizer.found_inf = (~norm.isfinite()).float()
+    # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW
+    # leaves them and their momentum alone.
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return terms, norm, dict(zip(reached, norms))
+
+
+def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
+    """The step, for all processes, and optimiser and loss scaler as `state` left them."""
+    optimizer = make_optimizer(model, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        state.clear()  # all of it lives on in model and optimiser: 2.4 GB for each process
+    step = Step(model)
+    if dist.is_initialized():
+        step = nn.parallel.DistributedDataParallel(
+            step, find_unused_parameters=True, forward_sync_buffers=False,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+            device_ids=[device] if device.type == "cuda" else None)
+    return step, optimizer, scaler
+
+
+def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
+    chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
+    sizes = {task: len(datasets[task]) for task in train.tasks}
+    return data.Schedule(sizes, chances, train.batch_size, train.iterations, train.seed,
+                         round(train.coco_first * train.iterations))
+
+
+def fetch(stream) -> tuple[list[Batch], list[str], str]:
+    """The next iteration's micro-batches, why pictures were replaced by others; or the problem, as
+    text: the error itself would keep the data workers alive."""
+    try:
+        return *next(stream), ""
+    except InputError as error:
+        return [], [], str(error)
+
+
+def leave(out: Path, iteration: int, signals: list[int], problem: str) -> None:
+    print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
+    if problem:
+        raise InputError(problem)
+    sys.exit(128 + signals[0] if signals else 1)
+
+
+def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state) -> dict:
+    """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
+    and vocabulary, go into each checkpoint."""
+    start = state["iteration"] if state else 0
+    rank, world_size = processes()
+    device = next(model.parameters()).device
+    step, optimizer, scaler = set_up(model, train, state, device)
+    stream = data.train_loader(datasets, make_schedule(datasets, train), start, rank, world_size,
+                               train.micro_batch, train.num_workers)
+    log, signals = Log(out, train, start, rank == 0), note_signals()
+
+    def keep(iteration):
+        log.flush()  # first: what is not finite must not reach a checkpoint
+        require_finite_weights(model, iteration)
+        if rank == 0:
+            save(out, model, optimizer, scaler, iteration, train, names)
+        log.saved = iteration
+
+    def score():
+        results = evaluation.evaluate(model, held_out, device, train.micro_batch,
+                                      train.num_workers, train.eval_samples, train.precision, out)
+        log.add_results(results)
+        return results
+
+    parent = os.getppid()
+    gc.freeze()  # or the first full collection copies 75 MB that the data workers share
+    model.train()
+    with contextlib.closing(stream):  # its workers would wait half a minute for more
+        for iteration in range(start, train.iterations):
+            batches, replaced, problem = fetch(stream)
+            problem = problem or log.too_many_unusable()
+            boxes = sum(len(x) for batch in batches for x in batch.labels or [])
+            orphan = world_size > 1 and os.getppid() != parent  # a signal has ended torchrun
+            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem or orphan))
+            if stopping:  # all processes, before the same iteration
+                keep(iteration)
+                barrier()  # until it is saved: torchrun kills all once one has left
+                leave(out, iteration, signals, problem)
+            # This alone determines dropout, so checkpoints need not store generator states.
+            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
+            lr = set_learning_rate(optimizer, iteration, train)
+            terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
+            ids = [x for batch in batches for x in batch.ids]
+            log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
+            done = iteration + 1
+            last = done == train.iterations
+            scoring = train.eval_every and done % train.eval_every == 0
+            if done % train.log_every == 0:
+                log.flush()
+            if last or scoring or done % train.save_every == 0:
+                keep(done)  # before the evaluation: a job's time may end in one
+            if scoring and not last:
+                score()
+    return score()
+
+
+# ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
+def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
+
+    PyTorch's AdamW adds eps after the bias correction, the released code's before. Gradients
+    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6."""
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
+    groups = [{"params": [x for x in trained if ("backbone" in x[0]) == backbone], "base_lr": lr}
+              for backbone, lr in ((False, train.lr), (True, train.lr_backbone))]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.999),
+                             eps=1e-8, weight_decay=train.weight_decay, fused=True)
+
+
+def lr_factor(iteration: int, train: TrainConfig) -> float:
+    """Warm-up cosine (Section 3.5): up in `warmup` iterations, then down towards zero."""
+    if iteration < train.warmup:
+        return (iteration + 1) / train.warmup
+    done = (iteration - train.warmup) / (train.iterations - train.warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> float:
+    factor = lr_factor(iteration, train)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return train.lr * factor
+
+
+class Step(nn.Module):
+    """Forward and loss in one module: DistributedDataParallel must see everything that is used."""
+
+    def __init__(self, model: UniT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, batch_size: int, num_boxes: float) -> dict[str, Tensor]:
+        return self.model.losses(self.model(batch), batch, batch_size, num_boxes)
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(*numbers: float) -> list[float]:
+    total = torch.tensor(numbers, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier() -> None:
+    """All processes wait until all are here."""
+    sum_over_processes(0)
+
+
+def note_signals() -> list[int]:
+    """Returns a list to which signals that end a run are appended: the iteration is finished first.
+    SIGHUP stays ignored where it is: by nohup."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
+    for number in data.STOPPING:
+        # A script's `&` has SIGINT ignored: it comes only if somebody means it.
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+    return noted
+
+
 # ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
     EIGHT: dict(coco=.20, vg=.07, vqa2=.26, snli_ve=.12, qnli=.10, mnli=.10, qqp=.10, sst2=.05),
@@ -169,80 +384,6 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
         return (1.0,) * len(tasks)                 # line 1: equal chances (Section 4.1)
     line = TABLE_A2[ABLATION if set(tasks) == set(ABLATION) else EIGHT]
     return tuple(line.get(t, 0.1) for t in tasks)  # 0.1: a ninth task
-
-
-# ---- Processes -----------------------------------------------------------------------------------
-def processes() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(*numbers: float) -> list[float]:
-    total = torch.tensor(numbers, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def barrier() -> None:
-    """All processes wait until all are here."""
-    sum_over_processes(0)
-
-
-def note_signals() -> list[int]:
-    """Returns a list to which signals that end a run are appended: the iteration is finished first.
-    SIGHUP stays ignored where it is: by nohup."""
-    noted = []
-
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
-    for number in data.STOPPING:
-        # A script's `&` has SIGINT ignored: it comes only if somebody means it.
-        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
-    return noted
-
-
-# ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
-def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
-
-    PyTorch's AdamW adds eps after the bias correction, the released code's before. Gradients
-    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6."""
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
-    groups = [{"params": [x for x in trained if ("backbone" in x[0]) == backbone], "base_lr": lr}
-              for backbone, lr in ((False, train.lr), (True, train.lr_backbone))]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.999),
-                             eps=1e-8, weight_decay=train.weight_decay, fused=True)
-
-
-def lr_factor(iteration: int, train: TrainConfig) -> float:
-    """Warm-up cosine (Section 3.5): up in `warmup` iterations, then down towards zero."""
-    if iteration < train.warmup:
-        return (iteration + 1) / train.warmup
-    done = (iteration - train.warmup) / (train.iterations - train.warmup)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> float:
-    factor = lr_factor(iteration, train)
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return train.lr * factor
-
-
-class Step(nn.Module):
-    """Forward and loss in one module: DistributedDataParallel must see everything that is used."""
-
-    def __init__(self, model: UniT):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, batch_size: int, num_boxes: float) -> dict[str, Tensor]:
-        return self.model.losses(self.model(batch), batch, batch_size, num_boxes)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -514,146 +655,6 @@ def summary(pending: list[Record]) -> str:
     means = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
     skipped = sum(not record.norm.isfinite() for record in pending)
     return f"{means}  lr {pending[-1].lr:.2e}" + (f"  skipped {skipped}" if skipped else "")
-
-
-# ---- The loop (Section 3.5) ----------------------------------------------------------------------
-def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
-    """The gradient of this process's micro-batches -> its shares of the loss terms."""
-    _, world_size = processes()
-    device, dtype = next((p.device, p.dtype) for p in step.parameters())
-    totals: dict[str, Tensor] = {}
-    for k, batch in enumerate(batches):
-        wait = k < len(batches) - 1 and world_size > 1
-        with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once per iteration
-            with evaluation.autocast(device, train.precision):
-                terms = step(batch.to(device, dtype), train.batch_size, num_boxes)
-            # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
-            scaler.scale(sum(terms.values()) * world_size).backward()
-        for name, value in terms.items():
-            totals[name] = totals.get(name, 0) + value.detach()
-    return totals
-
-
-def update(step, optimizer, scaler, batches, train, num_boxes):
-    """One update from this process's micro-batches -> its shares of the loss terms, {name: value};
-    the gradient's norm before clipping; that of each parameter, by name."""
-    terms = backward(step, scaler, batches, train, num_boxes)
-    scaler.unscale_(optimizer)
-    if train.update_unused:
-        for p in step.parameters():  # Appendix A's worse strategy: zeros where no task reached
-            if p.requires_grad and p.grad is None:
-                p.grad = torch.zeros_like(p)
-    reached = {name: p for group in optimizer.param_groups
-               for name, p in zip(group["param_names"], group["params"]) if p.grad is not None}
-    # As clip_grad_norm_ does it, which keeps the norm of each to itself.
-    norms = torch._foreach_norm([p.grad for p in reached.values()])
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    nn.utils.clip_grads_with_norm_(reached.values(), train.clip, norm)
-    # A step that is not finite is not taken: the fused AdamW skips it on the device, where nobody
-    # waits for the norm. `Log.flush` ends the run. (In fp16 the scaler puts its own in place.)
-    optimizer.found_inf = (~norm.isfinite()).float()
-    # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW
-    # leaves them and their momentum alone.
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return terms, norm, dict(zip(reached, norms))
-
-
-def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
-    """The step, for all processes, and optimiser and loss scaler as `state` left them."""
-    optimizer = make_optimizer(model, train)
-    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        state.clear()  # all of it lives on in model and optimiser: 2.4 GB for each process
-    step = Step(model)
-    if dist.is_initialized():
-        step = nn.parallel.DistributedDataParallel(
-            step, find_unused_parameters=True, forward_sync_buffers=False,
-            gradient_as_bucket_view=True,  # no second copy of the gradients
-            device_ids=[device] if device.type == "cuda" else None)
-    return step, optimizer, scaler
-
-
-def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
-    chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
-    sizes = {task: len(datasets[task]) for task in train.tasks}
-    return data.Schedule(sizes, chances, train.batch_size, train.iterations, train.seed,
-                         round(train.coco_first * train.iterations))
-
-
-def fetch(stream) -> tuple[list[Batch], list[str], str]:
-    """The next iteration's micro-batches, why pictures were replaced by others; or the problem, as
-    text: the error itself would keep the data workers alive."""
-    try:
-        return *next(stream), ""
-    except InputError as error:
-        return [], [], str(error)
-
-
-def leave(out: Path, iteration: int, signals: list[int], problem: str) -> None:
-    print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
-    if problem:
-        raise InputError(problem)
-    sys.exit(128 + signals[0] if signals else 1)
-
-
-def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state) -> dict:
-    """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
-    and vocabulary, go into each checkpoint."""
-    start = state["iteration"] if state else 0
-    rank, world_size = processes()
-    device = next(model.parameters()).device
-    step, optimizer, scaler = set_up(model, train, state, device)
-    stream = data.train_loader(datasets, make_schedule(datasets, train), start, rank, world_size,
-                               train.micro_batch, train.num_workers)
-    log, signals = Log(out, train, start, rank == 0), note_signals()
-
-    def keep(iteration):
-        log.flush()  # first: what is not finite must not reach a checkpoint
-        require_finite_weights(model, iteration)
-        if rank == 0:
-            save(out, model, optimizer, scaler, iteration, train, names)
-        log.saved = iteration
-
-    def score():
-        results = evaluation.evaluate(model, held_out, device, train.micro_batch,
-                                      train.num_workers, train.eval_samples, train.precision, out)
-        log.add_results(results)
-        return results
-
-    parent = os.getppid()
-    gc.freeze()  # or the first full collection copies 75 MB that the data workers share
-    model.train()
-    with contextlib.closing(stream):  # its workers would wait half a minute for more
-        for iteration in range(start, train.iterations):
-            batches, replaced, problem = fetch(stream)
-            problem = problem or log.too_many_unusable()
-            boxes = sum(len(x) for batch in batches for x in batch.labels or [])
-            orphan = world_size > 1 and os.getppid() != parent  # a signal has ended torchrun
-            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem or orphan))
-            if stopping:  # all processes, before the same iteration
-                keep(iteration)
-                barrier()  # until it is saved: torchrun kills all once one has left
-                leave(out, iteration, signals, problem)
-            # This alone determines dropout, so checkpoints need not store generator states.
-            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
-            lr = set_learning_rate(optimizer, iteration, train)
-            terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
-            ids = [x for batch in batches for x in batch.ids]
-            log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
-            done = iteration + 1
-            last = done == train.iterations
-            scoring = train.eval_every and done % train.eval_every == 0
-            if done % train.log_every == 0:
-                log.flush()
-            if last or scoring or done % train.save_every == 0:
-                keep(done)  # before the evaluation: a job's time may end in one
-            if scoring and not last:
-                score()
-    return score()
 
 
 # ---- The command line ----------------------------------------------------------------------------
