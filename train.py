@@ -501,13 +501,14 @@ class Record:
 
 def gather(pending: list[Record]) -> None:
     """Sums the processes' shares of loss terms, now numbers, and joins their `replaced`."""
-    shares = [value.double() for record in pending for value in record.terms.values()]
-    shares = torch.stack(shares).tolist()  # waits for the device, once
-    sums = iter(sum_over_processes(*shares))
-    everyone = gathered([record.replaced for record in pending])
-    for record, replaced in zip(pending, zip(*everyone)):
-        record.terms = {name: next(sums) for name in record.terms}
-        record.replaced = [reason for reasons in replaced for reason in reasons]
+    mine = []
+    for record in pending:
+        terms = {name: float(value) for name, value in record.terms.items()}  # waits for the device
+        mine.append((terms, record.replaced))
+    for record, *parts in zip(pending, *gathered(mine)):
+        for name in record.terms:
+            record.terms[name] = sum(terms[name] for terms, _ in parts)
+        record.replaced = [reason for _, reasons in parts for reason in reasons]
 
 
 class Log:
@@ -656,7 +657,8 @@ def make_parser() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     """The model's and the run's settings, and the run's folder. Order: defaults < --tiny <
     --experiment < flags."""
-    flags, name = vars(args), args.experiment or ("" if args.tiny else "T3.3")
+    flags, prefix = vars(args), "tiny-" if args.tiny else ""
+    name = args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
         raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
     values = EXPERIMENTS.get(name, {})
@@ -666,20 +668,14 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
         states = {*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ())}
         values = values | unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(states))
     values = {"tasks": EIGHT} | values | flags
-    out = Path(args.out or run_folder(args.tiny, name))
+    out = Path(args.out or f"runs/{prefix}{name}".rstrip("-"))
     if "probabilities" not in flags and values["tasks"] != EIGHT:  # tiny's own are for all eight
         values["probabilities"] = ()
     if "coco_first" not in flags and (values.get("init") or "coco" not in values["tasks"]):
         values["coco_first"] = 0.0
     if values.get("init") in EXPERIMENTS:  # the run beside this one: runs/T1.1-coco, runs/T1.4
-        start = out.with_name(run_folder(args.tiny, values["init"]).name)
-        values["init"] = str(start / "last.pt")
+        values["init"] = str(out.parent / (prefix + values["init"]) / "last.pt")
     return *configs(values), out
-
-
-def run_folder(tiny: bool, experiment: str) -> Path:
-    name = "-".join(filter(None, ["tiny" if tiny else "", experiment]))
-    return Path("runs") / name
 
 
 def scaled_to_tiny(experiment: dict) -> dict:
