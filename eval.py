@@ -220,11 +220,15 @@ def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> l
     for i, found in enumerate(answers):
         hits = (0, 0)
         if batch.attributes is not None:
-            scale = batch.sizes[i].flip(0).repeat(2)                  # width, height, width, height
-            corners = box_convert(batch.boxes[i], "cxcywh", "xyxy") * scale
+            corners = in_pixels(batch.boxes[i], batch.sizes[i])
             hits = attribute_hits(found, corners, batch.labels[i], batch.attributes[i])
         items.append((batch.ids[i], to_rows(found), hits))
     return items
+
+
+def in_pixels(boxes: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Boxes (n, 4) cx, cy, w, h in [0, 1] of a picture of height, width `size` -> corners."""
+    return box_convert(boxes, "cxcywh", "xyxy") * size.flip(0).repeat(2)
 
 
 @torch.no_grad()
@@ -468,8 +472,7 @@ def save_grid(tiles: list[Image.Image], path) -> None:
 
 def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
     """The boxes of a sample as `predict` returns its own, without scores."""
-    scale = torch.tensor(sample.size).flip(0).repeat(2)               # width, height, width, height
-    boxes = box_convert(sample.boxes, "cxcywh", "xyxy") * scale
+    boxes = in_pixels(sample.boxes, torch.tensor(sample.size))
     found = [{"label": labels["classes"][label], "box": box}
              for label, box in zip(sample.labels.tolist(), boxes.tolist())]
     if sample.attributes is not None:
@@ -594,11 +597,9 @@ CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always save
 
 def read_checkpoint(path) -> dict:
     """What train.py saved: plain values and tensors only, anything else is refused, not run."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; train.py writes last.pt into its --out")
     fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole (the "
            "authors' files: --released)")
-    checkpoint = unit.read_file(path, fix)
+    checkpoint = unit.read_file(unit.fetch(path), fix)
     if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
         raise InputError(f"{path}: lacks model, config, tasks or labels; {fix}")
     return checkpoint
@@ -643,9 +644,8 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
     classes["coco"] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     classes["vqa2"] = lines("vqa2/answers_vqa.txt")
     # VG's ids start at 1; lines are names with aliases behind commas.
-    classes["vg"], attributes = (
-        ["", *(line.split(",")[0] for line in lines(f"vg/{kind}_vocab.txt"))]
-        for kind in ("objects", "attributes"))
+    classes["vg"] = [""] + [line.split(",")[0] for line in lines("vg/objects_vocab.txt")]
+    attributes = [""] + [line.split(",")[0] for line in lines("vg/attributes_vocab.txt")]
     labels = {name: {"classes": x, "attributes": attributes} for name, x in classes.items()}
     name = "released-all" if len(model.tasks) > 1 else "released-coco"
     if not model.config.task_embedding:

@@ -137,7 +137,7 @@ def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, st
             torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
             lr = set_learning_rate(optimizer, iteration, train)
             terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
-            ids = [x for batch in batches for x in batch.ids]
+            ids = sum((batch.ids for batch in batches), [])
             log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
             done = iteration + 1
             last = done == train.iterations
@@ -508,7 +508,7 @@ def gather(pending: list[Record]) -> None:
     for record, *parts in zip(pending, *gathered(mine)):
         for name in record.terms:
             record.terms[name] = sum(terms[name] for terms, _ in parts)
-        record.replaced = [reason for _, reasons in parts for reason in reasons]
+        record.replaced = sum((replaced for _, replaced in parts), [])
 
 
 class Log:
@@ -548,8 +548,9 @@ class Log:
         buffer cuts at 8 KB), so that a kill leaves no half of one."""
         if self.main:
             try:
+                lines = "".join(json.dumps(record) + "\n" for record in records)
                 with open(self.path, "ab", buffering=2**20) as file:
-                    file.write("".join(json.dumps(r) + "\n" for r in records).encode())
+                    file.write(lines.encode())
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, "
                                  "then --resume") from None
