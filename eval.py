@@ -332,9 +332,9 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
     return chosen[0]
 
 
-# ---- Files: results, and what the test servers take ----------------------------------------------
-# The names of files that GLUE's server takes. Its zip has eleven files, of which four are ours (we
-# do not know whether it accepts fewer). VQA's server wants all of test2015 even to score test-dev.
+# ---- Files: results, and predictions for the test servers ----------------------------------------
+# File names that GLUE's server expects. Its zip has eleven files, of which four are ours (we do not
+# know whether it accepts fewer). VQA's server wants all of test2015 even to score test-dev.
 GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
 
 
@@ -596,7 +596,8 @@ CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always save
 
 
 def read_checkpoint(path) -> dict:
-    """What train.py saved: plain values and tensors only, anything else is refused, not run."""
+    """The dict that train.py saved. A file that needs more than tensors and plain values is refused
+    before any of its code runs."""
     fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole (the "
            "authors' files: --released)")
     checkpoint = unit.read_file(unit.fetch(path), fix)
@@ -718,8 +719,7 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 
 # ---- The command line ----------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    p = data.Parser(description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path, number = os.path.expanduser, unit.between(0)
     g = p.add_argument_group("the model (one of the two)")
     g = g.add_mutually_exclusive_group(required=True).add_argument
@@ -730,11 +730,9 @@ def parser() -> argparse.ArgumentParser:
     g("--tasks", type=lambda x: x.split(","), metavar="A,B", help="some of the model's tasks [all]")
     g("--split", choices=["val", "test"], default="val",
       help="test: writes the files for the test servers into OUT/predictions [val]")
-    g("--allow_partial", action="store_true",
-      help="write a test server's file even if samples are missing")
+    g("--allow_partial", action="store_true", help="write them even if samples are missing")
     g("--out", type=path, metavar="DIR", help="folder of all results [that of the model's file]")
-    g("--eval_samples", type=number, default=0, metavar="INT",
-      help="at most so many of each task [0: all]")
+    g("--eval_samples", type=number, default=0, metavar="INT", help="of each task at most [0: all]")
     g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
     g("--micro_batch", type=number, metavar="INT",
       help="samples at a time; 0: one image, or 32 texts [the training's, or 0]")

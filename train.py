@@ -301,7 +301,7 @@ def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
     EIGHT: dict(coco=.20, vg=.07, vqa2=.26, snli_ve=.12, qnli=.10, mnli=.10, qqp=.10, sst2=.05),
     ABLATION: dict(coco=.30, snli_ve=.50, mnli=.20)}
-# "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
+# "COCO init." copies other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
 # The authors' own models of these runs, for --init in place of ours.
@@ -326,7 +326,7 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "T3.3": dict(tasks=EIGHT),
     "T3.4": dict(tasks=EIGHT, shared_decoder=False, **COCO_INIT_4_2),
     "T3.5": dict(tasks=EIGHT, **COCO_INIT_4_2),
-    # Appendix B: eight models fine-tuned against one. How long is not said: 150k is ours.
+    # Appendix B: eight models fine-tuned against one. The number of iterations is ours.
     **{f"T3.6-{t}": dict(tasks=(t,), iterations=150_000, init="T3.5") for t in EIGHT},
     # Table 4: ablations
     "T4.1": dict(tasks=ABLATION),
@@ -419,8 +419,8 @@ def require_finite_weights(model: UniT, iteration: int) -> None:
     """Gradients and losses are checked at each step, but the step itself may overflow, too."""
     for name, value in model.named_parameters():
         if not value.isfinite().all():
-            raise InputError(f"{name} is not finite after iteration {iteration}, not saved; a lower "
-                             "--lr may help")
+            raise InputError(f"{name} is not finite after iteration {iteration}, which is not "
+                             "saved; a lower --lr may help")
 
 
 # ---- Starting from another model (COCO init., Section 4.1) ---------------------------------------
@@ -447,7 +447,7 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
                             f"{named((classes or {}).get(task))}")
             raise InputError(f"{path}: {problem}; leave {part} out of --init_parts, or give the "
                              "data and sizes of its training")
-    # Tasks that are new here have no queries and heads there: that is no mistake.
+    # It is no mistake that tasks which are new here have no queries and heads there.
     lost = [part for part in parts if part not in taken and part not in ("queries", "heads")]
     if lost or not taken:
         raise InputError(f"{path}: none of its weights fit {', '.join(lost or parts or PARTS)}")
@@ -702,7 +702,7 @@ def configs(values: dict) -> tuple[Config, TrainConfig]:
 
 
 def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -> None:
-    """Mistakes that show only in a combination of settings, before anything is written."""
+    """Finds mistakes in combinations of settings, before anything is written."""
     known = [task.name for task in data.TASKS]
     if unknown := {*train.tasks, *config.all_text_states} - set(known):
         raise InputError(f"--tasks or --all_text_states: no task {min(unknown)!r}; there are "
@@ -759,7 +759,7 @@ RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.p
 
 
 def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
-    """The files of a run in `out`. Never replaced unasked: only --tiny's default is scratch."""
+    """The files of a run in `out`. Only those of --tiny's default folder are replaced unasked."""
     found = [out / name for name in RESULT_FILES if (out / name).exists()]
     scratch = args.tiny and not args.out and not args.experiment
     if found and not (scratch or args.overwrite or args.resume):
