@@ -96,7 +96,7 @@ def test_pictures_are_the_same_as_with_pil(tmp_path):
 
 
 def test_operations_by_hand(monkeypatch):
-    """A sentence of 6 tokens behind the task vector, [CLS] alone, 25 queries; 2 for each product."""
+    """A sentence of 6 tokens behind the task vector, [CLS] alone, 25 queries; 2 a product."""
     monkeypatch.setitem(bench.OFFICIAL, "qnli", dict(tokens=6))
     w, ff, d, dff, n, q = 8, 16, 4, 12, 7, 25
     config = unit.Config(bert_width=w, bert_heads=2, bert_ff=ff, bert_layers=3, vocab_size=30_000,

@@ -69,8 +69,8 @@ def test_every_experiment_builds_and_takes_a_step(name, small_tiny_data):
 
 
 def test_an_experiment_as_a_command(tmp_path, small_tiny_data):
-    run("train.py", "--tiny", "--experiment", "TC.1.4", "--data", small_tiny_data, "--out", tmp_path,
-        "--iterations", 3, "--eval_samples", 4)
+    run("train.py", "--tiny", "--experiment", "TC.1.4", "--data", small_tiny_data, "--out",
+        tmp_path, "--iterations", 3, "--eval_samples", 4)
     assert set(results_of(tmp_path)) == set(train.ABLATION)
 
 
