@@ -131,7 +131,7 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------
-PART = ("samples", "of")  # in a task's results beside its metrics, if not all samples were scored
+PART = {"samples", "of"}  # in a task's results beside its metrics, if not all samples were scored
 print_once = functools.cache(print)  # each evaluation of a training meets the same pictures again
 
 
@@ -153,7 +153,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
             require_whole(dataset, total - len(indices))  # before the work
         items, unusable = predict_split(model, dataset, indices, device, micro_batch, num_workers,
                                         precision)
-        if dist.is_initialized() and dist.get_rank() > 0:
+        if processes()[0] > 0:
             continue
         for reason in unusable.values():
             print_once(f"warning: {reason}")
@@ -186,15 +186,14 @@ def require_whole(dataset, lacking: int) -> None:
     """A test server refuses a file that lacks samples, or counts them as wrong."""
     if lacking:
         raise InputError(f"{dataset.path}: {lacking} of its samples are missing ({dataset.missing} "
-                         f"without picture), so the file for {dataset.task.name}'s test server is "
-                         "not written; --allow_partial writes it all the same")
+                         "without picture): no file for the test server, unless --allow_partial")
 
 
 def predict_split(model: UniT, dataset, indices, device, micro_batch: int, num_workers: int,
                   precision: str) -> tuple[list, dict]:
     """An item of `predictions` for each sample that can be used, and {index: reason} of the others.
     Each process predicts its share of the indices and gets what all of them found."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = processes()
     indices = np.array_split(indices, world)[rank]
     batches = data.eval_loader(dataset, indices, micro_batch, num_workers)
     if rank == 0:
@@ -205,12 +204,11 @@ def predict_split(model: UniT, dataset, indices, device, micro_batch: int, num_w
         unusable |= faults
         if batch is not None:
             items += predictions(model, batch, device, precision)
-    if world == 1:
-        return items, unusable
-    shares = [None] * world
-    dist.all_gather_object(shares, (items, unusable))
-    items = [item for share, _ in shares for item in share]
-    return items, {index: reason for _, share in shares for index, reason in share.items()}
+    all_items, all_unusable = [], {}
+    for items, unusable in gathered((items, unusable)):
+        all_items += items
+        all_unusable |= unusable
+    return all_items, all_unusable
 
 
 def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
@@ -222,11 +220,15 @@ def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> l
     for i, found in enumerate(answers):
         hits = (0, 0)
         if batch.attributes is not None:
-            scale = batch.sizes[i].flip(0).repeat(2)                  # width, height, width, height
-            corners = box_convert(batch.boxes[i], "cxcywh", "xyxy") * scale
+            corners = in_pixels(batch.boxes[i], batch.sizes[i])
             hits = attribute_hits(found, corners, batch.labels[i], batch.attributes[i])
         items.append((batch.ids[i], to_rows(found), hits))
     return items
+
+
+def in_pixels(boxes: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Boxes (n, 4) cx, cy, w, h in [0, 1] of a picture of height, width `size` -> corners."""
+    return box_convert(boxes, "cxcywh", "xyxy") * size.flip(0).repeat(2)
 
 
 @torch.no_grad()
@@ -315,24 +317,24 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
     """The task of that name. Without a name, the model's first task with these inputs: for a
     picture and a text VQA (soft scores) if the text is a `question`, else SNLI-VE. A text alone
     does not say which task is meant, unless the model has only one."""
-    fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
+    chosen = fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
     if name is not None:
         chosen = [t for t in fit if t.name == name]
     elif image and text:
         chosen = [t for t in fit if t.soft_scores == question] or fit
-    else:
-        chosen = fit if image or len(fit) == 1 else []
+    elif text and len(fit) > 1:
+        chosen = []
     if not chosen:
         given = "an image and a text" if image and text else "an image" if image else "a text"
         names = ", ".join(t.name for t in fit) or "none"
         raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take "
-                         f"{given} are: {names}; choose one of them")
+                         f"{given} are: {names}")
     return chosen[0]
 
 
-# ---- Files: results, and what the test servers take ----------------------------------------------
-# The names of files that GLUE's server takes. Its zip has eleven files, of which four are ours (we
-# do not know whether it accepts fewer). VQA's server wants all of test2015 even to score test-dev.
+# ---- Files: results, and predictions for the test servers ----------------------------------------
+# File names that GLUE's server expects. Its zip has eleven files, of which four are ours (we do not
+# know whether it accepts fewer). VQA's server wants all of test2015 even to score test-dev.
 GLUE_FILES = {"qnli": "QNLI", "mnli": "MNLI-mm", "qqp": "QQP", "sst2": "SST-2"}
 
 
@@ -356,7 +358,8 @@ def read_log(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines(keepends=True):
         with contextlib.suppress(ValueError):
-            if line.endswith("}\n") and "iteration" in (record := json.loads(line)):
+            record = json.loads(line)
+            if line.endswith("}\n") and "iteration" in record:
                 records.append(record)
     return records
 
@@ -441,13 +444,16 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
 
 def tile(picture: Image.Image, lines: list[tuple[str, str]]) -> Image.Image:
     """A picture, and below it lines (text, colour), wrapped to a tile's width."""
-    wrapped = [(part, colour) for text, colour in lines
-               for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9)]
-    top, step = picture.height + 4, SIZE + 5
-    border = 0, 0, WIDTH - picture.width, 4 + step * len(wrapped)  # left, above, right, below
-    result = ImageOps.expand(picture, border, "white")
+    wrapped = []
+    for text, colour in lines:
+        for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9):
+            wrapped.append((part, colour))
+    step = SIZE + 5
+    result = Image.new("RGB", (WIDTH, picture.height + 8 + step * len(wrapped)), "white")
+    result.paste(picture)
     for i, (part, colour) in enumerate(wrapped):
-        ImageDraw.Draw(result).text((0, top + step * i), part, colour, FONT)
+        place = 0, picture.height + 4 + step * i
+        ImageDraw.Draw(result).text(place, part, colour, FONT)
     return result
 
 
@@ -466,8 +472,7 @@ def save_grid(tiles: list[Image.Image], path) -> None:
 
 def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
     """The boxes of a sample as `predict` returns its own, without scores."""
-    scale = torch.tensor(sample.size).flip(0).repeat(2)               # width, height, width, height
-    boxes = box_convert(sample.boxes, "cxcywh", "xyxy") * scale
+    boxes = in_pixels(sample.boxes, torch.tensor(sample.size))
     found = [{"label": labels["classes"][label], "box": box}
              for label, box in zip(sample.labels.tolist(), boxes.tolist())]
     if sample.attributes is not None:
@@ -482,23 +487,23 @@ def show_sample(model: UniT, dataset, index: int, device) -> list[Image.Image]:
     task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
     labels = {"classes": names, "attributes": dataset.attribute_names}
     answers = answers_to(model, task, sample, labels, device)
-    picture, lines = Image.new("RGB", (WIDTH, 1), "white"), [(task.name, "#808080")]
+    picture, scale = Image.new("RGB", (WIDTH, 1), "white"), 1
     if task.image:  # boxes are in the pixels of this size
         picture = to_picture(dataset.picture(index)).resize(sample.size[::-1])
+        scale = WIDTH / picture.width
     if task.kind == "detection":
         shown = {"prediction": [a for a in answers if a["score"] >= 0.5]}
         if sample.boxes is not None:
             shown["truth"] = true_boxes(sample, labels)
-        return [tile(draw_boxes(picture, things, WIDTH / picture.width),
-                     [(f"{task.name}, {name}", "#808080")]) for name, things in shown.items()]
-    if task.image:
-        picture = draw_boxes(picture, [], WIDTH / picture.width)
+        return [tile(draw_boxes(picture, things, scale), [(f"{task.name}, {whose}", "#808080")])
+                for whose, things in shown.items()]
+    lines = [(task.name, "#808080")]
     lines += [(f'"{text}"', "black") for text in dataset.texts(index)]
-    answer, scores = answers[0]["label"], sample.scores
-    line = f"prediction: {answer}", "#1b7f3b"
+    answer, colour, scores = answers[0]["label"], "#1b7f3b", sample.scores
+    line = f"prediction: {answer}"
     if scores is not None and scores[names.index(answer)] < 0.5:
-        line = f"prediction: {answer}  (truth: {names[scores.argmax()]})", "#c62828"
-    return [tile(picture, [*lines, line])]
+        line, colour = f"{line}  (truth: {names[scores.argmax()]})", "#c62828"
+    return [tile(draw_boxes(picture, [], scale), [*lines, (line, colour)])]
 
 
 def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
@@ -529,18 +534,17 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
     iterations, values = np.concatenate(list(metrics.values())).T
     low, high = min(90, values.min() // 10 * 10), min(100, values.max() // 10 * 10 + 10)
     last = int(iterations.max())
-
-    def at(iteration, value):
-        return (np.interp(iteration, (0, last), (left, right)),
-                np.interp(value, (low, high), (bottom, top)))
-    for value in (low, (low + high) / 2, high):
-        draw.line((at(0, value), at(last, value)), "#cccccc")
-        draw.text((left - 5, at(0, value)[1]), f"{value:g}", "black", FONT, "rm")
+    for value in (low, high):
+        y = np.interp(value, (low, high), (bottom, top))
+        draw.line((left, y, right, y), "#cccccc")
+        draw.text((left - 5, y), f"{value:g}", "black", FONT, "rm")
     draw.text((right, bottom + 5), f"{last:,} iterations", "black", FONT, "ra")
     for points, colour in zip(metrics.values(), COLOURS):
-        points = [at(*point) for point in points]
-        draw.line(points, colour, 2, joint="curve")
-        for point in points:
+        x, y = np.array(points).T
+        x = np.interp(x, (0, last), (left, right))
+        y = np.interp(y, (low, high), (bottom, top))
+        draw.line([*zip(x, y)], colour, 2, joint="curve")
+        for point in zip(x, y):
             draw.circle(point, 2, colour)
     return tile(plot, [(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)])
 
@@ -560,7 +564,21 @@ def start_processes() -> tuple[int, int, torch.device]:
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, device
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    return *processes(), device
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gathered(value) -> list:
+    """`value` of each process, in the order of their ranks; waits for all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -578,12 +596,11 @@ CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always save
 
 
 def read_checkpoint(path) -> dict:
-    """What train.py saved: plain values and tensors only, anything else is refused, not run."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; train.py writes last.pt into its --out")
-    fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole; the "
-           "authors' files go to --released")
-    checkpoint = unit.read_file(path, fix)
+    """The dict that train.py saved. A file that needs more than tensors and plain values is refused
+    before any of its code runs."""
+    fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole (the "
+           "authors' files: --released)")
+    checkpoint = unit.read_file(unit.fetch(path), fix)
     if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
         raise InputError(f"{path}: lacks model, config, tasks or labels; {fix}")
     return checkpoint
@@ -596,9 +613,8 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
         model = UniT(Config(**checkpoint["config"]), [Task(**t) for t in checkpoint["tasks"]])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, RuntimeError) as e:  # TypeError: settings unknown to this version
-        raise InputError(f"{path}: weights or settings do not fit this version "
-                         f"({textwrap.shorten(str(e), 200)}); use the code that it was trained "
-                         "with") from None
+        raise InputError(f"{path}: weights or settings do not fit this version; use the code of "
+                         f"its training ({textwrap.shorten(str(e), 200)})") from None
     return model.eval(), checkpoint
 
 
@@ -617,22 +633,24 @@ def starting_weights(path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]
 
 
 def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
-    """The authors' model, what `predict` needs beside it, and its row of RELEASED. Their files hold
-    no names: these come from `folder`; numbers stand in for what is not there."""
+    """The authors' model, a dict of what `predict` needs beside it, and its row of RELEASED. Their
+    files hold no names: these come from `folder`; numbers replace those that are not there."""
     def lines(name):
         file = folder / name
         return data.read_lines(file) if file.exists() else [str(n) for n in range(1, 3130)]
 
-    def vg(name):  # ids start at 1; lines are names with aliases behind commas
-        return ["", *(line.split(",")[0] for line in lines(f"vg/{name}_vocab.txt"))]
     model = unit.load_released(path)
-    classes = {t.name: t.dataset.class_names for t in data.TASKS} | {
-        # torchvision knows COCO's names by category id.
-        "coco": FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"],
-        "vqa2": lines("vqa2/answers_vqa.txt"), "vg": vg("objects")}
-    labels = {name: {"classes": x, "attributes": vg("attributes")} for name, x in classes.items()}
-    name = "released-" + ("all" if len(model.tasks) > 1 else "coco")
-    name += "" if model.config.task_embedding else "-no-task"
+    classes = {t.name: t.dataset.class_names for t in data.TASKS}
+    # torchvision knows COCO's names by category id.
+    classes["coco"] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    classes["vqa2"] = lines("vqa2/answers_vqa.txt")
+    # VG's ids start at 1; lines are names with aliases behind commas.
+    classes["vg"] = [""] + [line.split(",")[0] for line in lines("vg/objects_vocab.txt")]
+    attributes = [""] + [line.split(",")[0] for line in lines("vg/attributes_vocab.txt")]
+    labels = {name: {"classes": x, "attributes": attributes} for name, x in classes.items()}
+    name = "released-all" if len(model.tasks) > 1 else "released-coco"
+    if not model.config.task_embedding:
+        name += "-no-task"
     return model, {"labels": labels, "vocab": folder / "bert" / "vocab.txt"}, name
 
 
@@ -701,8 +719,7 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 
 # ---- The command line ----------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    p = data.Parser(description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path, number = os.path.expanduser, unit.between(0)
     g = p.add_argument_group("the model (one of the two)")
     g = g.add_mutually_exclusive_group(required=True).add_argument
@@ -713,11 +730,9 @@ def parser() -> argparse.ArgumentParser:
     g("--tasks", type=lambda x: x.split(","), metavar="A,B", help="some of the model's tasks [all]")
     g("--split", choices=["val", "test"], default="val",
       help="test: writes the files for the test servers into OUT/predictions [val]")
-    g("--allow_partial", action="store_true",
-      help="write a test server's file even if samples are missing")
+    g("--allow_partial", action="store_true", help="write them even if samples are missing")
     g("--out", type=path, metavar="DIR", help="folder of all results [that of the model's file]")
-    g("--eval_samples", type=number, default=0, metavar="INT",
-      help="at most so many of each task [0: all]")
+    g("--eval_samples", type=number, default=0, metavar="INT", help="of each task at most [0: all]")
     g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
     g("--micro_batch", type=number, metavar="INT",
       help="samples at a time; 0: one image, or 32 texts [the training's, or 0]")
@@ -770,8 +785,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--question is about a picture: give --image, too")
     if "" in one_input or (args.text_pair and not args.text):
         # An empty one would silently evaluate whole data sets.
-        raise InputError("--image, --question, --text and --text_pair must not be empty, and "
-                         "--text_pair goes with --text")
+        raise InputError("--image, --question, --text or --text_pair is empty, or --text_pair "
+                         "comes without --text")
     file = Path(args.checkpoint or args.released)
     if args.released:
         folder, trained = Path(args.data or "data"), {}
@@ -793,9 +808,7 @@ def run(args: argparse.Namespace) -> None:
     tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
     datasets = load_datasets(model, labels, tasks, args.split, folder)
-    micro_batch = args.micro_batch
-    if micro_batch is None:
-        micro_batch = trained.get("micro_batch", 0)
+    micro_batch = trained.get("micro_batch", 0) if args.micro_batch is None else args.micro_batch
     results = evaluate(model, datasets, device, micro_batch, args.num_workers, args.eval_samples,
                        args.precision, out, args.allow_partial)
     if rank > 0:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import data
 import eval as evaluation
 import unit
+from eval import gathered, processes
 from unit import Batch, Config, InputError, UniT, option, written
 
 
@@ -48,23 +49,20 @@ class TrainConfig:
     tasks: tuple[str, ...] = option(EIGHT, "data sets (Section 4.2)")
     iterations: int = option(500_000, "iterations (Section 4.2)")
     batch_size: int = option(64, "samples per iteration, over all processes (Table A.1)")
-    micro_batch: int = option(0, "samples a process holds at a time, in evaluation as well; "
-                                 "0: one image (the paper's way), or all texts")
+    micro_batch: int = option(0, "samples a process holds at a time; 0: one image, or all texts")
     seed: int = option(0, "seed of weights, sampling, augmentation and dropout", most=2**63 - 1)
     precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16",
                             choices=tuple(evaluation.PRECISIONS))
-    augment: str = option("full", "of detection's pictures in training: full (flips, scales and "
-                                  "crops, Section 3.5), flip or none",
-                          choices=("full", "flip", "none"))
+    augment: str = option("full", "of detection's training pictures: full (flips, scales, crops; "
+                                  "Section 3.5), flip or none", choices=("full", "flip", "none"))
     num_workers: int = option(4, "data workers per process", least=0)
     threads: int = option(0, "threads of a process on the CPU; 0: as PyTorch chooses")
     log_every: int = option(50, "iterations per line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(10_000, "iterations between evaluations (released config); 0: "
-                                     "evaluate only at the end", least=0)
+    eval_every: int = option(10_000, "iterations between evaluations (released config); 0: only at "
+                                     "the end", least=0)
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
-    pretrained: bool = option(True, "start from the published BERT (Section 3.2) and backbone "
-                                    "(Section 3.1; of small there is none)")
+    pretrained: bool = option(True, "start from published BERT and backbone (Sections 3.1, 3.2)")
     imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
     init: str = option("", "checkpoint, or file of the authors', to start from (Section 4.1)")
     init_parts: tuple[str, ...] = option((), f"of it: {', '.join(PARTS)}; none given: all",
@@ -81,16 +79,229 @@ class TrainConfig:
     update_unused: bool = option(False, "update what the task did not reach, too (footnote 2)")
 
 
-# What may differ when a run goes on. Of these only micro_batch touches the weights that come out:
-# by padding, and by the order of dropout's draws.
+# These may differ when a run goes on. Only micro_batch changes the weights: by padding, and by the
+# order in which dropout draws.
 FREE_ON_RESUME = {"data", "num_workers", "threads", "log_every", "save_every", "eval_every",
                   "eval_samples", "micro_batch"}
+
+
+# ---- The loop (Section 3.5) ----------------------------------------------------------------------
+class Step(nn.Module):
+    """Forward and loss in one module: DistributedDataParallel must see everything that is used."""
+
+    def __init__(self, model: UniT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, batch_size: int, num_boxes: float) -> dict[str, Tensor]:
+        return self.model.losses(self.model(batch), batch, batch_size, num_boxes)
+
+
+def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, state) -> dict:
+    """Trains from `state` (a checkpoint, or None) to the end -> the last results. `extras`, labels
+    and vocabulary, go into each checkpoint."""
+    start = state["iteration"] if state else 0
+    rank, world_size = processes()
+    device = next(model.parameters()).device
+    step, optimizer, scaler = set_up(model, train, state, device)
+    stream = data.train_loader(datasets, make_schedule(datasets, train), start, rank, world_size,
+                               train.micro_batch, train.num_workers)
+    log, signals, torchrun = Log(out, train, start), note_signals(), os.getppid()
+
+    def keep(iteration):
+        log.flush()  # first: what is not finite must not reach a checkpoint
+        require_finite_weights(model, iteration)
+        if rank == 0:
+            save(out, model, optimizer, scaler, iteration, train, extras)
+        log.saved = iteration
+
+    def score():
+        results = evaluation.evaluate(model, held_out, device, train.micro_batch,
+                                      train.num_workers, train.eval_samples, train.precision, out)
+        log.add_results(results)
+        return results
+
+    gc.freeze()  # or the first full collection copies 75 MB that the data workers share
+    model.train()
+    with contextlib.closing(stream):  # its workers would wait half a minute for more
+        for iteration in range(start, train.iterations):
+            batches, replaced, problem = fetch(stream)
+            problem = problem or log.too_many_unusable()
+            boxes = sum(len(x) for batch in batches for x in batch.labels or [])
+            orphan = world_size > 1 and os.getppid() != torchrun  # a signal has ended it
+            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem or orphan))
+            if stopping:  # all processes, before the same iteration
+                keep(iteration)
+                leave(out, iteration, signals, problem)
+            # This alone determines dropout, so checkpoints need not store generator states.
+            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
+            lr = set_learning_rate(optimizer, iteration, train)
+            terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
+            ids = sum((batch.ids for batch in batches), [])
+            log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
+            done = iteration + 1
+            last = done == train.iterations
+            scoring = train.eval_every and done % train.eval_every == 0
+            if done % train.log_every == 0:
+                log.flush()
+            if last or scoring or done % train.save_every == 0:
+                keep(done)  # before the evaluation: a job's time may end in one
+            if scoring and not last:
+                score()
+    return score()
+
+
+def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
+    """The step, for all processes, and optimiser and loss scaler as `state` left them."""
+    optimizer = make_optimizer(model, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        state.clear()  # model and optimiser have copies: this frees 2.4 GB in each process
+    step = Step(model)
+    if dist.is_initialized():
+        step = nn.parallel.DistributedDataParallel(
+            step, find_unused_parameters=True, forward_sync_buffers=False,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+            device_ids=[device] if device.type == "cuda" else None)
+    return step, optimizer, scaler
+
+
+def fetch(stream) -> tuple[list[Batch], list[str], str]:
+    """The next iteration's micro-batches, and why pictures were replaced by others; or the problem,
+    as text: the exception itself would keep the data workers alive."""
+    try:
+        return *next(stream), ""
+    except InputError as error:
+        return [], [], str(error)
+
+
+def leave(out: Path, iteration: int, signals: list[int], problem: str) -> None:
+    barrier()  # until it is saved: torchrun kills all once one has left
+    print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
+    if problem:
+        raise InputError(problem)
+    sys.exit(128 + signals[0] if signals else 1)
+
+
+def update(step, optimizer, scaler, batches, train, num_boxes):
+    """One update from this process's micro-batches -> its shares of the loss terms, {name: value};
+    the gradient's norm before clipping; that of each parameter, by name."""
+    terms = backward(step, scaler, batches, train, num_boxes)
+    scaler.unscale_(optimizer)
+    if train.update_unused:
+        for p in step.parameters():  # Appendix A's worse strategy: zeros where no task reached
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+    reached = {}
+    for group in optimizer.param_groups:
+        for name, p in zip(group["param_names"], group["params"]):
+            if p.grad is not None:
+                reached[name] = p
+    # As clip_grad_norm_ does it, which does not return the norm of each.
+    norms = torch._foreach_norm([p.grad for p in reached.values()])
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(reached.values(), train.clip, norm)
+    # A step that is not finite is not taken: the fused AdamW skips it on the device, so nobody
+    # waits for the norm. `Log.flush` ends the run. (In fp16 the scaler sets its own found_inf.)
+    optimizer.found_inf = (~norm.isfinite()).float()
+    # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW
+    # leaves them and their momentum alone.
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return terms, norm, dict(zip(reached, norms))
+
+
+def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
+    """The gradient of this process's micro-batches -> its shares of the loss terms."""
+    _, world_size = processes()
+    device, dtype = next((p.device, p.dtype) for p in step.parameters())
+    totals: dict[str, Tensor] = {}
+    for k, batch in enumerate(batches):
+        wait = k < len(batches) - 1 and world_size > 1
+        with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once per iteration
+            with evaluation.autocast(device, train.precision):
+                terms = step(batch.to(device, dtype), train.batch_size, num_boxes)
+            # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
+            scaler.scale(sum(terms.values()) * world_size).backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    return totals
+
+
+def barrier() -> None:
+    """All processes wait until all are here."""
+    gathered(None)
+
+
+def sum_over_processes(*numbers: float) -> list[float]:
+    return [sum(values) for values in zip(*gathered(numbers))]
+
+
+def note_signals() -> list[int]:
+    """Returns a list to which signals that end a run are appended: the iteration is finished first.
+    SIGHUP stays ignored if nohup ignores it."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
+    for number in data.STOPPING:
+        # A script's `&` has SIGINT ignored: it comes only if somebody means it.
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+    return noted
+
+
+# ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
+def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
+
+    PyTorch's AdamW adds eps after the bias correction, the released code's before. Gradients
+    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6."""
+    backbone, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (backbone if "backbone" in name else others).append((name, p))
+    groups = []
+    for parameters, lr in ((others, train.lr), (backbone, train.lr_backbone)):
+        if parameters:
+            groups.append({"params": parameters, "base_lr": lr})
+    if not groups:
+        raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.999), eps=1e-8,
+                             weight_decay=train.weight_decay, fused=True)
+
+
+def lr_factor(iteration: int, train: TrainConfig) -> float:
+    """Warm-up cosine (Section 3.5): up in `warmup` iterations, then down towards zero."""
+    if iteration < train.warmup:
+        return (iteration + 1) / train.warmup
+    done = (iteration - train.warmup) / (train.iterations - train.warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> float:
+    factor = lr_factor(iteration, train)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return train.lr * factor
+
+
+def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
+    chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
+    sizes = {task: len(datasets[task]) for task in train.tasks}
+    return data.Schedule(sizes, chances, train.batch_size, train.iterations, train.seed,
+                         round(train.coco_first * train.iterations))
+
 
 # ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
     EIGHT: dict(coco=.20, vg=.07, vqa2=.26, snli_ve=.12, qnli=.10, mnli=.10, qqp=.10, sst2=.05),
     ABLATION: dict(coco=.30, snli_ve=.50, mnli=.20)}
-# "COCO init." takes other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
+# "COCO init." copies other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
 # The authors' own models of these runs, for --init in place of ours.
@@ -115,7 +326,7 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "T3.3": dict(tasks=EIGHT),
     "T3.4": dict(tasks=EIGHT, shared_decoder=False, **COCO_INIT_4_2),
     "T3.5": dict(tasks=EIGHT, **COCO_INIT_4_2),
-    # Appendix B: eight models fine-tuned against one. How long is not said: 150k is ours.
+    # Appendix B: eight models fine-tuned against one. The number of iterations is ours.
     **{f"T3.6-{t}": dict(tasks=(t,), iterations=150_000, init="T3.5") for t in EIGHT},
     # Table 4: ablations
     "T4.1": dict(tasks=ABLATION),
@@ -160,7 +371,7 @@ TINY = dict(  # --tiny: same model and losses in other sizes, for 32-pixel pictu
     threads=1,       # a second one costs such small matrices more than it brings
     num_workers=1, log_every=250, save_every=1000, eval_every=1350)
 # Under --tiny these settings of an experiment keep their ratio to the paper's default.
-SCALED = ("encoder_width", "decoder_width", "decoder_layers", "num_queries", "lr", "batch_size")
+SCALED = {"encoder_width", "decoder_width", "decoder_layers", "num_queries", "lr", "batch_size"}
 
 
 def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
@@ -171,91 +382,18 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(line.get(t, 0.1) for t in tasks)  # 0.1: a ninth task
 
 
-# ---- Processes -----------------------------------------------------------------------------------
-def processes() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(*numbers: float) -> list[float]:
-    total = torch.tensor(numbers, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
-
-
-def barrier() -> None:
-    """All processes wait until all are here."""
-    sum_over_processes(0)
-
-
-def note_signals() -> list[int]:
-    """Returns a list to which signals that end a run are appended: the iteration is finished first.
-    SIGHUP stays ignored where it is: by nohup."""
-    noted = []
-
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
-    for number in data.STOPPING:
-        # A script's `&` has SIGINT ignored: it comes only if somebody means it.
-        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
-    return noted
-
-
-# ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
-def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
-
-    PyTorch's AdamW adds eps after the bias correction, the released code's before. Gradients
-    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6."""
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
-    groups = [{"params": [x for x in trained if ("backbone" in x[0]) == backbone], "base_lr": lr}
-              for backbone, lr in ((False, train.lr), (True, train.lr_backbone))]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=(0.9, 0.999),
-                             eps=1e-8, weight_decay=train.weight_decay, fused=True)
-
-
-def lr_factor(iteration: int, train: TrainConfig) -> float:
-    """Warm-up cosine (Section 3.5): up in `warmup` iterations, then down towards zero."""
-    if iteration < train.warmup:
-        return (iteration + 1) / train.warmup
-    done = (iteration - train.warmup) / (train.iterations - train.warmup)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> float:
-    factor = lr_factor(iteration, train)
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return train.lr * factor
-
-
-class Step(nn.Module):
-    """Forward and loss in one module: DistributedDataParallel must see everything that is used."""
-
-    def __init__(self, model: UniT):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch, batch_size: int, num_boxes: float) -> dict[str, Tensor]:
-        return self.model.losses(self.model(batch), batch, batch_size, num_boxes)
-
-
 # ---- Checkpoints ---------------------------------------------------------------------------------
-def save(out: Path, model, optimizer, scaler, iteration, train, names) -> None:
+def save(out: Path, model, optimizer, scaler, iteration, train, extras) -> None:
     """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`.
     Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
+    tasks = []
+    for task in model.tasks.values():
+        tasks.append({key: value for key, value in vars(task).items() if key != "dataset"})
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict(), "iteration": iteration,
-             "config": asdict(model.config), "train": asdict(train),
-             "tasks": [{k: v for k, v in vars(t).items() if k != "dataset"}
-                       for t in model.tasks.values()]}
+             "scaler": scaler.state_dict(), "iteration": iteration, "tasks": tasks,
+             "config": asdict(model.config), "train": asdict(train), **extras}
     with data.whole_file(out / "last.pt", "wb") as file:
-        torch.save(state | names, file)
+        torch.save(state, file)
         if (out / "last.pt").exists():
             file.flush()
             os.fsync(file.fileno())  # the new one is on the disk before the old one moves
@@ -264,7 +402,9 @@ def save(out: Path, model, optimizer, scaler, iteration, train, names) -> None:
 
 def load_newest(out: Path) -> dict:
     """The newest whole checkpoint under `out`: last.pt, or previous.pt if a crash tore that one."""
-    for path in filter(Path.exists, (out / "last.pt", out / "previous.pt")):
+    for path in (out / "last.pt", out / "previous.pt"):
+        if not path.exists():
+            continue
         try:
             state = evaluation.read_checkpoint(path)
             if lost := {"optimizer", "scaler", "iteration", "train"} - set(state):
@@ -272,37 +412,56 @@ def load_newest(out: Path) -> dict:
             return state
         except InputError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
-    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt; give the "
-                     "--out (or --tiny, --experiment) of the run")
+    raise InputError(f"{out}: nothing to resume: no whole last.pt or previous.pt; check --out")
 
 
 def require_finite_weights(model: UniT, iteration: int) -> None:
-    """Gradients and losses are watched at each step; the step itself may overflow, too."""
+    """Gradients and losses are checked at each step, but the step itself may overflow, too."""
     for name, value in model.named_parameters():
         if not value.isfinite().all():
             raise InputError(f"{name} is not finite after iteration {iteration}, which is not "
                              "saved; a lower --lr may help")
 
 
+# ---- Starting from another model (COCO init., Section 4.1) ---------------------------------------
+def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
+                    classes: dict[str, list[str]] | None = None) -> str:
+    """Copies what fits by name and shape from a checkpoint of train.py, or from a file of the
+    authors', and leaves the rest as it is -> a report. `parts`: copies only these; it is then an
+    error if nothing of one fits, or if a head has other classes there than here (`classes`)."""
+    theirs, their_classes, origin = evaluation.starting_weights(path)
+    ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
+    wanted = [name for name in ours if not parts or part_of(name) in parts]
+    for name in wanted:
+        source = source_of(name, theirs, as_released)
+        if source in theirs and theirs[source].shape == ours[name].shape:
+            sources[name] = source
+        elif source in theirs:
+            misfits[name] = f"{name} {tuple(theirs[source].shape)} for {tuple(ours[name].shape)}"
+    taken = {part_of(name) for name in sources if ours[name].dim() > 1}  # a bias alone is no part
+    for name, problem in misfits.items():
+        part, task = part_of(name), name.split(".")[1]
+        if part in parts and (part == "heads" or part not in taken):
+            if part == "heads":
+                problem += (f": classes {named(their_classes.get(task))}, but here "
+                            f"{named((classes or {}).get(task))}")
+            raise InputError(f"{path}: {problem}; leave {part} out of --init_parts, or give the "
+                             "data and sizes of its training")
+    # It is no mistake that tasks which are new here have no queries and heads there.
+    lost = [part for part in parts if part not in taken and part not in ("queries", "heads")]
+    if lost or not taken:
+        raise InputError(f"{path}: none of its weights fit {', '.join(lost or parts or PARTS)}")
+    for name, source in sources.items():
+        ours[name].copy_(theirs[source])
+    examples = textwrap.shorten("; ".join(misfits.values()), 200) or "none"
+    left = by_module(name for name in wanted if name not in sources)
+    dropped = by_module(key for key in theirs if key not in sources.values())
+    return (f"init {path}, {origin}: tensors taken: {by_module(sources)}; left as they were: {left}"
+            f" (of another shape: {examples}); dropped: {dropped}")
+
+
 def part_of(name: str) -> str:
     return next((part for part in PARTS if name.startswith(part)), "others")
-
-
-def fetch_weights(config: Config, train: TrainConfig) -> None:
-    """Downloads the files that `build` will read and that are absent, in one process while the
-    others wait. `build` reports what could not be had."""
-    tasks = [task for task in data.TASKS if task.name in train.tasks]
-    bert, backbone = unit.pretrained_files(Path(train.data), train.imagenet_backbone)
-    files = []
-    if train.pretrained and any(task.text for task in tasks):
-        files += [bert.with_name("vocab.txt"), bert]
-    if train.pretrained and config.backbone == "resnet50" and any(task.image for task in tasks):
-        files.append(backbone)
-    if train.init:
-        files.append(Path(train.init))
-    for path in files:
-        with contextlib.suppress(unit.MissingFile):
-            unit.fetch(path)
 
 
 def source_of(name: str, theirs: dict[str, Tensor], as_released: bool) -> str:
@@ -322,83 +481,38 @@ def by_module(names) -> str:
     return ", ".join(f"{module} {count}" for module, count in counts.items()) or "none"
 
 
-def classes_of(task: str, tensors: dict[str, Tensor], names: list[str]) -> str:
-    """The classes of a task's head, with their names if those are known."""
-    class_head, linear = (f"heads.{task}.{name}.bias" for name in ("class_head", "linear1"))
-    number = len(tensors[linear]) if linear in tensors else len(tensors[class_head]) - 1
-    names = textwrap.shorten(", ".join(filter(None, names)), 60, placeholder=" ...")
-    return f"{number} classes ({names or 'names unknown'})"
-
-
-def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
-                    classes: dict[str, list[str]] | None = None) -> str:
-    """Takes from a checkpoint of train.py, or from a file of the authors', what fits by name and
-    shape, and leaves the rest as it is -> what it did, in words. `parts`: of these; it is then
-    an error if nothing of one fits, or if a head has other classes there than here (`classes`)."""
-    theirs, their_classes, origin = evaluation.starting_weights(path)
-    ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
-    wanted = [name for name in ours if not parts or part_of(name) in parts]
-    for name in wanted:
-        source = source_of(name, theirs, as_released)
-        if source in theirs and theirs[source].shape == ours[name].shape:
-            sources[name] = source
-        elif source in theirs:
-            misfits[name] = f"{name} {tuple(theirs[source].shape)} for {tuple(ours[name].shape)}"
-    taken = {part_of(name) for name in sources if ours[name].dim() > 1}  # a bias alone is no part
-    for name, problem in misfits.items():
-        part, task = part_of(name), name.split(".")[1]
-        if part in parts and part == "heads":
-            problem += (f": {classes_of(task, theirs, their_classes.get(task, []))}, but here "
-                        f"{classes_of(task, ours, (classes or {}).get(task, []))}")
-        if part in parts and (part == "heads" or part not in taken):
-            raise InputError(f"{path}: {problem}; leave {part} out of --init_parts, and it starts "
-                             "anew, or give the data and sizes of its training")
-    # Tasks that are new here have no queries and heads there: that is no mistake.
-    lost = [part for part in parts if part not in taken and part not in ("queries", "heads")]
-    if lost or not taken:
-        raise InputError(f"{path}: none of its weights fit {', '.join(lost or parts or PARTS)}")
-    unit.copy_weights({name: ours[name] for name in sources},
-                      {source: theirs[source] for source in sources.values()}, path, "", sources)
-    examples = textwrap.shorten("; ".join(misfits.values()), 200, placeholder=" ...")
-    left = by_module(name for name in wanted if name not in sources)
-    dropped = by_module(key for key in theirs if key not in sources.values())
-    return (f"init {path}, {origin}: tensors taken: {by_module(sources)}; left as they were: {left}"
-            f" (of another shape: {examples or 'none'}); dropped: {dropped}")
+def named(classes: list[str] | None) -> str:
+    return textwrap.shorten(", ".join(filter(None, classes or [])), 60) or "without names"
 
 
 # ---- The log -------------------------------------------------------------------------------------
 @dataclass
 class Record:
-    """What an iteration leaves for the log."""
+    """One iteration until it is logged. Tensors stay on the device: nothing waits for them."""
 
     task: str
     ids: list                 # of this process's samples
     lr: float
-    terms: dict[str, Tensor]  # this process's shares of the loss terms
+    terms: dict[str, Tensor]  # this process's shares of the loss terms; after `gather` their sums
     norm: Tensor              # of the gradient before clipping
     norms: dict[str, Tensor]  # the same of each parameter that the task reached
     replaced: list[str]       # why pictures of this process were replaced by others
 
 
 def gather(pending: list[Record]) -> None:
-    """Sums the processes' shares of loss terms, which become numbers, and joins their reports."""
-    shares = {(n, name): value.double() for n, record in enumerate(pending)
-              for name, value in record.terms.items()}
-    reports = [record.replaced for record in pending]
-    values = torch.stack([*shares.values()]).tolist()  # waits for the device, once
-    *sums, number = sum_over_processes(*values, sum(map(len, reports)))
-    for (n, name), value in zip(shares, sums):
-        pending[n].terms[name] = value
-    if number and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, reports)
-        for record, by_process in zip(pending, zip(*parts)):
-            record.replaced = [reason for part in by_process for reason in part]
+    """Sums the processes' shares of loss terms, now numbers, and joins their `replaced`."""
+    mine = []
+    for record in pending:
+        terms = {name: float(value) for name, value in record.terms.items()}  # waits for the device
+        mine.append((terms, record.replaced))
+    for record, *parts in zip(pending, *gathered(mine)):
+        for name in record.terms:
+            record.terms[name] = sum(terms[name] for terms, _ in parts)
+        record.replaced = sum((replaced for _, replaced in parts), [])
 
 
 class Log:
     """A JSON object a line in log.jsonl for each iteration, a line on the screen every `log_every`.
-    Tensors stay on the device until `flush`: most iterations need not wait for them.
 
     | key                         | meaning                                                       |
     |-----------------------------|---------------------------------------------------------------|
@@ -414,31 +528,32 @@ class Log:
     | `unusable`                  | pictures met for the first time that cannot be used, and why  |
     | `results`                   | of an evaluation, beside `iteration`: percent by task, metric |
 
-    Numbers that are not finite are written as null."""
+    Numbers that are not finite are written as null, since JSON has no NaN."""
 
-    def __init__(self, out: Path, train: TrainConfig, start: int, main: bool):
-        self.path, self.train, self.main = out / "log.jsonl", train, main
-        self.done, self.since, self.saved = start, time.perf_counter(), start
+    def __init__(self, out: Path, train: TrainConfig, start: int):
+        self.path, self.train, self.main = out / "log.jsonl", train, processes()[0] == 0
+        self.done, self.saved, self.since = start, start, time.perf_counter()
         self.pending: list[Record] = []
         self.faults_in_a_row = 0
         self.met, self.unusable = Counter(), defaultdict(list)  # {task: samples}, {task: reasons}
         before = [x for x in evaluation.read_log(self.path) if x["iteration"] <= start]
         for record in before:
             self.count(record.get("task"), record.get("unusable", []))
-        if main:
+        if self.main:
             with data.whole_file(self.path) as file:  # killed here, the log stays as it was
                 file.writelines(json.dumps(x) + "\n" for x in before)
 
     def write(self, records: list[dict], line: str) -> None:
-        """Records, and a line for the screen. All go to the system in one call (the usual buffer
-        cuts at 8 KB): a kill leaves no half of one."""
+        """Records, and a line for the screen. One call of the system writes all records (the usual
+        buffer cuts at 8 KB), so that a kill leaves no half of one."""
         if self.main:
             try:
+                lines = "".join(json.dumps(record) + "\n" for record in records)
                 with open(self.path, "ab", buffering=2**20) as file:
-                    file.write("".join(json.dumps(r) + "\n" for r in records).encode())
+                    file.write(lines.encode())
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be written ({error.strerror}); make room, "
-                                 "go on with --resume") from None
+                                 "then --resume") from None
         print(f"{self.done:>7}/{self.train.iterations}  {line}", flush=True)
         self.since = time.perf_counter()
 
@@ -448,13 +563,14 @@ class Log:
         if not pending:
             return
         gather(pending)
-        seconds = (time.perf_counter() - self.since) / len(pending)  # that an iteration took
+        seconds = (time.perf_counter() - self.since) / len(pending)  # of an iteration
         first, self.done = self.done + 1, self.done + len(pending)
-        pace = {"samples_per_second": round(self.train.batch_size / seconds, 2),
-                "eta": round((self.train.iterations - self.done) * seconds)}
+        speed = round(self.train.batch_size / seconds, 2)
+        eta = round((self.train.iterations - self.done) * seconds)
+        pace = {"samples_per_second": speed, "eta": eta}
         records = [self.entry(number, x) | pace for number, x in enumerate(pending, first)]
-        self.write(records, f"{summary(pending)}  {pace['samples_per_second']:.1f} samples/s  "
-                   f"ETA {timedelta(seconds=pace['eta'])}")
+        self.write(records, f"{summary(pending)}  {speed:.1f} samples/s  "
+                            f"ETA {timedelta(seconds=eta)}")
         for number, record in enumerate(pending, first):
             self.require_finite(number, record)
 
@@ -462,12 +578,11 @@ class Log:
         """An iteration's line of log.jsonl."""
         numbers = {"loss": sum(record.terms.values()), **record.terms, "lr": record.lr,
                    "grad_norm": record.norm.item()}
-        # JSON has no NaN: null.
-        numbers = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
+        numbers = {key: x if math.isfinite(x) else None for key, x in numbers.items()}
         entry = {"iteration": number, "task": record.task, **numbers}
         if new := self.count(record.task, record.replaced):
             entry["unusable"] = new
-            print(*(f"left out: {reason}" for reason in new), sep="\n")
+            print("\n".join(f"left out: {reason}" for reason in new))
         return entry
 
     def count(self, task: str, reasons: list[str]) -> list[str]:
@@ -516,146 +631,6 @@ def summary(pending: list[Record]) -> str:
     return f"{means}  lr {pending[-1].lr:.2e}" + (f"  skipped {skipped}" if skipped else "")
 
 
-# ---- The loop (Section 3.5) ----------------------------------------------------------------------
-def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
-    """The gradient of this process's micro-batches -> its shares of the loss terms."""
-    _, world_size = processes()
-    device, dtype = next((p.device, p.dtype) for p in step.parameters())
-    totals: dict[str, Tensor] = {}
-    for k, batch in enumerate(batches):
-        wait = k < len(batches) - 1 and world_size > 1
-        with step.no_sync() if wait else contextlib.nullcontext():  # synchronise once per iteration
-            with evaluation.autocast(device, train.precision):
-                terms = step(batch.to(device, dtype), train.batch_size, num_boxes)
-            # DistributedDataParallel averages gradients; the batch's loss is the sum of the shares.
-            scaler.scale(sum(terms.values()) * world_size).backward()
-        for name, value in terms.items():
-            totals[name] = totals.get(name, 0) + value.detach()
-    return totals
-
-
-def update(step, optimizer, scaler, batches, train, num_boxes):
-    """One update from this process's micro-batches -> its shares of the loss terms, {name: value};
-    the gradient's norm before clipping; that of each parameter, by name."""
-    terms = backward(step, scaler, batches, train, num_boxes)
-    scaler.unscale_(optimizer)
-    if train.update_unused:
-        for p in step.parameters():  # Appendix A's worse strategy: zeros where no task reached
-            if p.requires_grad and p.grad is None:
-                p.grad = torch.zeros_like(p)
-    reached = {name: p for group in optimizer.param_groups
-               for name, p in zip(group["param_names"], group["params"]) if p.grad is not None}
-    # As clip_grad_norm_ does it, which keeps the norm of each to itself.
-    norms = torch._foreach_norm([p.grad for p in reached.values()])
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    nn.utils.clip_grads_with_norm_(reached.values(), train.clip, norm)
-    # A step that is not finite is not taken: the fused AdamW skips it on the device, where nobody
-    # waits for the norm. `Log.flush` ends the run. (In fp16 the scaler puts its own in place.)
-    optimizer.found_inf = (~norm.isfinite()).float()
-    # Footnote 2, Appendix A: parameters that the task did not reach have grad None, and AdamW
-    # leaves them and their momentum alone.
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return terms, norm, dict(zip(reached, norms))
-
-
-def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
-    """The step, for all processes, and optimiser and loss scaler as `state` left them."""
-    optimizer = make_optimizer(model, train)
-    scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        state.clear()  # all of it lives on in model and optimiser: 2.4 GB for each process
-    step = Step(model)
-    if dist.is_initialized():
-        step = nn.parallel.DistributedDataParallel(
-            step, find_unused_parameters=True, forward_sync_buffers=False,
-            gradient_as_bucket_view=True,  # no second copy of the gradients
-            device_ids=[device] if device.type == "cuda" else None)
-    return step, optimizer, scaler
-
-
-def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
-    chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
-    sizes = {task: len(datasets[task]) for task in train.tasks}
-    return data.Schedule(sizes, chances, train.batch_size, train.iterations, train.seed,
-                         round(train.coco_first * train.iterations))
-
-
-def fetch(stream) -> tuple[list[Batch], list[str], str]:
-    """The next iteration's micro-batches, why pictures were replaced by others; or the problem, as
-    text: the error itself would keep the data workers alive."""
-    try:
-        return *next(stream), ""
-    except InputError as error:
-        return [], [], str(error)
-
-
-def leave(out: Path, iteration: int, signals: list[int], problem: str) -> None:
-    print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
-    if problem:
-        raise InputError(problem)
-    sys.exit(128 + signals[0] if signals else 1)
-
-
-def training_loop(model, datasets, held_out, names, train: TrainConfig, out, state) -> dict:
-    """Trains from `state` (a checkpoint, or None) to the end -> the last results. `names`, labels
-    and vocabulary, go into each checkpoint."""
-    start = state["iteration"] if state else 0
-    rank, world_size = processes()
-    device = next(model.parameters()).device
-    step, optimizer, scaler = set_up(model, train, state, device)
-    stream = data.train_loader(datasets, make_schedule(datasets, train), start, rank, world_size,
-                               train.micro_batch, train.num_workers)
-    log, signals = Log(out, train, start, rank == 0), note_signals()
-
-    def keep(iteration):
-        log.flush()  # first: what is not finite must not reach a checkpoint
-        require_finite_weights(model, iteration)
-        if rank == 0:
-            save(out, model, optimizer, scaler, iteration, train, names)
-        log.saved = iteration
-
-    def score():
-        results = evaluation.evaluate(model, held_out, device, train.micro_batch,
-                                      train.num_workers, train.eval_samples, train.precision, out)
-        log.add_results(results)
-        return results
-
-    parent = os.getppid()
-    gc.freeze()  # or the first full collection copies 75 MB that the data workers share
-    model.train()
-    with contextlib.closing(stream):  # its workers would wait half a minute for more
-        for iteration in range(start, train.iterations):
-            batches, replaced, problem = fetch(stream)
-            problem = problem or log.too_many_unusable()
-            boxes = sum(len(x) for batch in batches for x in batch.labels or [])
-            orphan = world_size > 1 and os.getppid() != parent  # a signal has ended torchrun
-            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem or orphan))
-            if stopping:  # all processes, before the same iteration
-                keep(iteration)
-                barrier()  # until it is saved: torchrun kills all once one has left
-                leave(out, iteration, signals, problem)
-            # This alone determines dropout, so checkpoints need not store generator states.
-            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
-            lr = set_learning_rate(optimizer, iteration, train)
-            terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
-            ids = [x for batch in batches for x in batch.ids]
-            log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
-            done = iteration + 1
-            last = done == train.iterations
-            scoring = train.eval_every and done % train.eval_every == 0
-            if done % train.log_every == 0:
-                log.flush()
-            if last or scoring or done % train.save_every == 0:
-                keep(done)  # before the evaluation: a job's time may end in one
-            if scoring and not last:
-                score()
-    return score()
-
-
 # ---- The command line ----------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
     parser = data.Parser(
@@ -680,38 +655,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def configs(values: dict) -> tuple[Config, TrainConfig]:
-    """Config and TrainConfig from these settings; other keys are ignored."""
-    return tuple(c(**{f.name: values[f.name] for f in fields(c) if f.name in values})
-                 for c in (Config, TrainConfig))
-
-
-def scaled_to_tiny(experiment: dict) -> dict:
-    """An experiment's settings at tiny's sizes. Iterations are tiny's, or twice as many if the
-    paper's are twice the usual number (Table C.1 line 8)."""
-    usual, result = asdict(Config()) | asdict(TrainConfig()), dict(experiment)
-    longer = result.pop("iterations", 0) // usual["iterations"]
-    result["iterations"] = TINY["iterations"] * max(1, longer)
-    for name in SCALED:
-        if name not in result:
-            continue
-        value = TINY[name] * result[name] / usual[name]
-        step = 4 if "width" in name else 1  # tiny's 4 heads must divide it
-        result[name] = value if name == "lr" else max(1, round(value / step)) * step
-    return result
-
-
-def run_name(tiny: bool, experiment: str) -> str:
-    """The name of a run's folder, unless --out gives another."""
-    if not tiny:
-        return experiment or "T3.3"
-    return f"tiny-{experiment}" if experiment else "tiny"
-
-
 def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     """The model's and the run's settings, and the run's folder. Order: defaults < --tiny <
     --experiment < flags."""
-    flags, name = vars(args), args.experiment or ("" if args.tiny else "T3.3")
+    flags, prefix = vars(args), "tiny-" if args.tiny else ""
+    name = args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
         raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
     values = EXPERIMENTS.get(name, {})
@@ -720,62 +668,90 @@ def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
     if args.as_released:
         states = {*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ())}
         values = values | unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(states))
-    values = values | flags
-    tasks = values.setdefault("tasks", EIGHT)
-    out = Path(args.out or "runs/" + run_name(args.tiny, name))
-    if "probabilities" not in flags and tasks != EIGHT:  # tiny's own are for all eight
+    values = {"tasks": EIGHT} | values | flags
+    out = Path(args.out or f"runs/{prefix}{name}".rstrip("-"))
+    if "probabilities" not in flags and values["tasks"] != EIGHT:  # tiny's own are for all eight
         values["probabilities"] = ()
-    if "coco_first" not in flags and (values.get("init") or "coco" not in tasks):
+    if "coco_first" not in flags and (values.get("init") or "coco" not in values["tasks"]):
         values["coco_first"] = 0.0
     if values.get("init") in EXPERIMENTS:  # the run beside this one: runs/T1.1-coco, runs/T1.4
-        values["init"] = str(out.parent / run_name(args.tiny, values["init"]) / "last.pt")
+        values["init"] = str(out.parent / (prefix + values["init"]) / "last.pt")
     return *configs(values), out
 
 
+def scaled_to_tiny(experiment: dict) -> dict:
+    """An experiment's settings at tiny's sizes. Iterations are tiny's, or twice as many if the
+    paper's are twice the usual number (Table C.1 line 8)."""
+    usual, result = asdict(Config()) | asdict(TrainConfig()), dict(experiment)
+    longer = result.get("iterations", 0) // usual["iterations"]
+    result["iterations"] = TINY["iterations"] * max(1, longer)
+    for name in SCALED & experiment.keys():
+        value = TINY[name] * experiment[name] / usual[name]
+        step = 4 if "width" in name else 1  # tiny's 4 heads must divide it
+        result[name] = value if name == "lr" else max(1, round(value / step)) * step
+    return result
+
+
+def configs(values: dict) -> tuple[Config, TrainConfig]:
+    """Config and TrainConfig from these settings; other keys are ignored."""
+    made = []
+    for settings_class in (Config, TrainConfig):
+        names = values.keys() & {field.name for field in fields(settings_class)}
+        made.append(settings_class(**{name: values[name] for name in names}))
+    return tuple(made)
+
+
 def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -> None:
-    """Mistakes that show only in a combination of settings, before anything is written."""
+    """Finds mistakes in combinations of settings, before anything is written."""
     known = [task.name for task in data.TASKS]
     if unknown := {*train.tasks, *config.all_text_states} - set(known):
-        raise InputError(f"--tasks or --all_text_states: there is no task {min(unknown)!r}, but "
-                         f"{', '.join(known)}; the file of a task of yours goes to --tasks_from")
+        raise InputError(f"--tasks or --all_text_states: no task {min(unknown)!r}; there are "
+                         f"{', '.join(known)}; --tasks_from reads a task of your own")
     if not train.tasks or len(set(train.tasks)) < len(train.tasks):
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
-    if train.probabilities and (len(train.probabilities) != len(train.tasks)
-                                or not sum(train.probabilities)):
+    chances = train.probabilities
+    if chances and (len(chances) != len(train.tasks) or sum(chances) == 0):
         raise InputError("--probabilities: give one for each of --tasks, in order, and not all 0")
     if train.coco_first and "coco" not in train.tasks:
         raise InputError(f"--coco_first {train.coco_first}: coco is not among --tasks")
     if train.warmup > train.iterations:
         print(f"WARNING: the run of {train.iterations} iterations ends within the warm-up of "
-              f"{train.warmup}: it never reaches its learning rate; a shorter --warmup is meant?")
+              f"{train.warmup}; a shorter --warmup lets it reach its learning rate")
     if train.batch_size % world_size:
         raise InputError(f"--batch_size must be a multiple of {world_size} (processes)")
     init = Path(train.init)
     if starting and train.init and not init.exists() and init.name not in unit.PUBLISHED:
-        folder = init.parent
-        name = folder.name.removeprefix("tiny-")
-        tiny = "--tiny " * (name != folder.name)
-        how = (f"`python train.py {tiny}--experiment {name} --out {folder}` makes it; with "
-               "this run's --iterations and --seed, if it has its own"
-               if name in EXPERIMENTS else "check --init")
-        if name in AUTHORS_RUNS and not tiny:
-            how += (f"; or take the authors' own with --init {train.data}/{AUTHORS_RUNS[name]}, "
-                    "which is fetched if it is not there")
-        raise InputError(f"{train.init}: the checkpoint to start from is not there; {how}")
+        raise InputError(f"{init}: the checkpoint to start from is not there; "
+                         f"{how_to_get(init, train.data)}")
 
 
-def resume(out: Path, given: dict) -> tuple[Config, TrainConfig, dict]:
-    """Settings and state of the run in `out`. Of the settings `given` now, all but the free ones
-    must be those of the run."""
+def how_to_get(init: Path, data_folder: str) -> str:
+    """How to make, or fetch, the checkpoint of an experiment."""
+    folder = init.parent
+    name = folder.name.removeprefix("tiny-")
+    if name not in EXPERIMENTS:
+        return "check --init"
+    tiny = "" if folder.name == name else "--tiny "
+    how = f"`python train.py {tiny}--experiment {name} --out {folder}` makes it"
+    if name in AUTHORS_RUNS and not tiny:
+        how += f"; --init {data_folder}/{AUTHORS_RUNS[name]} fetches the authors' own"
+    return how
+
+
+def resume(out: Path, settings: dict, flags) -> tuple[Config, TrainConfig, dict]:
+    """Settings and state of the run in `out`. Of the `settings` now, those given as `flags` must be
+    the run's, except the free ones."""
     state = load_newest(out)
     saved = state["config"] | state["train"]
-    if lost := (asdict(Config()) | asdict(TrainConfig())).keys() - saved.keys():
+    if lost := settings.keys() - saved.keys():
         raise InputError(f"{out}: has no setting {min(lost)!r}; use the code of its training")
-    for name in given.keys() & saved.keys() - FREE_ON_RESUME:
-        if given[name] != saved[name]:
-            raise InputError(f"--{name} {written(given[name])}: the run in {out} has "
-                             f"{written(saved[name])}; leave it out, or choose another --out")
-    return *configs(saved | given), state
+    for name in flags & saved.keys():
+        value, before = settings[name], saved[name]
+        if value != before and name not in FREE_ON_RESUME:
+            raise InputError(f"--{name} {written(value)}: the run in {out} has {written(before)}; "
+                             "leave it out, or choose another --out")
+        saved[name] = value
+    return *configs(saved), state
 
 
 RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.part",
@@ -783,7 +759,7 @@ RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.p
 
 
 def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
-    """The files of a run in `out`. Never replaced unasked: only --tiny's default is scratch."""
+    """The files of a run in `out`. Only those of --tiny's default folder are replaced unasked."""
     found = [out / name for name in RESULT_FILES if (out / name).exists()]
     scratch = args.tiny and not args.out and not args.experiment
     if found and not (scratch or args.overwrite or args.resume):
@@ -794,9 +770,8 @@ def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
 def write_tiny_data(folder: Path) -> None:
     """Fills a folder that is absent or empty with the tiny data sets; under another name first, so
     that nobody finds half of them. Of two runs at once one uses what the other wrote."""
-    def filled():
-        return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if filled():
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty:
         return
     new = f"{folder.absolute()}.{os.getpid()}"
     try:
@@ -804,17 +779,18 @@ def write_tiny_data(folder: Path) -> None:
         os.replace(new, folder)
     except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
-        if filled():
-            return
-        raise InputError(f"{folder}: cannot write there ({error.strerror}); give another --data")
+        if not folder.exists():  # no other run has written it meanwhile
+            raise InputError(f"{folder}: cannot write there ({error.strerror}); give another "
+                             "--data") from None
     print(f"tiny data sets written to {folder}")
 
 
 def build(config: Config, train: TrainConfig, as_released: bool, state: dict | None):
-    """-> model, data sets to train on, held-out ones, names that go into each checkpoint."""
+    """-> model, data sets to train on, held-out ones, and `extras`: labels, vocabulary and numbers
+    of samples, which go into each checkpoint."""
     folder, vocab = Path(train.data), []
     data.require_folder(folder)
-    if any(t.text for t in data.TASKS if t.name in train.tasks):
+    if any(task.text for task in data.tasks_named(train.tasks)):
         if train.pretrained:
             unit.fetch(folder / "bert/vocab.txt")
             config = replace(config, **unit.bert_config(folder / "bert"))
@@ -828,14 +804,18 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     model = UniT(config, tasks)
     for name, task in model.tasks.items():
         if task.kind == "detection" and (count := datasets[name].crowded(task.num_queries)):
-            print(f"WARNING: {name}: {count} pictures have more boxes than there are queries "
-                  f"({task.num_queries}), and those that fit worst are not learned; raise "
-                  "--detection_queries")
+            print(f"WARNING: {name}: {count} pictures have more than {task.num_queries} boxes: "
+                  "some are not learned; raise --detection_queries")
+    labels, samples = {}, {}
+    for name, d in datasets.items():
+        labels[name] = {"classes": d.class_names, "attributes": d.attribute_names}
+        samples[name] = len(d)
     if state:
-        unit.copy_weights(model.state_dict(), state["model"],
-                          f"the checkpoint and the data in {folder}",
+        unit.copy_weights(model.state_dict(), state["model"], f"checkpoint and data in {folder}",
                           "give the --data of its training")
         print(f"going on after iteration {state['iteration']} of {train.iterations}")
+        if samples != state.get("samples", samples):
+            print(f"WARNING: samples were {state['samples']}, now {samples}: another order")
     elif train.pretrained:
         print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
@@ -844,11 +824,6 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     for name, p in model.named_parameters():
         if part_of(name) in train.freeze:  # Table C.1 lines 10-12
             p.requires_grad_(False)
-    labels = {name: {"classes": d.class_names, "attributes": d.attribute_names}
-              for name, d in datasets.items()}
-    samples = {name: len(d) for name, d in datasets.items()}
-    if state and samples != state.get("samples", samples):
-        print(f"WARNING: there were {state['samples']} samples, now {samples}: their order changes")
     return model, datasets, held_out, {"labels": labels, "vocab": vocab, "samples": samples}
 
 
@@ -856,12 +831,13 @@ def list_experiments() -> None:
     form = "{:<13} {:<19} {:>10}  {:<62} {}"
     print(form.format("name", "tasks", "iterations", "changes", "paper"))
     for name, row in EXPERIMENTS.items():
-        tasks = "all eight" if row["tasks"] == EIGHT else ",".join(row["tasks"])
-        iterations = f"{row.get('iterations', TrainConfig.iterations):,}"
-        changes = " ".join(f"--{k} {written(v)}" for k, v in row.items()
-                           if k not in ("tasks", "iterations"))
+        changes = dict(row)
+        tasks = changes.pop("tasks")
+        tasks = "all eight" if tasks == EIGHT else ",".join(tasks)
+        iterations = f"{changes.pop('iterations', TrainConfig.iterations):,}"
+        changes = " ".join(f"--{k} {written(v)}" for k, v in changes.items()) or "-"
         paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
-        print(form.format(name, tasks, iterations, changes or "-", paper))
+        print(form.format(name, tasks, iterations, changes, paper))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -870,15 +846,13 @@ def run(args: argparse.Namespace) -> None:
     config, train, out = settings(args)
     rank, world_size, device = evaluation.start_processes()
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+        sys.stdout = open(os.devnull, "w")  # only one process prints
     if args.resume and (out / "config.json").exists() and not [*out.glob("*.pt")]:
         print(f"{out}: nothing was saved before the run ended; it starts anew")
         args.resume, args.overwrite = False, True
     state = None
     if args.resume:
-        chosen = asdict(config) | asdict(train)
-        given = {name: chosen[name] for name in vars(args) if name in chosen}
-        config, train, state = resume(out, given)
+        config, train, state = resume(out, asdict(config) | asdict(train), vars(args).keys())
     check(config, train, world_size, starting=not state)
     if train.threads:
         torch.set_num_threads(train.threads)
@@ -887,11 +861,11 @@ def run(args: argparse.Namespace) -> None:
         evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
-        data.require_folder(Path(train.data))
-        if not state:
-            fetch_weights(config, train)
-    barrier()  # the others wait for the files
-    model, datasets, held_out, names = build(config, train, args.as_released, state)
+    else:
+        barrier()  # rank 0 writes and fetches the files that all of them read
+    model, datasets, held_out, extras = build(config, train, args.as_released, state)
+    if rank == 0:
+        barrier()
     if rank == 0 and not state:
         if replaced:  # now that data and weights are there
             print(f"the earlier run in {out} is replaced (another --out keeps it)")
@@ -903,13 +877,12 @@ def run(args: argparse.Namespace) -> None:
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.1f}M parameters; {train.iterations} iterations of {train.batch_size} "
           f"samples on {world_size} x {device.type}; results go to {out}")
-    results = training_loop(model, datasets, held_out, names, train, out, state)
+    results = training_loop(model, datasets, held_out, extras, train, out, state)
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
         # The paper's numbers only beside the paper's data sets.
-        name = out.name if args.resume else run_name(args.tiny, args.experiment)
-        paper = train.tasks == EXPERIMENTS.get(name, {}).get("tasks")
-        print(evaluation.results_table(results, name if paper else None))
+        paper = train.tasks == EXPERIMENTS.get(out.name, {}).get("tasks")
+        print(evaluation.results_table(results, out.name if paper else None))
         evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")
         evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
         print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")

@@ -17,11 +17,14 @@ taken: too good rather than not good enough.
 """
 
 import argparse
+import itertools
 import math
+import re
 import sys
 import tempfile
 import time
 from collections import Counter
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +64,31 @@ def fit(train: tuple, val: tuple, classes: int, hidden: int = 0, steps: int = 15
 
 def words(dataset) -> list[list[list[str]]]:
     """The words of each text of each sample: sample, text, word."""
-    return [[str(text).lower().replace("?", " ?").replace(".", " .").replace(",", " ,").split()
-             for text in dataset.texts(n)] for n in range(len(dataset))]
+    samples = []
+    for n in range(len(dataset)):
+        texts = [re.sub("([?.,])", r" \1", str(text).lower()) for text in dataset.texts(n)]
+        samples.append([text.split() for text in texts])
+    return samples
+
+
+def joined(samples) -> list[list[str]]:
+    """All words of each sample, whatever their text."""
+    return [sum(texts, []) for texts in samples]
+
+
+def marked(samples, of_a_text=lambda text: text) -> list[list[str]]:
+    """All words of each sample together with the place of their text."""
+    found = []
+    for texts in samples:
+        places = enumerate(texts)
+        found.append([f"{word} {k}" for k, text in places for word in of_a_text(text)])
+    return found
 
 
 def counts(train: list, val: list, presence: bool = True) -> tuple[Tensor, Tensor]:
     """Lists of terms -> (n, f) how often each known term occurs, and whether it does."""
-    terms = {term: n for n, term in enumerate(sorted({t for sample in train for t in sample}))}
+    known = sorted(set(itertools.chain(*train)))
+    terms = dict(zip(known, itertools.count()))
     tables = []
     for samples in (train, val):
         table = torch.zeros(len(samples), len(terms))
@@ -109,17 +130,17 @@ def measure(train, val) -> dict[str, float]:
     pair = len(texts[0][0]) == 2
     for k, column in enumerate(["first", "second"] if pair else ["text"]):
         if pair or train.task.image:
-            one = counts(*([with_pairs(sample[k]) for sample in split] for split in texts))
+            train_texts, val_texts = ([with_pairs(x[k]) for x in samples] for samples in texts)
+            one = counts(train_texts, val_texts)
             result[column] = max(run(one), run(one, hidden=64))
     if train.task.image:
         pictures = pixels(train), pixels(val)
         result["picture"] = max(run(pictures), run(pictures, hidden=64))
     if not train.task.image:
-        # A word counts by itself, and once more together with the place of its text.
-        marked = [[[word for text in sample for word in text]
-                   + [f"{word} {k}" for k, text in enumerate(sample) for word in text if pair]
-                   for sample in split] for split in texts]
-        bag = counts(*marked)
+        bags = [joined(samples) for samples in texts]
+        if pair:  # a word counts by itself, and once more together with the place of its text
+            bags = [list(map(add, bag, marked(samples))) for bag, samples in zip(bags, texts)]
+        bag = counts(*bags)
         result["linear"], result["any"] = run(bag), run(bag, hidden=64)
     return result
 
@@ -242,8 +263,8 @@ def show(name: str, val, answers: list, metric: str = "accuracy") -> None:
 
 def tf_idf(train: list, val: list) -> tuple[Tensor, Tensor]:
     """Lists of terms -> sparse (n, f): how often a term occurs, times log(n / samples with it)."""
-    seen = Counter(term for sample in train for term in set(sample))
-    terms = {term: n for n, term in enumerate(t for t, count in seen.items() if count > 1)}
+    seen = Counter(itertools.chain(*map(set, train)))
+    terms = dict(zip([term for term, count in seen.items() if count > 1], itertools.count()))
     weight = [math.log(len(train) / seen[term]) + 1 for term in terms]
     tables = []
     for samples in (train, val):
@@ -263,9 +284,7 @@ def texts(train, val) -> None:
     """The most frequent label, and logistic regression on TF-IDF of words and pairs of words."""
     y = labels(train)
     show("most frequent label", val, [int(y.bincount().argmax())] * len(val))
-    x, x_val = tf_idf(*([[f"{k} {term}" for k, text in enumerate(sample)
-                          for term in with_pairs(text)] for sample in words(dataset)]
-                        for dataset in (train, val)))
+    x, x_val = tf_idf(marked(words(train), with_pairs), marked(words(val), with_pairs))
     weights = torch.zeros(x.shape[1], len(train.class_names), requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.1)
     for _ in range(200):
@@ -279,9 +298,7 @@ def texts(train, val) -> None:
 def questions(train, val, seconds: int = 90) -> None:
     """A small network on the picture at 64 x 64, and the words of its text, counted."""
     x, x_val = (pixels_of(dataset, 64, 64) for dataset in (train, val))
-    bag = [[word for text in sample for word in text] for sample in words(train)], \
-          [[word for text in sample for word in text] for sample in words(val)]
-    bag, bag_val = counts(*bag, presence=False)
+    bag, bag_val = counts(joined(words(train)), joined(words(val)), presence=False)
     y, classes = labels(train), len(train.class_names)
     torch.manual_seed(0)
     picture = nn.Sequential(

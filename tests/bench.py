@@ -45,7 +45,6 @@ import contextlib
 import copy
 import functools
 import gc
-import itertools
 import json
 import multiprocessing
 import os
@@ -55,7 +54,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from statistics import median
@@ -89,9 +88,7 @@ CPU = torch.device("cpu")
 PEAK_TFLOPS = {"V100": 125, "A100": 312, "H100": 989, "H200": 989}
 
 
-# --------------------------------------------------------------------------------------------------
-# Measuring and printing
-# --------------------------------------------------------------------------------------------------
+# ---- Measuring and printing
 
 def heading(title: str, columns=("ours", "yardstick")) -> None:
     print(f"\n{title}\n{'':<46}{columns[0]:>12}{columns[1]:>12}  {'ratio':<22}{'target':<14}",
@@ -148,9 +145,7 @@ def devices() -> list:
     return [CPU] + [CUDA] * bool(CUDA)
 
 
-# --------------------------------------------------------------------------------------------------
-# The authors' way, transformers
-# --------------------------------------------------------------------------------------------------
+# ---- The authors' way, transformers
 
 class AuthorsAttention(nn.Module):
     """torch's attention as DETR calls it: all weights are made, averaged over heads, returned and
@@ -221,9 +216,9 @@ class AuthorsAdamW(torch.optim.AdamW):
 
 
 def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str = "fp32",
-            lr: float = 1e-9, parts: int = 1):
-    """A function that takes one training step, as train.py does, on `parts` times the batch. The
-    learning rate is so small that all steps see the same weights."""
+            lr: float = 1e-9):
+    """A function that takes one training step, as train.py does. The learning rate is so small that
+    all steps see the same weights."""
     settings = train.TrainConfig(batch_size=len(batch), precision=precision, lr=lr, lr_backbone=lr)
     device = next(model.parameters()).device
     step, scaler = train.Step(model), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -235,8 +230,7 @@ def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str =
         for group in optimizer.param_groups:
             group["fused"] = False
     boxes = sum(len(x) for x in batch.labels or [])
-    update = functools.partial(train.update, step, optimizer, scaler, [batch] * parts, settings,
-                               boxes)
+    update = functools.partial(train.update, step, optimizer, scaler, [batch], settings, boxes)
     if not authors:
         return update
 
@@ -267,9 +261,7 @@ def transformers_bert():
     return BertModel(BertConfig(attn_implementation="sdpa"), add_pooling_layer=False).eval()
 
 
-# --------------------------------------------------------------------------------------------------
-# Models and batches of random numbers, at the paper's sizes
-# --------------------------------------------------------------------------------------------------
+# ---- Models and batches of random numbers, at the paper's sizes
 
 def make_model(names=("coco",), device=CPU, tasks=(), **config) -> unit.UniT:
     torch.manual_seed(0)
@@ -302,9 +294,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert error < 1e-3, f"not the same work: a relative difference of {error:.1e}"
 
 
-# --------------------------------------------------------------------------------------------------
-# The parts
-# --------------------------------------------------------------------------------------------------
+# ---- The parts
 
 @torch.no_grad()
 def inference(flags) -> None:
@@ -341,8 +331,6 @@ def training(flags) -> None:
                 assert_same(norm_a, norm_b)
             compare(f"the authors' way, dropout {dropout}, {device.type}", *steps, flags.rounds,
                     least, device)
-            if not dropout:
-                row("  convolutions/products/attention of a step", *map(shares, steps))
             del ours, steps
     for dropout, least in ((0.0, 2.0), (0.1, None))[:1 if flags.quick else 2]:
         peaks = [in_child(training_peak, size, dropout, authors) for authors in (False, True)]
@@ -350,20 +338,6 @@ def training(flags) -> None:
         target = (f">= {least}", ratio >= least) if least else ()
         row(f"peak memory, dropout {dropout}, cpu", *(f"{p:.0f} MiB" for p in peaks),
             f"{ratio:.2f}", *target)
-
-
-def shares(step) -> str:
-    """Percent of a step's time in convolutions / other matrix products / attention's kernel and
-    softmax (attention's own products count as matrix products where there is no kernel)."""
-    with torch.profiler.profile() as profile:
-        step()
-    spent = [(event.key, event.self_cpu_time_total) for event in profile.key_averages()]
-    total = sum(time for _, time in spent)
-
-    def share(*parts):
-        return 100 * sum(time for key, time in spent if any(x in key for x in parts)) / total
-    return (f"{share('convolution'):.0f}/{share('::mm', '::addmm', '::bmm', '::baddbmm'):.0f}/"
-            f"{share('dot_product', 'softmax'):.0f} %")
 
 
 def training_peak(size: tuple, dropout: float, authors: bool) -> float:
@@ -386,17 +360,8 @@ def text(flags) -> None:
         compare("VQA, 480 x 640, 14 tokens: DETR + BERT" + where, lambda: ours(vqa),
                 lambda: (detr(vqa.images), bert(vqa.tokens)), flags.rounds, 1.0, device)
         glue = make_batch("qnli", 16, tokens=128, device=device)
-        whole = compare("GLUE, 16 x 128: BERT" + where, lambda: ours(glue),
-                        lambda: bert(glue.tokens), flags.rounds, 1.0, device)
-        memory, positions, mask = ours.encode(glue, ours.tasks["qnli"])
-        queries, decoder = ours.queries["qnli"], ours.decoders["shared"]
-        hidden = [decoder(memory, positions, mask, q)[:, :, 0] for q in (queries[:1], queries)]
-        assert_same(*hidden)  # one query computes what the first of 25 does
-        one = compare("  the decoder on [CLS]: 1 query, 25" + where,
-                      lambda: decoder(memory, positions, mask, queries[:1]),
-                      lambda: decoder(memory, positions, mask, queries), 5, None, device, "ms")
-        row("  its share of the whole", f"{one / whole:.2%}", target="< 2%",
-            good=one < 0.02 * whole)
+        compare("GLUE, 16 x 128: BERT" + where, lambda: ours(glue), lambda: bert(glue.tokens),
+                flags.rounds, 1.0, device)
 
 
 def matching(flags) -> None:
@@ -408,16 +373,11 @@ def matching(flags) -> None:
         ours, theirs = ({*zip(*(x.tolist() for x in function(*arguments)))}
                         for function in (unit.match, authors_match))
         assert ours == theirs
-        seconds = compare(f"layer by layer, {device.type}", lambda: unit.match(*arguments),
-                          lambda: authors_match(*arguments), 10, None, device, "ms")
-        one = make_batch("coco", 1, flags.image, device=device)
-        step = trainer(make_model(device=device, dropout=0.0).train(), one, False)
-        whole = 8 * min(timed(step, device) for _ in range(2))  # pictures are taken one at a time
-        row("its share of a training step of 8", f"{1000 * seconds:.3g} ms", f"{whole:.3g} s",
-            f"{seconds / whole:.2%}", "< 3%", seconds < 0.03 * whole)
+        compare(f"layer by layer, {device.type}", lambda: unit.match(*arguments),
+                lambda: authors_match(*arguments), 10, None, device, "ms")
 
 
-# Pictures ------------------------------------------------------------------------------------
+# ---- Pictures
 
 def write_pictures(folder: Path, number: int, seed: int = 0) -> list[Path]:
     """JPEGs of COCO's sizes: blurred noise with a little sharp noise, as large as photographs."""
@@ -476,55 +436,50 @@ def pictures(flags) -> None:
     torch.set_num_threads(threads)
 
 
-# Annotations ---------------------------------------------------------------------------------
+# ---- Annotations
 
 def write_coco(folder: Path, num_images: int, num_boxes: int) -> None:
     """A file as large as instances_train2017.json, polygons and all, and its pictures (empty)."""
     rng = np.random.default_rng(0)
-    (folder / "coco/annotations").mkdir(parents=True, exist_ok=True)
-    (folder / "coco/train2017").mkdir(exist_ok=True)
-    images, annotations = [], []
-    for n in range(1, num_images + 1):
-        (folder / f"coco/train2017/{n:012}.jpg").touch()
-        images.append(f'{{"license": 3, "file_name": "{n:012}.jpg", "coco_url": "http://images.'
-                      f'cocodataset.org/train2017/{n:012}.jpg", "height": 480, "width": 640, '
-                      f'"date_captured": "2013-11-14 16:28:13", "id": {n}}}')
-    polygons = [json.dumps([rng.uniform(0, 640, 46).round(2).tolist()]) for _ in range(5000)]
-    places = rng.uniform(0, 300, (num_boxes, 4)).round(2).tolist()
-    owners, labels = rng.integers(1, num_images + 1, num_boxes), rng.integers(1, 91, num_boxes)
-    for n, (box, owner, label) in enumerate(zip(places, owners.tolist(), labels.tolist()), 1):
-        annotations.append(f'{{"segmentation": {polygons[n % 5000]}, "area": {box[2] * box[3]}, '
-                           f'"iscrowd": 0, "image_id": {owner}, "bbox": {box}, '
-                           f'"category_id": {label}, "id": {n}}}')
-    categories = json.dumps([{"supercategory": "x", "id": n, "name": str(n)} for n in range(1, 91)])
-    for split, rows, boxes in (("train", images, annotations), ("val", images[:1], [])):
-        (folder / f"coco/annotations/instances_{split}2017.json").write_text(
-            f'{{"info": {{}}, "licenses": [], "images": [{", ".join(rows)}], "annotations": '
-            f'[{", ".join(boxes)}], "categories": {categories}}}')
+    (folder / "coco/train2017").mkdir(parents=True, exist_ok=True)
+    (folder / "coco/annotations").mkdir(exist_ok=True)
+    images = [{"license": 3, "file_name": f"{n:012}.jpg", "height": 480, "width": 640, "id": n,
+               "coco_url": f"http://images.cocodataset.org/train2017/{n:012}.jpg",
+               "date_captured": "2013-11-14 16:28:13"} for n in range(1, num_images + 1)]
+    for image in images:
+        (folder / "coco/train2017" / image["file_name"]).touch()
+    polygons = rng.uniform(0, 640, (5000, 1, 46)).round(2).tolist()
+    boxes = rng.uniform(0, 300, (num_boxes, 4)).round(2).tolist()
+    owners = rng.integers(1, num_images + 1, num_boxes).tolist()
+    labels = rng.integers(1, 91, num_boxes).tolist()
+    annotations = [{"segmentation": polygons[n % 5000], "area": box[2] * box[3], "iscrowd": 0,
+                    "image_id": owners[n], "bbox": box, "category_id": labels[n], "id": n + 1}
+                   for n, box in enumerate(boxes)]
+    categories = [{"supercategory": "x", "id": n, "name": str(n)} for n in range(1, 91)]
+    for split, rows, things in (("train", images, annotations), ("val", images[:1], [])):
+        content = {"info": {}, "images": rows, "annotations": things, "categories": categories}
+        (folder / f"coco/annotations/instances_{split}2017.json").write_text(json.dumps(content))
 
 
 def write_vqa(folder: Path, num_images: int, num_questions: int) -> None:
     """Questions and ten answers each, in the sizes of VQAv2's train and val files together."""
-    rng = np.random.default_rng(0)
+    rng, middle = np.random.default_rng(0), num_questions * 2 // 3
     (folder / "vqa2").mkdir(exist_ok=True)
     words = [f"answer {n}" for n in range(num_questions // 4)]
     chosen = (len(words) * rng.random((num_questions, 10)) ** 8).astype(int).tolist()
-    for split, part in (("train2014", range(0, num_questions * 2 // 3)),
-                        ("val2014", range(num_questions * 2 // 3, num_questions))):
+    for split, part in (("train2014", range(middle)), ("val2014", range(middle, num_questions))):
         questions, annotations = [], []
         for n in part:
-            image = n % num_images + 1
-            questions.append(f'{{"image_id": {image}, "question": "What is the number {n} of the '
-                             f'things in this picture?", "question_id": {n}}}')
-            ten = ", ".join(f'{{"answer": "{words[w]}", "answer_confidence": "yes", "answer_id": '
-                            f'{k}}}' for k, w in enumerate(chosen[n], 1))
-            annotations.append(f'{{"question_type": "what is", "multiple_choice_answer": '
-                               f'"{words[chosen[n][0]]}", "answers": [{ten}], "image_id": {image}, '
-                               f'"answer_type": "other", "question_id": {n}}}')
-        (folder / f"vqa2/v2_OpenEnded_mscoco_{split}_questions.json").write_text(
-            f'{{"info": {{}}, "questions": [{", ".join(questions)}]}}')
-        (folder / f"vqa2/v2_mscoco_{split}_annotations.json").write_text(
-            f'{{"info": {{}}, "annotations": [{", ".join(annotations)}]}}')
+            both = {"image_id": n % num_images + 1, "question_id": n}
+            text = f"What is the number {n} of the things in this picture?"
+            questions.append(both | {"question": text})
+            ten = [{"answer": words[w], "answer_confidence": "yes", "answer_id": k}
+                   for k, w in enumerate(chosen[n], 1)]
+            annotations.append(both | {"question_type": "what is", "answer_type": "other",
+                                       "answers": ten, "multiple_choice_answer": ten[0]["answer"]})
+        for name, content in ((f"v2_OpenEnded_mscoco_{split}_questions", {"questions": questions}),
+                              (f"v2_mscoco_{split}_annotations", {"annotations": annotations})):
+            (folder / f"vqa2/{name}.json").write_text(json.dumps(content))
 
 
 def load(name: str, folder: str):
@@ -541,7 +496,8 @@ def read_through(dataset, pipe) -> None:
     memory grew that this process has for itself."""
     pixel, dataset.tokenizer = torch.zeros(3, 1, 1, dtype=torch.uint8), NoTokenizer()
     torch.set_num_threads(1)
-    with mock.patch.multiple(data, read_image=lambda path, size=None: pixel, resize=lambda x, *a, **k: x):
+    with mock.patch.multiple(data, read_image=lambda path, size=None: pixel,
+                             resize=lambda x, *_, **__: x):
         for index in range(200):  # brings in code and buffers
             dataset.sample(index)
         before = memory("Private_Dirty", "smaps_rollup")
@@ -599,7 +555,7 @@ def loading_times(name: str, folder: str, rounds: int) -> list[tuple[float, floa
     return [(timed(lambda: load(name, folder)), timed(parse)) for _ in range(rounds)]
 
 
-# Evaluation ----------------------------------------------------------------------------------
+# ---- Evaluation
 
 def random_truth(num_images: int, num_classes: int, boxes_each: int) -> COCO:
     rng, truth, number = np.random.default_rng(0), COCO(), num_images * boxes_each
@@ -660,15 +616,6 @@ def metric(flags) -> None:
     part = (whole - theirs) / theirs
     row("our part beside pycocotools' within it", f"{whole - theirs:.3g} s", f"{theirs:.3g} s",
         f"{part:.1%}", "< 15%", part < 0.15)
-
-    def plainly():
-        with redirect_stdout(StringIO()):
-            rows = [np.insert(rows, 0, image, axis=1) for image, rows in found.items()]
-            scorer = COCOeval(truth, truth.loadRes(np.concatenate(rows)), "bbox")
-            scorer.evaluate(), scorer.accumulate(), scorer.summarize()
-    plain = timed(plainly)
-    row("all of it, pycocotools as documented", f"{whole:.3g} s", f"{plain:.3g} s",
-        f"{plain / whole:.2f}")
     peak, seconds = in_child(vg_peak, num_vg)
     row(f"VG: 1600 classes, {num_vg} pictures", f"{peak:.0f} MiB",
         f"{seconds:.3g} s", target="< 4096 MiB", good=peak < 4096)
@@ -681,37 +628,26 @@ def vg_peak(num_images: int) -> tuple[float, float]:
     return memory("VmHWM"), seconds
 
 
-# Growth and GPU ------------------------------------------------------------------------------
+# ---- Growth and GPU
 
-def step_cost(image=None, tokens=None, queries=100, num_tasks=1, backbone="resnet50",
-              pair=False) -> tuple[float, float]:
-    """Seconds and peak MiB of a training step: COCO of one picture, or QNLI of 4 texts. `pair`: two
-    pictures in a micro-batch, the second a quarter narrower and so padded."""
-    task = "coco" if image else "qnli"
+def step_cost(image=None, tokens=None, queries=100, num_tasks=1) -> tuple[float, float]:
+    """Seconds and peak MiB of a training step: COCO of one picture, or QNLI of 4 texts."""
+    task, size = ("coco", 1) if image else ("qnli", 4)
     base = replace(TASKS[task], num_queries=queries)
     more = [replace(base, name=f"task {n}") for n in range(1, num_tasks)]
-    model = make_model((), tasks=[base, *more], dropout=0.0, backbone=backbone).train()
-    samples = 2 if pair else 1 if image else 4
-    batch = make_batch(task, samples, image and (image, image), tokens)
-    if pair:
-        batch.image_mask = torch.zeros(2, image, image, dtype=torch.bool)
-        batch.image_mask[1, :, image * 3 // 4:] = True
-    step = trainer(model, batch, False)
+    model = make_model((), tasks=[base, *more], dropout=0.0).train()
+    step = trainer(model, make_batch(task, size, image and (image, image), tokens), False)
     step()
     return timed(step), memory("VmHWM")
 
 
 def growth(flags) -> None:
     heading("How a training step grows (dropout 0), cpu", ("time", "peak"))
-    sizes, small = (32, 96, 160, 320, 800), dict(backbone="small")
-    parts = (("a picture of side", "image", (*sizes, 1066, 1333), {}),
-             ("small backbone, a picture of side", "image", sizes, small),
-             ("two unequal pictures of side", "image", sizes, dict(pair=True)),
-             ("small, two unequal pictures of side", "image", sizes, small | dict(pair=True)),
+    parts = (("a picture of side", "image", (320, 640, 800, 1066, 1333), {}),
              ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), dict(queries=25)),
              ("queries (picture of 640)", "queries", (25, 100, 200, 300), dict(image=640)),
              ("tasks (picture of 640)", "num_tasks", (1, 4, 8, 16), dict(image=640)))
-    for what, key, values, fixed in parts[:5] if flags.quick else parts:
+    for what, key, values, fixed in parts[:2] if flags.quick else parts:
         for value in values[:3:2] if flags.quick else values:
             seconds, peak = in_child(functools.partial(step_cost, **fixed, **{key: value}))
             row(f"{what} {value}", f"{seconds:.3g} s", f"{peak:.0f} MiB")
@@ -803,24 +739,21 @@ def gpu_busy(workers: int, number: int = 200) -> tuple[float, float]:
     return alone / fed, number / alone
 
 
-# What a run costs, calculated -----------------------------------------------------------------
+# ---- What a run costs, calculated
 
-# What the model is given in training: pictures (height, width) and word pieces, means of official
-# rows after data.py's transforms. Pictures: 100 rows of instances_train2017.json (COCO, VQAv2) and
-# image_data.json (VG), 15 of Flickr30k. Texts: 1,000 of VQAv2, 482 of SNLI-VE, one at a time; QNLI's
-# dev set, 480 rows of MNLI, 160 of QQP, 1,000 of SST-2: the longest of the eight that a GPU pads.
+# Mean sizes of official rows after data.py's transforms: pictures (height, width), of 100 rows of
+# COCO (VQAv2's pictures too) and VG, 15 of Flickr30k; word pieces, of 160 to 1,000 rows of each.
 OFFICIAL = {"coco": dict(image=(722, 772)), "vg": dict(image=(669, 789)),
             "vqa2": dict(image=(906, 1020), tokens=10),
             "snli_ve": dict(image=(844, 1099), tokens=11), "qnli": dict(tokens=82),
             "mnli": dict(tokens=70), "qqp": dict(tokens=51), "sst2": dict(tokens=29)}
-# GPUs, their peak (10^12 operations a second each, dense, of NVIDIA's data sheets), and the share of
-# it that a training reaches. fp32: DETR's README trains an epoch of COCO in 28 minutes on 8 V100,
-# which is 16% at 0.28 TFLOP a picture (PyTorch's count of transformers' DETR at 722 x 772). Half precision: NVIDIA's ResNet-50 gains 2.9 by it on 8
-# V100-32GB (DeepLearningExamples), where the peak gains 8: 6%, taken for the newer GPUs as well.
+# GPUs, their peak (10^12 operations a second each, dense, of NVIDIA's data sheets), and the share
+# of it that a training reaches: in fp32 as DETR's (an epoch of COCO in 28 minutes on 8 V100, its
+# README says); in half precision as NVIDIA's ResNet-50 on 8 V100, assumed for the newer ones, too.
 MACHINES = {"8 V100 fp32": (8, 15.7, 0.16), "8 V100 fp16": (8, 125, 0.06),
             "8 A100 bf16": (8, 312, 0.06), "8 H100 bf16": (8, 989, 0.06),
             "1 4090 bf16": (1, 165, 0.06)}
-GB, CARDS, RESERVED = 10 ** 9, (16, 24, 32, 80), 1.5  # GB; of each card, for CUDA and cuDNN
+GB = 10 ** 9
 
 
 def first_queries(logits, boxes, labels, targets):
@@ -843,17 +776,6 @@ def gpu_dropout(x, p=0.5, training=True, inplace=False):
     return torch.native_dropout(x, p, True)[0] if training and p else x
 
 
-def as_on_a_gpu():
-    """A context in which a model on the meta device takes the steps that it takes on a GPU."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.multiple(
-        nn.functional, dropout=gpu_dropout, scaled_dot_product_attention=gpu_attention))
-    stack.enter_context(mock.patch.object(unit, "match", first_queries))
-    stack.enter_context(mock.patch.object(  # knows no meta device
-        torch, "autocast", lambda *_, **__: contextlib.nullcontext()))
-    return stack
-
-
 def kept_by_autograd(model: unit.UniT, forward) -> tuple[Tensor, int]:
     """forward(), and the bytes that autograd keeps for the backward pass: each storage once, those
     of parameters and buffers not."""
@@ -868,21 +790,34 @@ def kept_by_autograd(model: unit.UniT, forward) -> tuple[Tensor, int]:
     return value, sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
+def on_meta(config: unit.Config, tasks, frozen=()) -> unit.UniT:
+    with torch.device("meta"):
+        model = unit.UniT(config, [TASKS[task] for task in tasks]).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and train.part_of(name) not in frozen)
+    return model
+
+
+def sizes(model: unit.UniT) -> tuple[int, int]:
+    """How many numbers of the model are trained, and how many a checkpoint has."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return sum(map(torch.numel, trained)), sum(map(torch.numel, model.state_dict().values()))
+
+
 @functools.cache
 def count(config: unit.Config, task: str, frozen: tuple = (), size: int = 1):
-    """Operations a sample, forward and in all, and bytes kept by autograd for `size` samples; the
-    operations are those of products, convolutions and attention (2 for each multiplication)."""
+    """Operations a sample, forward and in all, and bytes kept by autograd for `size` samples, on a
+    GPU; operations are those of products, convolutions and attention (2 a multiplication)."""
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"):
-        model = unit.UniT(config, [TASKS[task]]).train()
-    for name, p in model.named_parameters():
-        if train.part_of(name) in frozen:
-            p.requires_grad_(False)
-    batch = make_batch(task, size, **OFFICIAL[task]).to("meta")
+    model, batch = on_meta(config, [task], frozen), make_batch(task, size, **OFFICIAL[task])
     if TASKS[task].num_attributes:
-        batch.attributes = [torch.zeros(len(x), 16, dtype=torch.int64, device="meta")
-                            for x in batch.labels]
-    with as_on_a_gpu(), FlopCounterMode(display=False) as counter:
+        batch.attributes = [torch.zeros(len(x), 16, dtype=torch.int64) for x in batch.labels]
+    batch = batch.to("meta")
+    with mock.patch.multiple(nn.functional, dropout=gpu_dropout,
+                             scaled_dot_product_attention=gpu_attention), \
+            mock.patch.object(unit, "match", first_queries), \
+            mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()), \
+            FlopCounterMode(display=False) as counter:
         loss, kept = kept_by_autograd(
             model, lambda: sum(model.losses(model(batch), batch).values()))
         forward = counter.get_total_flops()
@@ -891,88 +826,38 @@ def count(config: unit.Config, task: str, frozen: tuple = (), size: int = 1):
 
 
 def experiment_cost(name: str) -> dict:
-    """Of one of train.EXPERIMENTS: operations a sample of each task (`each`), an iteration and in
-    all, days by machine, and GB of parameters, of gradients sent and received, of a checkpoint."""
-    settings = train.EXPERIMENTS[name]
-    config = unit.Config(**{field.name: settings[field.name] for field in fields(unit.Config)
-                            if field.name in settings})
-    run = train.TrainConfig(**{field.name: settings[field.name] for field in
-                               fields(train.TrainConfig) if field.name in settings})
-    with torch.device("meta"):
-        model = unit.UniT(config, [TASKS[task] for task in run.tasks])
-    trained = sum(p.numel() for name, p in model.named_parameters()
-                  if p.requires_grad and train.part_of(name) not in run.freeze)
-    stored = sum(x.numel() for x in model.state_dict().values())
+    """Of one of train.EXPERIMENTS: operations of an iteration and in all, days by machine, and GB
+    of parameters, of gradients that a GPU of 8 sends, of a checkpoint."""
+    config, run = train.configs(train.EXPERIMENTS[name])
+    trained, stored = sizes(on_meta(config, run.tasks, run.freeze))
     alike = replace(config, shared_decoder=True)  # a sample passes one decoder in any case
-    each = {task: count(alike, task, run.freeze)[1] for task in run.tasks}
     chances = train.table_a2(run.tasks)
-    mean = sum(p * each[task] for task, p in zip(run.tasks, chances)) / sum(chances)
-    total = mean * run.batch_size * run.iterations
+    mean = sum(p * count(alike, task, run.freeze)[1] for task, p in zip(run.tasks, chances))
+    iteration = mean / sum(chances) * run.batch_size
+    total = iteration * run.iterations
     days = {machine: total / (gpus * peak * 1e12 * share) / 86400
             for machine, (gpus, peak, share) in MACHINES.items()}
-    return dict(each=each, iteration=mean * run.batch_size, total=total, days=days,
-                parameters=4 * stored / GB, traffic=2 * 7 / 8 * 4 * trained / GB,
-                checkpoint=4 * (stored + 2 * trained) / GB)
-
-
-def memory_of(task: str) -> tuple[float, float]:
-    """GB for whatever micro-batch (parameters, gradients, AdamW's two moments), and a sample."""
-    config = unit.Config()
-    with torch.device("meta"):
-        model = unit.UniT(config, data.TASKS)
-    one, two = (count(config, task, (), size)[2] for size in (1, 2))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stored = sum(x.numel() for x in model.state_dict().values())
-    return (4 * (stored + 3 * trained) + 2 * one - two) / GB, (two - one) / GB
-
-
-def counted_and_measured(image: tuple, **config) -> tuple[float, float]:
-    """MiB of a training on the CPU: as counted, and the greatest sum of what PyTorch allocated. Two
-    micro-batches: in the second all four parts are there, as always under DistributedDataParallel."""
-    batch = make_batch("coco", 1, image)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profile:
-        model = make_model(dropout=0.0, **config).train()
-        step = trainer(model, batch, False, parts=2)
-        step(), step()  # the second has the optimiser's state
-    events = [x for x in profile.profiler.kineto_results.events() if x.name() == "[memory]"]
-    changes = [x.nbytes() for x in sorted(events, key=lambda x: x.start_ns())]
-    loss, kept = kept_by_autograd(model, lambda: sum(model.losses(model(batch), batch).values()))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    stored = sum(x.numel() for x in model.state_dict().values())
-    return ((4 * (stored + 3 * trained) + kept) / MIB, max(itertools.accumulate(changes)) / MIB)
+    return dict(iteration=iteration, total=total, days=days, parameters=4 * stored / GB,
+                traffic=2 * 7 / 8 * 4 * trained / GB, checkpoint=4 * (stored + 2 * trained) / GB)
 
 
 def cost(flags) -> None:
-    print("\nCost, calculated: experiment, TFLOP an iteration, EFLOP a run, days on each machine, GB "
-          "of gradients\nthat a GPU of 8 sends in an iteration, GB of a checkpoint, TFLOP a sample "
-          "of each task")
-    print("; ".join(f"{name}: {share:.0%} of {peak} TFLOPS" for name, (_, peak, share) in
-                    MACHINES.items()))
+    print("\nCost, calculated: TFLOP an iteration, EFLOP a run, days on each machine, GB of "
+          "gradients that\na GPU of 8 sends in an iteration, GB of a checkpoint")
     print(f"{'':<13}{'T/it':>7}{'EFLOP':>7}", *(f"{name:>12}" for name in MACHINES),
           f"{'sent':>6}{'file':>6}")
-    chosen = ("T1.1-coco", "T3.3", "T4.1") if flags.quick else train.EXPERIMENTS
-    for name in chosen:
+    for name in ("T1.1-coco", "T3.3", "T4.1") if flags.quick else train.EXPERIMENTS:
         c = experiment_cost(name)
-        each = ", ".join(f"{task} {flops / 1e12:.2f}" for task, flops in c["each"].items())
         print(f"{name:<13}{c['iteration'] / 1e12:>7.1f}{c['total'] / 1e18:>7.1f}",
               *(f"{days:>12.1f}" for days in c["days"].values()),
-              f"{c['traffic']:>6.2f}{c['checkpoint']:>6.2f}  {each}", flush=True)
-    print(f"\nMemory of all eight tasks in fp32, GB, and the largest micro-batch that fits a card "
-          f"of so many GB, {RESERVED} of them left to CUDA")
-    print(f"{'':<10}{'size':<28}{'forward':>9}{'all':>7}{'fixed':>7}{'sample':>8}",
-          *(f"{card:>6}" for card in CARDS), " (TFLOP a sample, GB)")
+              f"{c['traffic']:>6.2f}{c['checkpoint']:>6.2f}", flush=True)
+    trained, stored = sizes(on_meta(unit.Config(), TASKS))
+    print(f"\nA sample in fp32: TFLOP, GB beside the {4 * (stored + 3 * trained) / GB:.1f} of "
+          "parameters, gradients and AdamW")
     for task, size in OFFICIAL.items():
-        forward, total, _ = count(unit.Config(), task)
-        fixed, sample = memory_of(task)
-        fit = (max(0, int((card - RESERVED - fixed) / sample)) for card in CARDS)
-        print(f"{task:<10}{str(size)[1:-1]:<28}{forward / 1e12:>9.3f}{total / 1e12:>7.3f}"
-              f"{fixed:>7.2f}{sample:>8.3f}", *(f"{n:>6}" for n in fit), flush=True)
-    image = (320, 416) if flags.quick else OFFICIAL["coco"]["image"]
-    counted, measured = in_child(counted_and_measured, image)
-    row(f"\nmemory of a step, {image[0]} x {image[1]}, cpu: counted, measured",
-        f"{counted:.0f} MiB", f"{measured:.0f} MiB", f"{measured / counted:.3f}", "0.9..1.1",
-        0.9 < measured / counted < 1.1)
+        one, two = (count(unit.Config(), task, (), n) for n in (1, 2))
+        print(f"{task:<10}{str(size)[1:-1]:<32}{one[1] / 1e12:>7.3f}"
+              f"{(two[2] - one[2]) / GB:>8.3f}", flush=True)
 
 
 PARTS = {"inference": inference, "training": training, "text": text, "matching": matching,

@@ -96,7 +96,7 @@ def test_pictures_are_the_same_as_with_pil(tmp_path):
 
 
 def test_operations_by_hand(monkeypatch):
-    """A sentence of 6 tokens behind the task vector, [CLS] alone, 25 queries; 2 for each product."""
+    """A sentence of 6 tokens behind the task vector, [CLS] alone, 25 queries; 2 a product."""
     monkeypatch.setitem(bench.OFFICIAL, "qnli", dict(tokens=6))
     w, ff, d, dff, n, q = 8, 16, 4, 12, 7, 25
     config = unit.Config(bert_width=w, bert_heads=2, bert_ff=ff, bert_layers=3, vocab_size=30_000,
@@ -122,12 +122,6 @@ def test_what_autograd_keeps_is_counted_once():
     x = torch.randn(10, 4, requires_grad=True)
     _, kept = bench.kept_by_autograd(model, lambda: model((x * x).exp().sin()))
     assert kept == 4 * (40 + 40 + 40)  # x, exp's result, sin's, which the product keeps
-
-
-def test_counted_memory_is_the_measured():
-    counted, measured = bench.counted_and_measured(
-        (192, 256), encoder_layers=2, decoder_layers=2, decoder_width=64)
-    assert 0.9 < measured / counted < 1.1
 
 
 def test_cost_of_an_experiment(monkeypatch):

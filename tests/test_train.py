@@ -1,8 +1,7 @@
-"""train.py: schedule, optimiser, what a batch's cut does not change, stopping and going on.
+"""train.py: schedule, optimiser, how a batch is cut, stopping and going on.
 
-The runs are real ones: the command line, processes started by torchrun, signals sent from
-outside, on small parts of the tiny data sets.
-"""
+The runs are real ones, on small parts of the tiny data sets, in forked processes; signals come from
+outside."""
 import copy
 import dataclasses
 import json
@@ -22,9 +21,10 @@ import torch
 from PIL import Image
 
 import data
+import eval as evaluation
 import train
 import unit
-from conftest import ROOT, run_python
+from conftest import ROOT, Forked, run_python
 
 SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
          "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
@@ -32,26 +32,48 @@ SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 
          "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --coco_first 0").split()
 
 
-DOUBLE = "torch.set_default_dtype(torch.float64)"  # no flag: nobody trains in double precision
-DETERMINISTIC = "torch.use_deterministic_algorithms(True, warn_only=True)"
+def start(out, *more, data_dir, **kwargs):
+    """Starts train.py --tiny on small sizes."""
+    arguments = ["--tiny", "--data", data_dir, "--out", out, *SMALL, *more]
+    return Forked(train.main, arguments, **kwargs)
 
 
-def command(out, *more, data_dir, processes=1, first="", **kwargs):
-    """Runs train.py --tiny on small sizes, under torchrun if there are several processes. `first`
-    is a line of Python to run before."""
-    head = [sys.executable]
-    if processes > 1:
-        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = ROOT / "train.py"
-    if first:
-        script = Path(out).with_suffix(".py")  # one for each: they start side by side
-        script.write_text(f"import torch\n{first}\nimport train\ntrain.main()\n")
-    return run_python([*head, script, "--tiny", "--data", data_dir, "--out", out, *SMALL, *more],
-                      **kwargs)
+def finish(out, *more, expect=0, timeout=120, **kwargs):
+    return start(out, *more, **kwargs).wait(expect, timeout=timeout)
+
+
+def double():  # no flag: nobody trains in double precision
+    torch.set_default_dtype(torch.float64)
 
 
 def weights(out, name="last.pt"):
     return torch.load(Path(out) / name, weights_only=True)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def clones(model):
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for_iteration(run, iteration):
+    for line in run.stdout:
+        if re.match(rf"\s*{iteration}/", line):
+            return
+    pytest.fail(f"the run ended before iteration {iteration}")
+
+
+def killed_at(iteration, out, *more, **kwargs):
+    run = start(out, *more, "--log_every", 1, **kwargs)
+    wait_for_iteration(run, iteration)
+    run.processes[0].kill()
+    run.processes[0].join()
 
 
 # A gradient that is mathematically zero is rounding noise, which AdamW blows up to full steps: key
@@ -70,9 +92,7 @@ def farthest(a: dict, b: dict, skip: bool = True) -> tuple[float, str]:
                if not (skip and ZERO_GRADIENT.search(k)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Schedule and optimiser
-# --------------------------------------------------------------------------------------------------
+# ---- Schedule and optimiser
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     run = train.TrainConfig(iterations=10_000, warmup=2000)
@@ -116,20 +136,9 @@ def test_unused_parameters_are_skipped_unless_asked(model):
         config = train.TrainConfig(update_unused=update_unused, lr=1e-2)
         optimizer = train.make_optimizer(model, config)
         one_update(model, "a", config, optimizer)
-        before = {n: p.detach().clone() for n, p in model.heads["a"].named_parameters()}
+        before = clones(model.heads["a"])
         one_update(model, "b", config, optimizer)
-        moved = any(not torch.equal(before[n], p) for n, p in model.heads["a"].named_parameters())
-        assert moved == update_unused
-
-
-def test_a_scaled_step_that_overflows_is_skipped(model):
-    config = train.TrainConfig(precision="fp16")
-    optimizer = train.make_optimizer(model, config)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    one_update(model, "a", config, optimizer, scaler)
-    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-    assert scaler.get_scale() < 1e38
+        assert equal(before, model.heads["a"].state_dict()) != update_unused
 
 
 def test_the_backbone_has_its_own_learning_rate():
@@ -143,81 +152,47 @@ def test_the_backbone_has_its_own_learning_rate():
             == sum(p.numel() for p in model.image_encoder.backbone.parameters()))
 
 
-# --------------------------------------------------------------------------------------------------
-# The batch of 64 is 64 on any number of processes
-# --------------------------------------------------------------------------------------------------
+# ---- The batch of 64 is 64 on any number of processes
 
-ARRANGEMENTS = [(1, 8), (1, 4), (2, 4), (2, 2), (4, 2)]  # processes, micro-batch
-
-
-@pytest.mark.parametrize("float64, tolerance", [(True, 1e-9), (False, 1e-4)])
-def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, float64, tolerance):
+@pytest.mark.parametrize("first, arrangements, tolerance", [
+    (double, [(1, 8), (1, 4), (2, 4), (2, 2), (4, 2)], 1e-9),
+    (None, [(1, 8), (1, 4), (2, 2)], 1e-4)])
+def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, first, arrangements,
+                                                  tolerance):
     """20 iterations of all eight tasks, pictures without boxes and boxes without attributes among
-    them: 1 x 8, 1 x (4 + 4), 2 x 4, 2 x (2 + 2) and 4 x 2 samples end with the same weights."""
-    outs = [tmp_path / f"{processes}x{micro_batch}" for processes, micro_batch in ARRANGEMENTS]
-    runs = [command(out, "--iterations", 20, "--micro_batch", micro_batch, "--dropout", 0,
-                    "--save_every", 100, "--probabilities", ",".join(["1"] * 8),
-                    processes=processes, data_dir=small_tiny_data,
-                    first=DOUBLE if float64 else "", wait=False)
-            for out, (processes, micro_batch) in zip(outs, ARRANGEMENTS)]
-    for run in runs:
-        output = run.communicate(timeout=300)[0]
-        assert run.returncode == 0, output
-    found = [weights(out) for out in outs]
-    log = (outs[0] / "log.jsonl").read_text().splitlines()
-    assert {json.loads(x).get("task") for x in log} >= set(train.EIGHT)
-    first = found[0]
-    dtype = first["heads.coco.class_head.weight"].dtype
-    assert dtype == (torch.float64 if float64 else torch.float32)
+    them, end with the same weights for any (number of processes, micro-batch)."""
+    found, chances = [], ",".join(["1"] * 8)
+    for processes, micro_batch in arrangements:
+        out = tmp_path / f"{processes}x{micro_batch}"
+        finish(out, "--iterations", 20, "--micro_batch", micro_batch, "--save_every", 100,
+               "--probabilities", chances, processes=processes, first=first,
+               data_dir=small_tiny_data)
+        found.append(weights(out))
+    assert {x.get("task") for x in log_of(tmp_path / "1x8")} >= set(train.EIGHT)
+    dtype = found[0]["heads.coco.class_head.weight"].dtype
+    assert dtype == (torch.float64 if first else torch.float32)
     for other in found[1:]:
-        assert farthest(first, other, skip=not float64)[0] < tolerance
+        assert farthest(found[0], other, skip=not first)[0] < tolerance
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_trains(tmp_path, small_tiny_data, precision):
-    out = tmp_path / "run"
-    command(out, "--iterations", 8, "--precision", precision, data_dir=small_tiny_data)
-    lines = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(x["loss"]) for x in lines if "loss" in x)
-    assert weights(out)["heads.coco.class_head.weight"].dtype == torch.float32
+    finish(tmp_path, "--iterations", 8, "--precision", precision, data_dir=small_tiny_data)
+    assert all(math.isfinite(x["loss"]) for x in log_of(tmp_path) if "loss" in x)
+    assert weights(tmp_path)["heads.coco.class_head.weight"].dtype == torch.float32
 
 
-def test_evaluation_is_shared_among_processes(tmp_path, small_tiny_data):
-    """Two processes predict their shares; every sample counts once and the numbers are the same."""
-    out = tmp_path / "run"
-    command(out, "--iterations", 2, data_dir=small_tiny_data)
-    found = []
-    for processes in (1, 2):
-        to = tmp_path / f"eval{processes}"
-        head = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
-                                          f"--nproc_per_node={processes}"]
-        run_python([sys.executable, *head, ROOT / "eval.py", "--checkpoint", out / "last.pt",
-                    "--out", to])
-        found.append(json.loads((to / "results.json").read_text()))
-    assert found[0] == found[1]
-    assert set(found[0]) == set(train.EIGHT)
+# ---- A run can stop anywhere and go on
 
+LONG = ("--iterations", 60, "--dropout", 0.1, "--save_every", 7)
 
-# --------------------------------------------------------------------------------------------------
-# A run can stop anywhere and go on
-# --------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, small_tiny_data):
-    """What the interrupted runs are held against: dropout on, so that it must come back too."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    command(out, "--iterations", 60, "--dropout", 0.1, "--save_every", 7, data_dir=small_tiny_data)
+    """The weights that the interrupted runs must end with, by the same dropout."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(out, *LONG, data_dir=small_tiny_data)
     return weights(out)
-
-
-INTERRUPTED = ("--iterations", 60, "--dropout", 0.1, "--save_every", 7, "--log_every", 1)
-
-
-def wait_for_iteration(process, iteration):
-    for line in process.stdout:
-        if re.match(rf"\s*{iteration}/", line):
-            return
-    pytest.fail(f"the run ended before iteration {iteration}")
 
 
 @pytest.mark.parametrize("number, workers", [(signal.SIGKILL, 0), (signal.SIGKILL, 2),
@@ -226,51 +201,50 @@ def wait_for_iteration(process, iteration):
 def test_resuming_is_exact(tmp_path, small_tiny_data, uninterrupted, number, workers):
     """Killed, terminated or interrupted, a run that goes on ends with the same bits, whatever the
     number of data workers."""
-    out = tmp_path / "run"
-    process = command(out, *INTERRUPTED, "--num_workers", workers, data_dir=small_tiny_data,
-                      wait=False)
-    wait_for_iteration(process, 31)
-    process.send_signal(number)
-    rest = process.communicate(timeout=60)[0]
+    run = start(tmp_path, *LONG, "--log_every", 1, "--num_workers", workers,
+                data_dir=small_tiny_data)
+    wait_for_iteration(run, 31)
+    os.kill(run.processes[0].pid, number)
     if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        run.processes[0].join()
     else:
-        assert process.returncode == 128 + number and "go on with --resume" in rest
-    for line in (out / "log.jsonl").read_text().splitlines():
-        json.loads(line)
-    output = command(out, *INTERRUPTED, "--resume", data_dir=small_tiny_data)
-    assert "going on after iteration" in output
-    assert "going on after iteration 0" not in output
-    end = weights(out)
-    assert all(torch.equal(uninterrupted[k], end[k]) for k in uninterrupted)
-    iterations = [json.loads(x)["iteration"] for x in (out / "log.jsonl").read_text().splitlines()
-                  if "loss" in json.loads(x)]
+        assert "go on with --resume" in run.wait(128 + number)
+    log_of(tmp_path)  # no line is torn
+    output = finish(tmp_path, *LONG, "--resume", data_dir=small_tiny_data)
+    assert re.search("going on after iteration [1-9]", output)
+    assert equal(uninterrupted, weights(tmp_path))
+    iterations = [x["iteration"] for x in log_of(tmp_path) if "loss" in x]
     assert iterations == list(range(1, 61))  # none twice, none lost
 
 
 def test_resuming_at_another_number_of_processes_keeps_the_schedule(tmp_path, small_tiny_data):
-    out = tmp_path / "run"
-    command(out, "--iterations", 10, "--dropout", 0, data_dir=small_tiny_data)
-    other = tmp_path / "other"
-    process = command(other, "--iterations", 10, "--dropout", 0, "--save_every", 4,
-                      "--log_every", 1, data_dir=small_tiny_data, wait=False)
-    wait_for_iteration(process, 5)
-    process.kill()
-    process.communicate()
-    command(other, "--iterations", 10, "--resume", data_dir=small_tiny_data, processes=2)
-    tasks = [[json.loads(x).get("task") for x in (o / "log.jsonl").read_text().splitlines()]
-             for o in (out, other)]
-    assert tasks[0] == tasks[1]
+    out, other = tmp_path / "out", tmp_path / "other"
+    shared = dict(data_dir=small_tiny_data)
+    finish(out, "--iterations", 10, **shared)
+    killed_at(5, other, "--iterations", 10, "--save_every", 4, **shared)
+    finish(other, "--iterations", 10, "--resume", processes=2, **shared)
+    assert [x.get("task") for x in log_of(out)] == [x.get("task") for x in log_of(other)]
     assert farthest(weights(out), weights(other))[0] < 1e-4
 
 
-def test_processes_wait_for_the_tiny_data(tmp_path):
-    """Those that do not write them find them whole."""
-    few = ("import data; data.TINY_SIZES.update(coco=(48, 12), vg=(40, 8), snli_ve=(36, 12), "
-           "glue=(60, 24))")
-    output = command(tmp_path / "run", "--iterations", 2, data_dir=tmp_path / "data", processes=2,
-                     first=few)
+def test_processes_wait_for_the_first(tmp_path):
+    """It writes the tiny data, and reads everything (and fetches files) before the others."""
+    def few():
+        data.TINY_SIZES.update(coco=(48, 12), vg=(40, 8), snli_ve=(36, 12), glue=(60, 24))
+        build = train.build
+
+        def logged(*arguments):
+            rank, _ = evaluation.processes()
+            assert rank == 0 or (tmp_path / "ends 0").exists()
+            time.sleep(0.2)
+            built = build(*arguments)
+            (tmp_path / f"ends {rank}").touch()
+            return built
+        train.build = logged
+    output = finish(tmp_path / "run", "--iterations", 2, data_dir=tmp_path / "data", processes=2,
+                    first=few)
     assert "tiny data sets written" in output and (tmp_path / "run/results.json").exists()
+    assert (tmp_path / "ends 1").exists()
 
 
 @pytest.mark.parametrize("before", [None, "empty"])
@@ -289,14 +263,101 @@ def test_two_runs_write_the_tiny_data_at_once(tmp_path, monkeypatch, before):
     assert (folder / "whose").read_text() == str(folder) and os.listdir(tmp_path) == ["data"]
 
 
-def test_a_warm_up_beyond_the_end_is_said(capsys):
-    train.check(unit.Config(), train.TrainConfig(iterations=200, warmup=200), 1, True)
-    assert not capsys.readouterr().out
-    train.check(unit.Config(), train.TrainConfig(iterations=199, warmup=200), 1, True)
+def test_a_warm_up_beyond_the_end_is_reported(capsys):
+    for iterations in (200, 199):
+        assert not capsys.readouterr().out
+        train.check(unit.Config(), train.TrainConfig(iterations=iterations, warmup=200), 1, True)
     assert "199 iterations ends within the warm-up of 200" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------- unusable pictures
+def test_a_run_that_saved_nothing_starts_anew(small_tiny_data, tmp_path):
+    """A cluster's job that always gives --resume must not fail for ever because it once died
+    before its first save."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text('{"iteration": 1, "task": "coco"}\n')
+    flags = ("--iterations", 2, "--tasks", "sst2", "--resume")
+    assert "starts anew" in finish(tmp_path, *flags, data_dir=small_tiny_data)
+    assert [x["iteration"] for x in log_of(tmp_path)] == [1, 2, 2]  # the last is the evaluation's
+
+
+def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, small_tiny_data):
+    finish(tmp_path, "--iterations", 6, "--save_every", 3, data_dir=small_tiny_data)
+    last, end = tmp_path / "last.pt", weights(tmp_path)
+    last.write_bytes(last.read_bytes()[:last.stat().st_size // 2])
+    (tmp_path / "last.pt.part").write_bytes(b"PK")  # and a save that was killed
+    output = finish(tmp_path, "--resume", data_dir=small_tiny_data)
+    assert "last.pt" in output and "going on after iteration 3" in output
+    assert equal(end, weights(tmp_path))
+
+
+def test_saved_before_an_evaluation(tmp_path, small_tiny_data):
+    """A job's time may end while its model is evaluated: what was trained until then is there."""
+    def dies():
+        evaluation.evaluate = lambda *_, **__: os._exit(9)
+    finish(tmp_path, "--iterations", 4, "--eval_every", 2, "--save_every", 100,
+           data_dir=small_tiny_data, first=dies, expect=9)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["iteration"] == 2
+
+
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_stays(tmp_path, small_tiny_data):
+    killed_at(5, tmp_path, "--iterations", 30, "--save_every", 3, data_dir=small_tiny_data)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def full():  # no file may grow beyond: as on a full disk, the write fails half way
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+    output = finish(tmp_path, "--resume", data_dir=small_tiny_data, expect=2, first=full)
+    assert "is the disk full?" in output and "Traceback" not in output
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not (tmp_path / "last.pt.part").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_signals_to_torchrun(tmp_path, small_tiny_data, number):
+    """It passes SIGHUP on; SIGUSR1 ends it, and its processes see that it is gone. They save."""
+    run = run_python([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                      "--nproc_per_node=2", ROOT / "train.py", "--tiny", "--data", small_tiny_data,
+                      "--out", tmp_path, *SMALL, "--tasks", "sst2", "--log_every", 1,
+                      "--iterations", 100_000], wait=False)
+    wait_for_iteration(run, 5)
+    run.send_signal(number)
+    output = run.communicate(timeout=60)[0]  # until the last process has closed it
+    iteration = int(re.search(r"stopped after iteration (\d+)", output)[1])
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["iteration"] == iteration >= 5
+
+
+@pytest.mark.parametrize("number, stays", [(signal.SIGHUP, True), (signal.SIGUSR1, False)])
+def test_a_signal_that_nohup_ignores_stays_ignored(number, stays):
+    before = {x: signal.getsignal(x) for x in data.STOPPING}
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        noted = train.note_signals()
+        os.kill(os.getpid(), number)
+        assert noted == ([] if stays else [number])
+    finally:
+        for x, handler in before.items():
+            signal.signal(x, handler)
+
+
+@pytest.mark.parametrize("whom", ["data worker", "process"])
+def test_a_death_ends_the_run(tmp_path, small_tiny_data, whom):
+    """A data worker or one of two processes is killed: an error within a minute, not a hang."""
+    worker = whom == "data worker"
+    run = start(tmp_path, "--iterations", 100_000, "--log_every", 1, "--num_workers", int(worker),
+                data_dir=small_tiny_data, processes=1 if worker else 2)
+    wait_for_iteration(run, 5)
+    victim = run.processes[-1].pid
+    if worker:
+        victim = Path(f"/proc/{victim}/task/{victim}/children").read_text().split()[-1]
+    os.kill(int(victim), signal.SIGKILL)
+    output = run.wait(*([2] if worker else [1, -signal.SIGKILL]), timeout=60)
+    assert run.processes[0].exitcode > 0
+    if worker:
+        assert "Traceback" not in output and "exit status -9" in output
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["iteration"] >= 5
+
+
+# ---- Pictures that cannot be used
 
 def test_unusable_pictures_are_logged_once_and_do_not_disturb(tmp_path, small_tiny_data):
     """3 of 48, each met several times: the same weights with 0 or 2 workers, on 2 processes and
@@ -305,30 +366,25 @@ def test_unusable_pictures_are_logged_once_and_do_not_disturb(tmp_path, small_ti
     broken = sorted((root / "coco/train2017").iterdir())[:3]
     for path in broken:
         path.write_text("<html>")
-    flags = ("--iterations", 30, "--tasks", "coco", "--dropout", 0)
-    for out, more in {"0": dict(), "2": dict(processes=2)}.items():
-        output = command(tmp_path / out, *flags, "--save_every", 100, data_dir=root, **more)
+    flags = ("--iterations", 30, "--tasks", "coco")
+    whole, both, killed = tmp_path / "whole", tmp_path / "both", tmp_path / "killed"
+    for out, processes in ((whole, 1), (both, 2)):
+        output = finish(out, *flags, "--save_every", 100, data_dir=root, processes=processes)
         assert [output.count(f"left out: {path}: cannot be") for path in broken] == [1, 1, 1]
-    killed = command(tmp_path / "killed", *flags, "--num_workers", 2, "--save_every", 5,
-                     "--log_every", 1, data_dir=root, wait=False)
-    wait_for_iteration(killed, 17)
-    killed.kill()
-    killed.communicate()
-    output = command(tmp_path / "killed", "--resume", "--num_workers", 2, data_dir=root)
-    assert "left out" not in output  # they were said before
-    whole = weights(tmp_path / "0")
-    assert all(torch.equal(whole[k], v) for k, v in weights(tmp_path / "killed").items())
-    assert farthest(whole, weights(tmp_path / "2"))[0] < 1e-4
-    for out in ("0", "2", "killed"):
-        records = map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines())
-        reasons = [reason for record in records for reason in record.get("unusable", [])]
+    killed_at(17, killed, *flags, "--num_workers", 2, "--save_every", 5, data_dir=root)
+    output = finish(killed, "--resume", "--num_workers", 2, data_dir=root)
+    assert "left out" not in output  # they were reported before
+    assert equal(weights(whole), weights(killed))
+    assert farthest(weights(whole), weights(both))[0] < 1e-4
+    for out in (whole, both, killed):
+        reasons = [reason for record in log_of(out) for reason in record.get("unusable", [])]
         assert sorted(x.partition(": ")[0] for x in reasons) == [str(path) for path in broken]
 
 
 @pytest.mark.parametrize("number, met, ends", [(9, 100, False), (10, 999, True),
                                                (10, 1000, False), (11, 1000, True)])
 def test_more_than_one_unusable_picture_in_100_ends_the_run(tmp_path, number, met, ends):
-    log = train.Log(tmp_path, train.TrainConfig(batch_size=1), 0, True)
+    log = train.Log(tmp_path, train.TrainConfig(batch_size=1), 0)
     for n in range(met):
         log.count("coco", [f"{n % number}.jpg: cannot be read"])
         log.count("vg", [])
@@ -340,8 +396,8 @@ def test_more_than_one_unusable_picture_in_100_ends_the_run(tmp_path, number, me
 
 
 def odd_pictures(root):
-    """1,600 pictures of 36 x 24 with a box each; 5 cannot be opened, 5 are stored sideways (EXIF), of
-    5 width and height are exchanged in the annotations."""
+    """1,600 pictures of 36 x 24 with a box each; 5 cannot be opened, 5 are stored sideways (EXIF),
+    of 5 width and height are exchanged in the annotations."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 1600), ("val", 8)):
         images, boxes = [], []
@@ -373,125 +429,23 @@ def odd_pictures(root):
 def test_1000_iterations_over_odd_pictures_are_the_same_everywhere(tmp_path):
     """With no data worker and with two, in one process and in two, and after a kill."""
     odd_pictures(tmp_path / "data")
-    flags = ["--tasks", "coco", "--iterations", 1000, "--save_every", 400, "--log_every", 100,
-             # The paper's rates: at 1e-3 training is chaotic, and rounding grows from 1e-15 to 1e-1.
-             "--lr", 5e-5, "--lr_backbone", 1e-5]
-
-    def go(name, *more, **kwargs):
-        return command(tmp_path / name, *flags, *more, data_dir=tmp_path / "data", first=DOUBLE,
-                       **kwargs)
-    go("plain")
-    go("workers", "--num_workers", 2)
-    go("processes", processes=2)
-    killed = go("killed", wait=False)
-    while not (tmp_path / "killed/last.pt").exists():
-        time.sleep(0.1)
-    killed.kill()
-    killed.wait()
-    go("killed", "--resume")
-    records = [json.loads(x) for x in (tmp_path / "plain/log.jsonl").read_text().splitlines()]
-    reasons = [reason for record in records for reason in record.get("unusable", [])]
+    # The paper's rates: at 1e-3 training is chaotic, and rounding grows from 1e-15 to 1e-1.
+    flags = ["--tasks", "coco", "--iterations", 1000, "--save_every", 400, "--lr", 5e-5,
+             "--lr_backbone", 1e-5]
+    shared = dict(data_dir=tmp_path / "data", first=double)
+    plain, workers, both, killed = (tmp_path / x for x in ("plain", "workers", "both", "killed"))
+    finish(plain, *flags, **shared, timeout=600)
+    finish(workers, *flags, "--num_workers", 2, **shared, timeout=600)
+    finish(both, *flags, **shared, processes=2, timeout=600)
+    killed_at(450, killed, *flags, **shared)
+    finish(killed, *flags, "--resume", **shared, timeout=600)
+    reasons = [reason for record in log_of(plain) for reason in record.get("unusable", [])]
     assert len(reasons) == 10 and sum("width and height" in reason for reason in reasons) == 5
-    for name, tolerance in (("workers", 0), ("killed", 0), ("processes", 1e-9)):
-        distance = farthest(weights(tmp_path / "plain"), weights(tmp_path / name), skip=False)
-        assert distance[0] <= tolerance, (name, distance)
+    assert equal(weights(plain), weights(workers)) and equal(weights(plain), weights(killed))
+    assert farthest(weights(plain), weights(both), skip=False)[0] <= 1e-9
 
 
-def test_a_run_that_saved_nothing_starts_anew(small_tiny_data, tmp_path):
-    """A cluster's job that always gives --resume must not fail for ever because it once died
-    before its first save."""
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "log.jsonl").write_text('{"iteration": 1, "task": "coco"}\n')
-    output = command(tmp_path, "--iterations", 2, "--tasks", "sst2", "--resume",
-                     data_dir=small_tiny_data)
-    assert "starts anew" in output
-    records = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [x["iteration"] for x in records] == [1, 2, 2]  # the last is the evaluation's
-
-
-def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, small_tiny_data):
-    out = tmp_path / "run"
-    command(out, "--iterations", 6, "--save_every", 3, data_dir=small_tiny_data)
-    whole, end = (out / "last.pt").read_bytes(), weights(out)
-    (out / "last.pt").write_bytes(whole[:len(whole) // 2])
-    (out / "last.pt.new").write_bytes(whole[:100])  # and a save that was killed
-    output = command(out, "--resume", data_dir=small_tiny_data)
-    assert "last.pt" in output and "going on after iteration 3" in output
-    assert all(torch.equal(end[k], v) for k, v in weights(out).items())
-
-
-def test_saved_before_an_evaluation(tmp_path, small_tiny_data):
-    """A job's time may end while its model is evaluated: what was trained until then is there."""
-    dies = "import eval, os; eval.evaluate = lambda *_, **__: os._exit(9)"
-    command(tmp_path / "run", "--iterations", 4, "--eval_every", 2, "--save_every", 100,
-            data_dir=small_tiny_data, first=dies, expect=9)
-    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] == 2
-
-
-def test_a_full_disk_is_said_and_the_previous_checkpoint_stays(tmp_path, small_tiny_data):
-    out = tmp_path / "run"
-    process = command(out, "--iterations", 30, "--save_every", 3, "--log_every", 1,
-                      data_dir=small_tiny_data, wait=False)
-    wait_for_iteration(process, 5)
-    process.kill()
-    process.communicate()
-    before = (out / "last.pt").read_bytes()
-    limit = len(before) // 2  # no file may grow beyond: as on a full disk, the write fails half way
-    output = command(out, "--resume", data_dir=small_tiny_data, expect=2, preexec_fn=lambda:
-                     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert "is the disk full?" in output and "Traceback" not in output
-    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.new").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_signals_to_torchrun(tmp_path, small_tiny_data, number):
-    """It passes SIGHUP on; SIGUSR1 ends it, and its processes see that it is gone. They save."""
-    run = command(tmp_path / "run", "--iterations", 100_000, "--log_every", 1, "--tasks", "sst2",
-                  data_dir=small_tiny_data, processes=2, wait=False)
-    wait_for_iteration(run, 5)
-    run.send_signal(number)
-    output = run.communicate(timeout=60)[0]  # until the last process has closed it
-    iteration = int(re.search(r"stopped after iteration (\d+)", output)[1])
-    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    assert saved["iteration"] == iteration >= 5
-
-
-@pytest.mark.parametrize("number, stays", [(signal.SIGHUP, True), (signal.SIGUSR1, False)])
-def test_a_signal_that_nohup_ignores_stays_ignored(number, stays):
-    before = {x: signal.getsignal(x) for x in data.STOPPING}
-    try:
-        signal.signal(number, signal.SIG_IGN)
-        noted = train.note_signals()
-        os.kill(os.getpid(), number)
-        assert noted == ([] if stays else [number])
-    finally:
-        for x, handler in before.items():
-            signal.signal(x, handler)
-
-
-@pytest.mark.parametrize("whom", ["data worker", "process"])
-def test_a_death_ends_the_run(tmp_path, small_tiny_data, whom):
-    """A data worker or one of two processes is killed: an error within a minute, not a hang."""
-    processes = 2 if whom == "process" else 1
-    run = command(tmp_path / "run", "--iterations", 100_000, "--log_every", 1, "--num_workers",
-                  int(processes == 1), data_dir=small_tiny_data, processes=processes, wait=False)
-    wait_for_iteration(run, 5)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    began = time.time()
-    output = run.communicate(timeout=60)[0]
-    assert run.returncode not in (0, None) and time.time() - began < 60, output
-    if processes == 1:
-        assert "Traceback" not in output and "exit status -9" in output
-        assert torch.load(tmp_path / "run/last.pt", weights_only=True)["iteration"] >= 5
-
-
-# ---------------------------------------------------------------- numbers that are not finite
-
-def spoil_gradient(model, name, value):
-    parameter = dict(model.named_parameters())[name]
-    return parameter.register_hook(lambda gradient: gradient + value)
-
+# ---- Numbers that are not finite
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
@@ -503,12 +457,14 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(model, precision
     one_update(model, "a", config, optimizer, scaler)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
     names = ("decoders.shared.layers.0.linear1.weight", "heads.a.linear2.bias")
-    hooks = [spoil_gradient(model, name, value) for name in names]
+    hooks = [model.get_parameter(name).register_hook(lambda gradient: gradient + value)
+             for name in names]
     _, norm, norms = one_update(model, "a", config, optimizer, scaler)
     after = (model.state_dict(), optimizer.state_dict()["state"])
     for x, y in zip(*(torch.utils._pytree.tree_leaves(part) for part in (before, after))):
         assert torch.equal(x, y)
     assert not norm.isfinite() and {x for x in norms if not norms[x].isfinite()} == set(names)
+    assert scaler.get_scale() == (8 if precision == "fp16" else 1)
     for hook in hooks:
         hook.remove()
     assert one_update(model, "a", config, optimizer, scaler)[1].isfinite()
@@ -518,7 +474,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(model, precision
 @pytest.mark.parametrize("precision, patience", [("fp32", 0), ("bf16", 0), ("fp16", 20)])
 def test_how_many_steps_may_be_skipped(tmp_path, precision, patience):
     """One ends the run, except in fp16: there it is 21 in a row, more than the scaler can mend."""
-    log = train.Log(tmp_path, train.TrainConfig(precision=precision), 0, True)
+    log = train.Log(tmp_path, train.TrainConfig(precision=precision), 0)
 
     def add(norm):
         norms = {"v": torch.tensor(1.0), "w": torch.tensor(norm)}
@@ -541,72 +497,71 @@ def test_no_checkpoint_holds_a_weight_that_is_not_finite(model):
         train.require_finite_weights(model, 3)
 
 
-FAULTY = """
-import os, unit
-before = unit.UniT.__init__
-def init(self, *args, **kwargs):
-    before(self, *args, **kwargs)
-    calls = []
-    def hook(gradient):
-        calls.append(1)
-        return gradient * (float("inf") if len(calls) == 6 and RANK else 1)
-    self.heads["sst2"].linear2.weight.register_hook(hook)
-unit.UniT.__init__ = init
-"""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_gradient_that_is_not_finite_stops_all_processes(tmp_path, small_tiny_data, processes):
+    """At the last iteration of the run, in the last process: what was saved before stays."""
+    def spoil():
+        made = unit.UniT.__init__
 
+        def init(self, *arguments):
+            made(self, *arguments)
+            calls = []
 
-@pytest.mark.parametrize("processes, faulty", [(1, "True"),
-                                               (2, "os.environ['RANK'] == '1'")])
-def test_a_gradient_that_is_not_finite_stops_all_processes(tmp_path, small_tiny_data, processes,
-                                                           faulty):
-    """At the last iteration of the run, in one of two processes: what was saved before stays."""
-    output = command(tmp_path / "run", "--iterations", 6, "--tasks", "sst2", "--save_every", 4,
-                     data_dir=small_tiny_data, processes=processes, expect=2 if processes == 1
-                     else 1, first=FAULTY.replace("RANK", faulty))
+            def hook(gradient):
+                calls.append(1)
+                last = evaluation.processes()[0] == processes - 1
+                return gradient * (math.inf if len(calls) == 6 and last else 1)
+            self.heads["sst2"].linear2.weight.register_hook(hook)
+        unit.UniT.__init__ = init
+    output = finish(tmp_path, "--iterations", 6, "--tasks", "sst2", "--save_every", 4, expect=2,
+                    data_dir=small_tiny_data, processes=processes, first=spoil)
     message = ("error: the numbers are not finite: iteration 6, task sst2, gradient of heads.sst2."
                "linear2.weight; iteration 4 was saved last; a lower --lr may help")
     assert output.count(message) == processes, output
-    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert saved["iteration"] == 4 and all(x.isfinite().all() for x in saved["model"].values())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, small_tiny_data):
     """Weights that blow up: the message names iteration, task, term, samples; nothing is saved."""
-    out = tmp_path / "run"
-    output = command(out, "--iterations", 50, "--lr", "1e30", "--clip", "1e30", "--save_every", 50,
-                     data_dir=small_tiny_data, expect=2)
+    output = finish(tmp_path, "--iterations", 50, "--lr", 1e30, "--clip", 1e30, "--save_every", 50,
+                    data_dir=small_tiny_data, expect=2)
     assert re.search(r"not finite: iteration \d+, task \w+, term .+, samples \[\d+.+ nothing was "
                      "saved", output), output
-    assert not (out / "last.pt").exists()
+    assert not (tmp_path / "last.pt").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_resuming_is_exact_on_a_gpu_too(tmp_path, small_tiny_data, precision):
-    shared = dict(data_dir=small_tiny_data, first=DETERMINISTIC, gpu=True)
-    flags = ("--iterations", 40, "--precision", precision, "--log_every", 1, "--save_every", 5)
-    command(tmp_path / "whole", *flags, **shared)
-    process = command(tmp_path / "run", *flags, **shared, wait=False)
+    """CUDA does not survive a fork: these are commands."""
+    script = tmp_path / "train_exactly.py"
+    script.write_text("import torch, train\n"
+                      "torch.use_deterministic_algorithms(True, warn_only=True)\ntrain.main()\n")
+
+    def command(out, *more, **kwargs):
+        return run_python([sys.executable, script, "--tiny", "--data", small_tiny_data, "--out",
+                           tmp_path / out, *SMALL, "--iterations", 40, "--precision", precision,
+                           "--log_every", 1, "--save_every", 5, *more], gpu=True, **kwargs)
+    command("whole")
+    process = command("run", wait=False)
     wait_for_iteration(process, 12)
     process.kill()
     process.communicate()
-    command(tmp_path / "run", *flags, "--resume", **shared)
-    whole, again = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(whole[k], again[k]) for k in whole)
+    command("run", "--resume")
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
-# --------------------------------------------------------------------------------------------------
-# Initialising from another run, freezing
-# --------------------------------------------------------------------------------------------------
+# ---- Initialising from another run, freezing
 
 def test_init_and_freeze(tmp_path, small_tiny_data):
     """COCO init. (Section 4.1) and frozen encoders (Table C.1 line 10): what is named is taken,
     what is frozen stays."""
     first, then = tmp_path / "coco", tmp_path / "joint"
-    command(first, "--iterations", 3, "--tasks", "coco", data_dir=small_tiny_data)
-    output = command(then, "--iterations", 6, "--tasks", "coco,snli_ve,mnli", "--init",
-                     first / "last.pt", "--init_parts", "image_encoder,heads", "--freeze",
-                     "image_encoder", "--probabilities", "1,1,1", data_dir=small_tiny_data)
+    finish(first, "--iterations", 3, "--tasks", "coco", data_dir=small_tiny_data)
+    output = finish(then, "--iterations", 6, "--tasks", "coco,snli_ve,mnli", "--init",
+                    first / "last.pt", "--init_parts", "image_encoder,heads", "--freeze",
+                    "image_encoder", "--probabilities", "1,1,1", data_dir=small_tiny_data)
     assert "tensors taken: " in output and "dropped: " in output
     a, b = weights(first), weights(then)
     for name in a:
@@ -616,16 +571,20 @@ def test_init_and_freeze(tmp_path, small_tiny_data):
     assert "w_task.mnli" in " ".join(b) and "image_encoder.w_task.snli_ve" in b
 
 
+def checkpoint_of(model, path, names=()):
+    torch.save({"model": model.state_dict(), "config": {}, "tasks": [], "iteration": 7,
+                "labels": {"coco": {"classes": [*names], "attributes": []}}}, path)
+    return str(path)
+
+
 def test_separate_decoders_each_start_from_the_shared_one(model, tmp_path):
     """Section 4.2, line 4: COCO init. of separate decoders takes the single-task run's for each."""
     config = dataclasses.replace(model.config, shared_decoder=False)
     separate = unit.UniT(config, [*model.tasks.values()])
-    path = tmp_path / "shared.pt"
-    torch.save({"model": model.state_dict(), "config": {}, "tasks": [], "labels": {}}, path)
-    train.initialise_from(separate, str(path), ("decoder",), as_released=False)
+    path = checkpoint_of(model, tmp_path / "shared.pt")
+    train.initialise_from(separate, path, ("decoder",), as_released=False)
     for task in model.tasks:
-        for name, value in model.decoders["shared"].state_dict().items():
-            assert torch.equal(separate.decoders[task].state_dict()[name], value)
+        assert equal(separate.decoders[task].state_dict(), model.decoders["shared"].state_dict())
 
 
 def detector(width=8, image_layers=1, **task):
@@ -637,32 +596,25 @@ def detector(width=8, image_layers=1, **task):
         [unit.Task("coco", "detection", True, False, **task)])
 
 
-def checkpoint_of(model, path, names=()):
-    torch.save({"model": model.state_dict(), "config": {}, "tasks": [], "iteration": 7,
-                "labels": {"coco": {"classes": [*names], "attributes": []}}}, path)
-    return str(path)
-
-
-def test_init_takes_what_fits_and_says_the_rest(tmp_path):
-    """Other classes, queries and depths: what fits by name and shape is taken, the rest is said."""
+def test_init_takes_what_fits_and_reports_the_rest(tmp_path):
+    """Other classes, queries and depths: only what fits by name and shape is taken."""
     theirs, ours = detector(), detector(num_queries=9, num_classes=7, image_layers=2)
-    path, before = checkpoint_of(theirs, tmp_path / "x.pt"), ours.state_dict()
-    new = [n for n in before if n.startswith("queries.") or "class_head" in n or ".layers.1." in n]
-    before = {name: x.clone() for name, x in before.items()}
-    said = train.initialise_from(ours, path, (), False)
+    path, before = checkpoint_of(theirs, tmp_path / "x.pt"), clones(ours)
+    report = train.initialise_from(ours, path, (), False)
     for name, x in ours.state_dict().items():
-        assert torch.equal(x, before[name] if name in new else theirs.state_dict()[name]), name
-    assert f"init {path}, iteration 7 of None: tensors taken: image_encoder.backbone" in said
-    for words in ("queries.coco (5, 8) for (9, 8)", "heads.coco.class_head.weight (5, 8) for (8, 8)",
+        new = name.startswith("queries.") or "class_head" in name or ".layers.1." in name
+        assert torch.equal(x, before[name] if new else theirs.state_dict()[name]), name
+    assert f"init {path}, iteration 7 of None: tensors taken: image_encoder.backbone" in report
+    for words in ("queries.coco (5, 8) for (9, 8)", "coco.class_head.weight (5, 8) for (8, 8)",
                   "left as they were: image_encoder.layers 16, queries.coco 1, heads.coco 2",
                   "dropped: queries.coco 1, heads.coco 2"):
-        assert words in said
+        assert words in report
     assert "taken" in train.initialise_from(ours, path, ("image_encoder", "decoder"), False)
 
 
 @pytest.mark.parametrize("part, changes, says", [
-    ("heads", dict(num_classes=2), r"heads.coco.class_head.weight \(5, 8\) for \(3, 8\): 4 classes "
-     r"\(cat, dog\), but here 2 classes \(egg, ham\); leave heads out of --init_parts"),
+    ("heads", dict(num_classes=2), r"heads.coco.class_head.weight \(5, 8\) for \(3, 8\): classes "
+     "cat, dog, but here egg, ham; leave heads out of --init_parts"),
     ("heads", dict(num_attributes=3), None),
     ("queries", dict(num_queries=9), r"queries.coco \(5, 8\) for \(9, 8\); leave queries out"),
     ("decoder", dict(width=16), r"decoders.shared.layers.0.self_attention.q_proj.weight \(8, 8\)"),
@@ -671,55 +623,25 @@ def test_init_parts_that_do_not_fit_are_errors(tmp_path, part, changes, says):
     """Asked for by name; the model is left as it was."""
     path = checkpoint_of(detector(), tmp_path / "x.pt", ["", "cat", "dog"])
     ours = detector(**changes)
-    before = {name: x.clone() for name, x in ours.state_dict().items()}
+    before = clones(ours)
     if says is None:  # the other file has no attributes: nothing that is there does not fit
         assert "taken" in train.initialise_from(ours, path, (part,), False)
         return
     with pytest.raises(unit.InputError, match=says):
         train.initialise_from(ours, path, ("image_encoder", part), False,
                               {"coco": ["", "egg", "ham"]})
-    assert all(torch.equal(x, before[name]) for name, x in ours.state_dict().items())
+    assert equal(before, ours.state_dict())
 
 
 @pytest.mark.parametrize("init, says", [
     ("runs/T1.1-coco/last.pt", "T1.1-coco --out runs/T1.1-coco` makes it.* --init "
-     "DATA/unit.coco.single_task.tar.gz, which is fetched"),
+     "DATA/unit.coco.single_task.tar.gz fetches"),
     ("runs/T3.5/last.pt", "--init DATA/unit.all_8_datasets.shared_dec_with_coco_init.tar.gz"),
-    ("runs/tiny-T1.1-coco/last.pt", "python train.py --tiny --experiment T1.1-coco"),
-    ("mine.pt", "check --init")])
+    ("runs/tiny-T1.1-coco/last.pt", "python train.py --tiny --experiment T1.1-coco .* makes it$"),
+    ("mine.pt", "check --init"), ("elsewhere/unit.coco.single_task.tar.gz", None)])
 def test_what_makes_a_missing_start(init, says):
-    with pytest.raises(unit.InputError, match=says) as error:
-        train.check(unit.Config(), train.TrainConfig(data="DATA", init=init), 1, starting=True)
-    assert ("which is fetched" in str(error.value)) == init.startswith("runs/T")
-    elsewhere = train.TrainConfig(init="elsewhere/unit.coco.single_task.tar.gz")
-    train.check(unit.Config(), elsewhere, 1, starting=True)
-
-
-def test_one_process_fetches_what_all_will_read(monkeypatch):
-    """In `run` before the others' wait ends; files that cannot be had are `build`'s to report."""
-    def offline(path):
-        asked.append(path.name)
-        raise unit.MissingFile(path)
-
-    monkeypatch.setattr(unit, "fetch", offline)
-    detr, bert = "detr-r50-dc5-f0fb7ef5.pth", "model.safetensors"
-    for settings, files in ((dict(tasks=("coco",)), [detr]),
-                            (dict(tasks=("sst2",)), ["vocab.txt", bert]),
-                            (dict(tasks=("vqa2",), init="d/x.tar.gz", imagenet_backbone=True),
-                             ["vocab.txt", bert, "resnet50-0676ba61.pth", "x.tar.gz"])):
-        asked = []
-        train.fetch_weights(unit.Config(), train.TrainConfig(**settings))
-        assert asked == files
-
-
-def test_nothing_is_overwritten_and_a_run_goes_on_with_its_own_settings(tmp_path, small_tiny_data,
-                                                                        capsys):
-    out = tmp_path / "run"
-    command(out, "--iterations", 1, data_dir=small_tiny_data)
-    tiny = ["--tiny", "--data", str(small_tiny_data), "--out", str(out)]
-    for flags, says in ((["--iterations", "1"], "--overwrite"),
-                        (["--resume", "--decoder_width", "32"], "--decoder_width 32")):
-        with pytest.raises(SystemExit) as stopped:
-            train.main(tiny + flags)
-        assert stopped.value.code == 2 and says in capsys.readouterr().err
-    assert weights(out)
+    settings = train.TrainConfig(data="DATA", init=init)
+    if says is None:  # `build` fetches it
+        return train.check(unit.Config(), settings, 1, starting=True)
+    with pytest.raises(unit.InputError, match=says):
+        train.check(unit.Config(), settings, 1, starting=True)
