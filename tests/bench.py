@@ -630,24 +630,35 @@ def vg_peak(num_images: int) -> tuple[float, float]:
 
 # ---- Growth and GPU
 
-def step_cost(image=None, tokens=None, queries=100, num_tasks=1) -> tuple[float, float]:
-    """Seconds and peak MiB of a training step: COCO of one picture, or QNLI of 4 texts."""
-    task, size = ("coco", 1) if image else ("qnli", 4)
+def step_cost(image=None, tokens=None, queries=100, num_tasks=1, backbone="resnet50",
+              pair=False) -> tuple[float, float]:
+    """Seconds and peak MiB of a training step: COCO of one picture, or QNLI of 4 texts. `pair`: two
+    pictures in a micro-batch, the second a quarter narrower and so padded."""
+    task = "coco" if image else "qnli"
     base = replace(TASKS[task], num_queries=queries)
     more = [replace(base, name=f"task {n}") for n in range(1, num_tasks)]
-    model = make_model((), tasks=[base, *more], dropout=0.0).train()
-    step = trainer(model, make_batch(task, size, image and (image, image), tokens), False)
+    model = make_model((), tasks=[base, *more], dropout=0.0, backbone=backbone).train()
+    samples = 2 if pair else 1 if image else 4
+    batch = make_batch(task, samples, image and (image, image), tokens)
+    if pair:
+        batch.image_mask = torch.zeros(2, image, image, dtype=torch.bool)
+        batch.image_mask[1, :, image * 3 // 4:] = True
+    step = trainer(model, batch, False)
     step()
     return timed(step), memory("VmHWM")
 
 
 def growth(flags) -> None:
     heading("How a training step grows (dropout 0), cpu", ("time", "peak"))
-    parts = (("a picture of side", "image", (320, 640, 800, 1066, 1333), {}),
+    sizes, small = (32, 96, 160, 320, 800), dict(backbone="small")
+    parts = (("a picture of side", "image", (*sizes, 1066, 1333), {}),
+             ("small backbone, a picture of side", "image", sizes, small),
+             ("two unequal pictures of side", "image", sizes, dict(pair=True)),
+             ("small, two unequal pictures of side", "image", sizes, small | dict(pair=True)),
              ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), dict(queries=25)),
              ("queries (picture of 640)", "queries", (25, 100, 200, 300), dict(image=640)),
              ("tasks (picture of 640)", "num_tasks", (1, 4, 8, 16), dict(image=640)))
-    for what, key, values, fixed in parts[:2] if flags.quick else parts:
+    for what, key, values, fixed in parts[:5] if flags.quick else parts:
         for value in values[:3:2] if flags.quick else values:
             seconds, peak = in_child(functools.partial(step_cost, **fixed, **{key: value}))
             row(f"{what} {value}", f"{seconds:.3g} s", f"{peak:.0f} MiB")
