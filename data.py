@@ -48,145 +48,56 @@ from torchvision.transforms.v2 import functional as F
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-# ---- Files and flat arrays -----------------------------------------------------------------------
-# A forked worker shares memory with its parent until one of them writes to a page, and merely
-# reading a Python object writes to it (its reference count). Millions of small objects are thus
-# copied, worker by worker, page by page. Arrays are not: what stays after loading is NumPy.
+# ---- Samples and batches -------------------------------------------------------------------------
+@dataclass
+class Sample:
+    """One example, before batching. What a data set or a split does not have is None."""
 
-def strings(texts) -> np.ndarray:
-    """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
-    texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's lone surrogates: ?
-    return np.array(texts, np.dtypes.StringDType())
-
-
-LAYOUT = "the README says where each file belongs"
-
-
-def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
-    return InputError(f"{path}: {problem}; {fix}")
+    id: int                           # image id, question id or row number
+    image: Tensor | None = None       # (3, H, W) float, normalised
+    size: tuple | None = None         # height, width of the original picture
+    tokens: list | None = None        # S token ids
+    types: list | None = None         # S times 0 (first text) or 1 (second)
+    boxes: Tensor | None = None       # (n, 4) cx, cy, w, h in [0, 1]
+    labels: Tensor | None = None      # (n,) int64
+    attributes: Tensor | None = None  # (n, 16) int64, -1 pads
+    scores: Tensor | None = None      # (C,) float
 
 
-def parse_file(path: Path, parse, kind: str):
-    """parse(the file's bytes); `kind` is what the error calls their format."""
-    try:
-        return parse(path.read_bytes())
-    except OSError as error:
-        raise bad(path, error.strerror, LAYOUT) from None
-    except (ValueError, RecursionError) as error:
-        problem = what_is_wrong(path, text=True) or f"not valid {kind} ({error})"
-        raise bad(path, problem, "cut short? unpack it again") from None
+def collate(task: Task, samples: list[Sample]) -> Batch:
+    def every(field):  # None: the task, or the split, has none
+        values = [getattr(sample, field) for sample in samples]
+        return None if values[0] is None else values
+
+    batch = Batch(task.name, every("id"), boxes=every("boxes"), labels=every("labels"),
+                  attributes=every("attributes"))
+    if task.image:
+        batch.images, batch.image_mask = pad(every("image"))
+        batch.sizes = torch.tensor(every("size"))                       # (B, 2)
+    if task.text:  # (B, S); 0 is [PAD]
+        batch.tokens, batch.text_mask = pad([torch.tensor(x) for x in every("tokens")])
+        batch.token_types, _ = pad([torch.tensor(x) for x in every("types")])
+    if scores := every("scores"):
+        batch.scores = torch.stack(scores)                              # (B, C)
+    return batch
 
 
-def read_json(path: Path, hook=None):
-    """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
-    # From bytes, not text: a byte order mark is understood.
-    return parse_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
+def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends,
+    and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
 
-
-def read_lines(path: Path) -> list[str]:
-    """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
-    text = parse_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
-    # str.splitlines would also split at U+2028 and others, which occur inside sentences.
-    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
-
-
-def table(content, key: str, path: Path) -> list[dict]:
-    rows = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise bad(path, f"no list {key!r} in it", "take the official file")
-    return rows
-
-
-KINDS = {int: "one whole number of at most 64 bits", float: "one finite number", str: "a text",
-         list: "a list"}
-
-
-def converted(value, kind: type):
-    """A JSON value as `kind`, one of KINDS; raises ValueError if it is none."""
-    if kind is int and isinstance(value, str) and value.isdecimal():
-        value = int(value)  # own exports have ids as texts
-    if kind in (int, float):
-        good = isinstance(value, (int, float)) and abs(value) < 2 ** 63 and kind(value) == value
-    else:
-        good = isinstance(value, kind)
-    if not good:
-        raise ValueError
-    return value if isinstance(value, kind) else kind(value)
-
-
-def column(rows: list[dict], name: str, path: Path, kind: type, default=None) -> list:
-    """Field `name` of all rows. A row that lacks it, or has null, gets `default`; if there is none,
-    and for a value that is not of this kind, the error names the row."""
-    values, number = [], 0
-    try:
-        for number, row in enumerate(rows):
-            value = row.get(name)
-            missing = value is None and default is not None
-            values.append(default if missing else converted(value, kind))
-    except (AttributeError, ValueError):
-        problem = f"record {number}: {name!r} is not {KINDS[kind]} ({rows[number]!r:.120})"
-        raise bad(path, problem) from None
-    return values
-
-
-def ids_of(rows: list[dict], name: str, path: Path) -> np.ndarray:
-    """(n,) int64."""
-    return np.array(column(rows, name, path, int), np.int64)
-
-
-def require(good, problem: str, path: Path, rows: list) -> None:
-    """`good` (n,) bool, one per row: the first False is an error."""
-    if not np.all(good):
-        number = int(np.argmin(good))
-        raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
-
-
-def counted(reasons: Counter) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise InputError(f"{path} could not be written ({error}); is the disk full? What was there "
-                         "is intact: make room, repeat (a training: with --resume)") from error
-
-
-PICTURE = re.compile(r"(\d*)\.(?:jpe?g|png)$", re.IGNORECASE)  # the end of a name; its number
-
-
-def list_folder(folder: Path) -> list[str]:
-    """The names in it, in order. One listing, where a stat for each picture takes minutes.
-    `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture: names with a dot first go."""
-    try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except (OSError, ValueError):  # not there, or no name that a folder can have
-        return []
-
-
-def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
-    """{number at the end of the name: name}; where folders share a number the first one's."""
-    names = [f"{folder}/{name}" for folder in folders for name in list_folder(root / folder)]
-    return {int(match[1]): name for name in reversed(names)  # the first is put in last
-            if (match := PICTURE.search(name)) and match[1]}
-
-
-def spelling(name: str) -> str:
-    """Two names with the same are one picture's: Windows has backslashes in paths, a Mac writes
-    accents in two characters, and tools write jpg, JPG, jpeg or convert to png."""
-    path, number = name.replace("\\", "/"), PICTURE.search(name)
-    return unicodedata.normalize("NFC", path[:number.end(1)] if number else path)
+    As in DETR, features near the padding differ from those of the picture alone (convolutions see
+    it): so the results do, a little, with the batch size. One picture a batch is exact."""
+    sizes = np.array([tensor.shape for tensor in tensors])
+    if (sizes == sizes[0]).all():
+        return torch.stack(tensors), None
+    result = tensors[0].new_zeros(len(tensors), *sizes.max(0))
+    mask = torch.ones(len(tensors), *sizes.max(0)[-2:], dtype=torch.bool)
+    for row, hidden, tensor in zip(result, mask, tensors):
+        place = tuple(map(slice, tensor.shape))
+        row[place] = tensor
+        hidden[place[-2:]] = False
+    return result, mask
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -196,9 +107,6 @@ SHORTEST, LONGEST = 800, 1333                # Section 3.5; the limit: released 
 SCALES = tuple(range(480, 801, 32))          # Section 3.5, "between 480 and 800"; steps: DETR
 CROP_SCALES = (400, 500, 600)                # DETR: the size before the crop
 CROP_SIDES = (384, 600)                      # Section 3.5
-
-
-FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
 
 
 class UnusablePicture(InputError):
@@ -359,65 +267,9 @@ class Tokenizer:
         return encoding.ids, encoding.type_ids
 
 
-# The official VQA scorer's contractions: each of these words with any one apostrophe left out
-# becomes the word. Three entries of its table are odd, and kept: a score must be the official one.
-CONTRACTIONS = {
-    word[:i] + word[i + 1:]: word for word in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am
-    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
-    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-    weren't we've what'll what're what's what've when's where'd where's where've who'd who'd've
-    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-    y'all'd've you'd you'd've you'll you're you've
-    """.split() for i, letter in enumerate(word) if letter == "'"}
-CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
-NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}
-PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
-
-
-def normalise_answer(text: str) -> str:
-    """The official VQA scorer's processing of an answer, slips included: else scores differ.
-
-    A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
-    between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    result, thousands = text, re.search(r"[0-9],[0-9]", text)
-    for mark in PUNCTUATION.intersection(text):
-        removed = thousands or f"{mark} " in text or f" {mark}" in text
-        result = result.replace(mark, "" if removed else " ")
-    # Full stops but for decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
-    result = re.sub(r"\.(?![0-9])", "", result, count=32)
-    words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words)
-
-
 # ---- Readers -------------------------------------------------------------------------------------
 MAX_ATTRIBUTES = 16   # per object (released config)
 MAX_CLASSES = 2 ** 15  # ids are kept as int16
-
-
-@dataclass
-class Sample:
-    """One example, before batching. What a data set or a split does not have is None."""
-
-    id: int                           # image id, question id or row number
-    image: Tensor | None = None       # (3, H, W) float, normalised
-    size: tuple | None = None         # height, width of the original picture
-    tokens: list | None = None        # S token ids
-    types: list | None = None         # S times 0 (first text) or 1 (second)
-    boxes: Tensor | None = None       # (n, 4) cx, cy, w, h in [0, 1]
-    labels: Tensor | None = None      # (n,) int64
-    attributes: Tensor | None = None  # (n, 16) int64, -1 pads
-    scores: Tensor | None = None      # (C,) float
-
-
-def padded(rows: list[list[int]], width: int) -> np.ndarray:
-    """-> (n, width) int32: rows that are shorter are filled up with -1, longer ones cut."""
-    return np.array([(row + [-1] * width)[:width] for row in rows], np.int32).reshape(-1, width)
 
 
 class Dataset:
@@ -524,21 +376,6 @@ def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def not_empty(boxes: np.ndarray) -> np.ndarray:
     """(n, 4) corners -> (n,) bool. 1e-6 of a side: what rounding leaves of a box cut to nothing."""
     return (boxes[:, 2:] - boxes[:, :2] > 1e-6).all(1)
-
-
-def box_round(segmentation) -> list[float] | None:
-    """The bounding box x, y, w, h of polygons or of run lengths; None if they are neither."""
-    try:
-        if isinstance(segmentation, dict):
-            from pycocotools import mask
-            if isinstance(segmentation["counts"], list):
-                segmentation = mask.frPyObjects(segmentation, *segmentation["size"])
-            return mask.toBbox(segmentation).tolist()
-        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
-        low, high = points.min(0), points.max(0)
-        return [*low.tolist(), *(high - low).tolist()]
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 class Coco(Dataset):
@@ -706,78 +543,6 @@ class VisualGenome(Coco):
                               f"{self.data} --prepare vg` makes it once")
             self.notes.append(f"dropped from train and val: {counted(dropped)}")
         super().read(content)
-
-
-def coco_val_ids(data: Path) -> set[int]:
-    """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
-    path = data / "coco/annotations/instances_val2017.json"
-    return set(column(table(read_json(path), "images", path), "id", path, int))
-
-
-def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
-    """A class per line, ids from 1, commas between aliases -> rows for the JSON, {alias: id}."""
-    lines = [[name.strip() for name in line.split(",")] for line in read_lines(path)]
-    return ([{"id": number, "name": names[0]} for number, names in enumerate(lines, 1)],
-            {name.lower(): number for number, names in enumerate(lines, 1) for name in names})
-
-
-def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
-    """Raw Visual Genome -> {"train": content, "val": content} in COCO's style, what was dropped.
-
-    Pictures in COCO val2017 (by `coco_id` in image_data.json; half are COCO's) go to val."""
-    objects, object_ids = read_classes(data / "vg/objects_vocab.txt")
-    attributes, attribute_ids = read_classes(data / "vg/attributes_vocab.txt")
-    held_out, dropped, images, row = coco_val_ids(data), Counter(), {}, None
-    splits = {split: {"categories": objects, "attributes": attributes, "images": [],
-                      "annotations": []} for split in ("train", "val")}
-    path = data / "vg/image_data.json"
-    try:
-        for row in read_json(path):
-            number = row["image_id"]
-            if number in images:
-                dropped["repeated image ids"] += 1
-                continue
-            name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
-            image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
-            images[number] = image, splits["val" if row["coco_id"] in held_out else "train"]
-            images[number][1]["images"].append(image)
-        path = data / "vg/attributes.json"
-        for row in read_json(path):
-            image, split = images.pop(row["image_id"], (None, None))  # a second row is unknown
-            if image is None:
-                dropped["rows of unknown or repeated images"] += 1
-                continue
-            for thing in row["attributes"]:
-                if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
-                    split["annotations"].append({"id": len(split["annotations"]) + 1, **found})
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise bad(path, f"a row lacks {error} ({row!r:.120})") from None
-    if splits["train"]["images"] and not splits["train"]["annotations"]:
-        raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
-                  "take the vocabulary that fits these objects")
-    return splits, dropped
-
-
-def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: dict,
-                   dropped: Counter) -> dict | None:
-    """One object of attributes.json as a COCO-style annotation; None (counted) if it is no use."""
-    names = [name.lower().strip() for name in thing["names"]]
-    label = next((object_ids[name] for name in names if name in object_ids), None)
-    x, y = max(thing["x"], 0), max(thing["y"], 0)  # 1 in 200 overshoots by a pixel or two
-    w = min(thing["x"] + thing["w"], image["width"]) - x
-    h = min(thing["y"] + thing["h"], image["height"]) - y
-    if label is None:
-        dropped["objects outside the vocabulary" if any(names) else "objects without a name"] += 1
-        return None
-    if w <= 0 or h <= 0:
-        dropped["empty boxes"] += 1
-        return None
-    words = [word.lower().strip() for word in thing.get("attributes", ())]
-    known = list(dict.fromkeys(attribute_ids[word] for word in words if word in attribute_ids))
-    dropped["attributes outside the vocabulary"] += sum(word not in attribute_ids for word in words)
-    dropped["attributes beyond 16 an object"] += len(known[MAX_ATTRIBUTES:])
-    return {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h], "area": w * h,
-            "iscrowd": 0, "attribute_ids": known[:MAX_ATTRIBUTES]}
 
 
 class Classification(Dataset):
@@ -1078,6 +843,7 @@ class Sst2(Glue):
     words, class_names = ["0", "1"], ["negative", "positive"]
 
 
+# ---- The eight data sets -------------------------------------------------------------------------
 # The eight data sets of Section 1 and Figure 1, with the released configuration's numbers.
 PAIR = dict(kind="classification", image=False, text=True)
 BOTH = dict(kind="classification", image=True, text=True, max_tokens=25)
@@ -1111,48 +877,7 @@ def tasks_named(names) -> list[Task]:
     return [by_name[name] for name in names]
 
 
-def require_folder(data: Path) -> None:
-    if not data.is_dir():
-        raise bad(data, "no such folder", "name the data sets' folder with --data (layout: README)")
-
-
-# ---- Batches and their order ---------------------------------------------------------------------
-def collate(task: Task, samples: list[Sample]) -> Batch:
-    def every(field):  # None: the task, or the split, has none
-        values = [getattr(sample, field) for sample in samples]
-        return None if values[0] is None else values
-
-    batch = Batch(task.name, every("id"), boxes=every("boxes"), labels=every("labels"),
-                  attributes=every("attributes"))
-    if task.image:
-        batch.images, batch.image_mask = pad(every("image"))
-        batch.sizes = torch.tensor(every("size"))                       # (B, 2)
-    if task.text:  # (B, S); 0 is [PAD]
-        batch.tokens, batch.text_mask = pad([torch.tensor(x) for x in every("tokens")])
-        batch.token_types, _ = pad([torch.tensor(x) for x in every("types")])
-    if scores := every("scores"):
-        batch.scores = torch.stack(scores)                              # (B, C)
-    return batch
-
-
-def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends,
-    and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
-
-    As in DETR, features near the padding differ from those of the picture alone (convolutions see
-    it): so the results do, a little, with the batch size. One picture a batch is exact."""
-    sizes = np.array([tensor.shape for tensor in tensors])
-    if (sizes == sizes[0]).all():
-        return torch.stack(tensors), None
-    result = tensors[0].new_zeros(len(tensors), *sizes.max(0))
-    mask = torch.ones(len(tensors), *sizes.max(0)[-2:], dtype=torch.bool)
-    for row, hidden, tensor in zip(result, mask, tensors):
-        place = tuple(map(slice, tensor.shape))
-        row[place] = tensor
-        hidden[place[-2:]] = False
-    return result, mask
-
-
+# ---- The order of samples, and loaders -----------------------------------------------------------
 class Schedule:
     """Which task and which samples an iteration takes: a pure function of (seed, iteration).
 
@@ -1201,6 +926,9 @@ class Schedule:
         """The order of one epoch; keyed by name, so that a run's other tasks don't matter."""
         rng = np.random.default_rng([self.seed, 1, zlib.crc32(name.encode()), epoch])
         return rng.permutation(self.sizes[name])
+
+
+FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
 
 
 def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str) -> InputError:
@@ -1373,6 +1101,281 @@ def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: in
     those that can be used, or None, and {index: why its picture cannot be used}."""
     requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), micro_batch, 32)
     yield from run_loader(Fetcher({dataset.task.name: dataset}), requests, num_workers)
+
+
+# ---- What official files need --------------------------------------------------------------------
+def coco_val_ids(data: Path) -> set[int]:
+    """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
+    path = data / "coco/annotations/instances_val2017.json"
+    return set(column(table(read_json(path), "images", path), "id", path, int))
+
+
+def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
+    """A class per line, ids from 1, commas between aliases -> rows for the JSON, {alias: id}."""
+    lines = [[name.strip() for name in line.split(",")] for line in read_lines(path)]
+    return ([{"id": number, "name": names[0]} for number, names in enumerate(lines, 1)],
+            {name.lower(): number for number, names in enumerate(lines, 1) for name in names})
+
+
+def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
+    """Raw Visual Genome -> {"train": content, "val": content} in COCO's style, what was dropped.
+
+    Pictures in COCO val2017 (by `coco_id` in image_data.json; half are COCO's) go to val."""
+    objects, object_ids = read_classes(data / "vg/objects_vocab.txt")
+    attributes, attribute_ids = read_classes(data / "vg/attributes_vocab.txt")
+    held_out, dropped, images, row = coco_val_ids(data), Counter(), {}, None
+    splits = {split: {"categories": objects, "attributes": attributes, "images": [],
+                      "annotations": []} for split in ("train", "val")}
+    path = data / "vg/image_data.json"
+    try:
+        for row in read_json(path):
+            number = row["image_id"]
+            if number in images:
+                dropped["repeated image ids"] += 1
+                continue
+            name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
+            image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
+            images[number] = image, splits["val" if row["coco_id"] in held_out else "train"]
+            images[number][1]["images"].append(image)
+        path = data / "vg/attributes.json"
+        for row in read_json(path):
+            image, split = images.pop(row["image_id"], (None, None))  # a second row is unknown
+            if image is None:
+                dropped["rows of unknown or repeated images"] += 1
+                continue
+            for thing in row["attributes"]:
+                if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
+                    split["annotations"].append({"id": len(split["annotations"]) + 1, **found})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise bad(path, f"a row lacks {error} ({row!r:.120})") from None
+    if splits["train"]["images"] and not splits["train"]["annotations"]:
+        raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
+                  "take the vocabulary that fits these objects")
+    return splits, dropped
+
+
+def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: dict,
+                   dropped: Counter) -> dict | None:
+    """One object of attributes.json as a COCO-style annotation; None (counted) if it is no use."""
+    names = [name.lower().strip() for name in thing["names"]]
+    label = next((object_ids[name] for name in names if name in object_ids), None)
+    x, y = max(thing["x"], 0), max(thing["y"], 0)  # 1 in 200 overshoots by a pixel or two
+    w = min(thing["x"] + thing["w"], image["width"]) - x
+    h = min(thing["y"] + thing["h"], image["height"]) - y
+    if label is None:
+        dropped["objects outside the vocabulary" if any(names) else "objects without a name"] += 1
+        return None
+    if w <= 0 or h <= 0:
+        dropped["empty boxes"] += 1
+        return None
+    words = [word.lower().strip() for word in thing.get("attributes", ())]
+    known = list(dict.fromkeys(attribute_ids[word] for word in words if word in attribute_ids))
+    dropped["attributes outside the vocabulary"] += sum(word not in attribute_ids for word in words)
+    dropped["attributes beyond 16 an object"] += len(known[MAX_ATTRIBUTES:])
+    return {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h], "area": w * h,
+            "iscrowd": 0, "attribute_ids": known[:MAX_ATTRIBUTES]}
+
+
+def box_round(segmentation) -> list[float] | None:
+    """The bounding box x, y, w, h of polygons or of run lengths; None if they are neither."""
+    try:
+        if isinstance(segmentation, dict):
+            from pycocotools import mask
+            if isinstance(segmentation["counts"], list):
+                segmentation = mask.frPyObjects(segmentation, *segmentation["size"])
+            return mask.toBbox(segmentation).tolist()
+        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
+        low, high = points.min(0), points.max(0)
+        return [*low.tolist(), *(high - low).tolist()]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+# The official VQA scorer's contractions: each of these words with any one apostrophe left out
+# becomes the word. Three entries of its table are odd, and kept: a score must be the official one.
+CONTRACTIONS = {
+    word[:i] + word[i + 1:]: word for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am
+    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
+    weren't we've what'll what're what's what've when's where'd where's where've who'd who'd've
+    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've
+    """.split() for i, letter in enumerate(word) if letter == "'"}
+CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
+PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
+
+
+def normalise_answer(text: str) -> str:
+    """The official VQA scorer's processing of an answer, slips included: else scores differ.
+
+    A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
+    between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    result, thousands = text, re.search(r"[0-9],[0-9]", text)
+    for mark in PUNCTUATION.intersection(text):
+        removed = thousands or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if removed else " ")
+    # Full stops but for decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
+    result = re.sub(r"\.(?![0-9])", "", result, count=32)
+    words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+# ---- Files, flat arrays, checks ------------------------------------------------------------------
+# A forked worker shares memory with its parent until one of them writes to a page, and merely
+# reading a Python object writes to it (its reference count). Millions of small objects are thus
+# copied, worker by worker, page by page. Arrays are not: what stays after loading is NumPy.
+
+def strings(texts) -> np.ndarray:
+    """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
+    texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's lone surrogates: ?
+    return np.array(texts, np.dtypes.StringDType())
+
+
+LAYOUT = "the README says where each file belongs"
+
+
+def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
+    return InputError(f"{path}: {problem}; {fix}")
+
+
+def parse_file(path: Path, parse, kind: str):
+    """parse(the file's bytes); `kind` is what the error calls their format."""
+    try:
+        return parse(path.read_bytes())
+    except OSError as error:
+        raise bad(path, error.strerror, LAYOUT) from None
+    except (ValueError, RecursionError) as error:
+        problem = what_is_wrong(path, text=True) or f"not valid {kind} ({error})"
+        raise bad(path, problem, "cut short? unpack it again") from None
+
+
+def read_json(path: Path, hook=None):
+    """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
+    # From bytes, not text: a byte order mark is understood.
+    return parse_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
+    text = parse_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
+    # str.splitlines would also split at U+2028 and others, which occur inside sentences.
+    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+
+def table(content, key: str, path: Path) -> list[dict]:
+    rows = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise bad(path, f"no list {key!r} in it", "take the official file")
+    return rows
+
+
+KINDS = {int: "one whole number of at most 64 bits", float: "one finite number", str: "a text",
+         list: "a list"}
+
+
+def converted(value, kind: type):
+    """A JSON value as `kind`, one of KINDS; raises ValueError if it is none."""
+    if kind is int and isinstance(value, str) and value.isdecimal():
+        value = int(value)  # own exports have ids as texts
+    if kind in (int, float):
+        good = isinstance(value, (int, float)) and abs(value) < 2 ** 63 and kind(value) == value
+    else:
+        good = isinstance(value, kind)
+    if not good:
+        raise ValueError
+    return value if isinstance(value, kind) else kind(value)
+
+
+def column(rows: list[dict], name: str, path: Path, kind: type, default=None) -> list:
+    """Field `name` of all rows. A row that lacks it, or has null, gets `default`; if there is none,
+    and for a value that is not of this kind, the error names the row."""
+    values, number = [], 0
+    try:
+        for number, row in enumerate(rows):
+            value = row.get(name)
+            missing = value is None and default is not None
+            values.append(default if missing else converted(value, kind))
+    except (AttributeError, ValueError):
+        problem = f"record {number}: {name!r} is not {KINDS[kind]} ({rows[number]!r:.120})"
+        raise bad(path, problem) from None
+    return values
+
+
+def ids_of(rows: list[dict], name: str, path: Path) -> np.ndarray:
+    """(n,) int64."""
+    return np.array(column(rows, name, path, int), np.int64)
+
+
+def require(good, problem: str, path: Path, rows: list) -> None:
+    """`good` (n,) bool, one per row: the first False is an error."""
+    if not np.all(good):
+        number = int(np.argmin(good))
+        raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
+
+
+def counted(reasons: Counter) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w"):
+    """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"{path} could not be written ({error}); is the disk full? What was there "
+                         "is intact: make room, repeat (a training: with --resume)") from error
+
+
+PICTURE = re.compile(r"(\d*)\.(?:jpe?g|png)$", re.IGNORECASE)  # the end of a name; its number
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The names in it, in order. One listing, where a stat for each picture takes minutes.
+    `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture: names with a dot first go."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except (OSError, ValueError):  # not there, or no name that a folder can have
+        return []
+
+
+def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
+    """{number at the end of the name: name}; where folders share a number the first one's."""
+    names = [f"{folder}/{name}" for folder in folders for name in list_folder(root / folder)]
+    return {int(match[1]): name for name in reversed(names)  # the first is put in last
+            if (match := PICTURE.search(name)) and match[1]}
+
+
+def spelling(name: str) -> str:
+    """Two names with the same are one picture's: Windows has backslashes in paths, a Mac writes
+    accents in two characters, and tools write jpg, JPG, jpeg or convert to png."""
+    path, number = name.replace("\\", "/"), PICTURE.search(name)
+    return unicodedata.normalize("NFC", path[:number.end(1)] if number else path)
+
+
+def padded(rows: list[list[int]], width: int) -> np.ndarray:
+    """-> (n, width) int32: rows that are shorter are filled up with -1, longer ones cut."""
+    return np.array([(row + [-1] * width)[:width] for row in rows], np.int32).reshape(-1, width)
+
+
+def require_folder(data: Path) -> None:
+    if not data.is_dir():
+        raise bad(data, "no such folder", "name the data sets' folder with --data (layout: README)")
 
 
 # ---- Command line --------------------------------------------------------------------------------
