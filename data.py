@@ -3,6 +3,16 @@
     files --Dataset--> flat arrays --sample(index, rng)--> Sample --collate--> Batch
     (seed, iteration) --Schedule--> task and indices --train_loader--> batches of an iteration
 
+    task     reader        input               to predict                           evaluated on
+    coco     Coco          picture             boxes of 80 kinds                    val2017
+    vg       VisualGenome  picture             boxes of 1,600 kinds, 400 attributes val2017 (coco_id)
+    vqa2     Vqa2          picture, question   one of 3,129 answers                 val2017
+    snli_ve  SnliVe        picture, statement  is it true? yes, no, or unknown      dev
+    qnli     Qnli          question, sentence  does the sentence answer it?         dev
+    mnli     Mnli          two sentences       does one follow from the other?      dev mismatched
+    qqp      Qqp           two questions       do they mean the same?               dev
+    sst2     Sst2          sentence            is it positive?                      dev
+
 A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
 """
 
@@ -15,23 +25,22 @@ import functools
 import gc
 import importlib
 import json
-import multiprocessing.connection
-import multiprocessing.util
+import multiprocessing
 import os
-import pickle
 import re
 import signal
 import sys
+import threading
 import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain, compress, product
-from multiprocessing.reduction import ForkingPickler
+from itertools import chain, compress, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +60,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # ---- Samples and batches -------------------------------------------------------------------------
 @dataclass
 class Sample:
-    """One example, before batching. What a data set or a split does not have is None."""
+    """One example, before batching. Fields that a data set or a split lacks are None."""
 
     id: int                           # image id, question id or row number
     image: Tensor | None = None       # (3, H, W) float, normalised
@@ -65,7 +74,7 @@ class Sample:
 
 
 def collate(task: Task, samples: list[Sample]) -> Batch:
-    def every(field):  # None: the task, or the split, has none
+    def every(field):
         values = [getattr(sample, field) for sample in samples]
         return None if values[0] is None else values
 
@@ -74,8 +83,8 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
     if task.image:
         batch.images, batch.image_mask = pad(every("image"))
         batch.sizes = torch.tensor(every("size"))                       # (B, 2)
-    if task.text:  # (B, S); 0 is [PAD]
-        batch.tokens, batch.text_mask = pad([torch.tensor(x) for x in every("tokens")])
+    if task.text:
+        batch.tokens, batch.text_mask = pad([torch.tensor(x) for x in every("tokens")])  # (B, S)
         batch.token_types, _ = pad([torch.tensor(x) for x in every("types")])
     if scores := every("scores"):
         batch.scores = torch.stack(scores)                              # (B, C)
@@ -83,11 +92,11 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
 
 
 def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends,
-    and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
+    """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends
+    (0 is BERT's [PAD]), and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
 
-    As in DETR, features near the padding differ from those of the picture alone (convolutions see
-    it): so the results do, a little, with the batch size. One picture a batch is exact."""
+    As in DETR, the features near the padding differ from those of the picture alone (convolutions
+    see it), so results depend a little on the batch size. One picture a batch is exact."""
     sizes = np.array([tensor.shape for tensor in tensors])
     if (sizes == sizes[0]).all():
         return torch.stack(tensors), None
@@ -101,7 +110,7 @@ def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone knows it
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
 # Lengths in pixels at the paper's image size; at any other they keep their ratio to it (`scaled`).
 SHORTEST, LONGEST = 800, 1333                # Section 3.5; the limit: released config
 SCALES = tuple(range(480, 801, 32))          # Section 3.5, "between 480 and 800"; steps: DETR
@@ -111,7 +120,7 @@ CROP_SIDES = (384, 600)                      # Section 3.5
 
 class UnusablePicture(InputError):
     """A picture that no decoder opens, or whose shape is not the one that its boxes are for. In
-    training the next of its epoch takes its place."""
+    training the next one of its epoch takes its place."""
 
 
 def read_image(path: Path | str, size=None) -> Tensor:
@@ -120,7 +129,7 @@ def read_image(path: Path | str, size=None) -> Tensor:
     `size`: height and width in the annotations, if they state them; see `upright`.
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode."""
     try:
-        # Warnings (odd metadata, very large) are not our concern; opening gives some, too.
+        # No warnings about odd metadata or very large pictures: users can do nothing about them.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             picture = upright(picture, size)
             if picture.mode[0] in "IF":              # 16-bit grey: PIL would cut it off at 255
@@ -143,9 +152,9 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 
 
 def upright(picture: Image.Image, size) -> Image.Image:
-    """The picture turned as EXIF says, as viewers and most labelling tools do; as it is stored if
-    only so it has the shape of the annotations (`size`: height, width). A scaled copy of that is
-    as good, as boxes are relative; any other shape is an error."""
+    """The picture turned as its EXIF says, as viewers and most labelling tools do, or as it is
+    stored if only that has the shape in the annotations (`size`: height, width). A scaled copy of
+    that shape is as good, as boxes are relative; any other shape is an error."""
     picture.load()
     views = [picture]
     # ImageOps.exif_transpose writes EXIF anew, and fails where any other tag of it is damaged.
@@ -237,7 +246,6 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator,
 
 # ---- Texts ---------------------------------------------------------------------------------------
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # BERT's; [PAD] is number 0
-PIECES = 8000                                             # of a vocabulary of one's own (ours)
 
 
 def read_vocabulary(path: Path) -> list[str]:
@@ -270,17 +278,18 @@ class Tokenizer:
 # ---- Readers -------------------------------------------------------------------------------------
 MAX_ATTRIBUTES = 16   # per object (released config)
 MAX_CLASSES = 2 ** 15  # ids are kept as int16
+COCO_VAL = "coco/annotations/instances_val2017.json"
 
 
 class Dataset:
     """What all readers share. `split` is train, val or test; `data` the folder of all data sets;
     `image_size` and `augment` are the settings of those names.
 
-    A record that cannot be used is left out and counted (`skipped`) where official files have such
-    records: pictures that are not there, ids that occur again, boxes of no size, objects outside a
-    vocabulary, questions without answers, rows of too many columns, the label "-". Any other fault
-    is an InputError that names file, record and fix. Whether a picture can be used shows once it
-    is opened: `picture` raises UnusablePicture (`--check` opens all).
+    Records that cannot be used are left out and counted (`skipped`) where official files have such
+    records: absent pictures, repeated ids, empty boxes, objects outside a vocabulary, questions
+    without answers, rows of too many columns, the label "-". Any other fault is an InputError that
+    names file, record and fix. Whether a picture can be used shows when it is opened: `picture`
+    raises UnusablePicture (`--check` opens all).
 
     A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
@@ -319,33 +328,33 @@ class Dataset:
     def locate(self, names: list[str]) -> tuple[list[str], np.ndarray]:
         """-> the names on the disk, (n,) bool: is the picture in `self.folder`? An error if none
         is."""
-        found, folders = dict.fromkeys(names), set()
-        for name in found:
-            parts = re.split(r"[/\\]", name)
+        wanted, folders = set(names), set()
+        for name in wanted:
+            *parents, _ = parts = re.split(r"[/\\]", name)
             if os.path.isabs(name) or ".." in parts or re.match("[A-Za-z]:", name):
                 raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
-            folder = "/".join(parts[:-1])
-            folders.update({folder, unicodedata.normalize("NFD", folder)})
-        there = [os.path.join(folder, name) for folder in sorted(folders)
-                 for name in list_folder(self.folder / folder)]
-        # A file that is listed under its own name is no other picture's.
-        known = {spelling(name): name for name in reversed(there) if name not in found}
-        known.update(zip(there, there))
-        found = {name: known.get(name) or known.get(spelling(name)) for name in found}
-        odd = [name for name in found if found[name] not in (name, None)
-               or not name.endswith((".jpg", ".jpeg", ".png"))]
+            folder = "/".join(parents)
+            folders |= {folder, unicodedata.normalize("NFD", folder)}
+        listed = [os.path.join(folder, name) for folder in sorted(folders)
+                  for name in list_folder(self.folder / folder)]
+        # A file that is listed under its own name is no other picture's. Of two alike the first.
+        similar = {spelling(name): name for name in reversed(listed) if name not in wanted}
+        listed = set(listed)
+        found = [name if name in listed else similar.get(spelling(name)) for name in names]
+        odd = {name for name, there in zip(names, found)
+               if there not in (name, None) or not name.endswith((".jpg", ".jpeg", ".png"))}
         if odd:
             self.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, "
-                              f"endings or \\ in the annotations (the first: {odd[0]!r})")
-        present = np.array([found[name] is not None for name in names], bool)
-        if not present.all():
-            first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"  # escaped for printing
-            if not present.any():
-                raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
-                          "unpack the pictures there")
-            self.missing = int((~present).sum())
-            self.skipped[f"without picture {first}"] = self.missing
-        return [found[name] for name in names], present
+                              f"endings or \\ in the annotations (as {min(odd)!r})")
+        present = np.array([name is not None for name in found], bool)
+        self.missing = int((~present).sum())
+        if self.missing:
+            first = repr(names[np.argmin(present)])[1:-1]  # escaped for printing
+            if self.missing == len(names):
+                raise bad(self.path, f"none of its pictures is under {self.folder} (the first: "
+                          f"{first})", "unpack the pictures there")
+            self.skipped[f"without picture (the first: {first})"] = self.missing
+        return found, present
 
     def picture_file(self, index: int) -> tuple[str, list[int] | None]:
         """Its path, and the height and width that the annotations state, if they do."""
@@ -354,16 +363,19 @@ class Dataset:
         return path, None if self.sizes is None else self.sizes[index].tolist()
 
     def picture(self, index: int) -> Tensor:
-        """(3, H, W) uint8; or UnusablePicture is raised."""
+        """(3, H, W) uint8. Raises UnusablePicture."""
         return read_image(*self.picture_file(index))
 
     @property
     def summary(self) -> str:
         line = f"{self.task.name:8}{self.split:6}{len(self):>9,} samples "
         line += f"{self.num_images:>9,} pictures" if self.task.image else " " * 18
-        skipped = counted(self.skipped)
-        notes = ["no samples"] * (not len(self)) + [f"skipped: {skipped}"] * bool(skipped)
-        return "; ".join([line, *notes, *self.notes]).rstrip()
+        notes = [line]
+        if not len(self):
+            notes.append("no samples")
+        if skipped := counted(self.skipped):
+            notes.append(f"skipped: {skipped}")
+        return "; ".join(notes + self.notes).rstrip()
 
 
 def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -383,96 +395,103 @@ class Coco(Dataset):
     other file with ids from 0 on does as well."""
 
     files = {"train": ["coco/annotations/instances_train2017.json"],
-             "val": ["coco/annotations/instances_val2017.json"],
+             "val": [COCO_VAL],
              "test": ["coco/annotations/image_info_test-dev2017.json"]}  # no boxes; for the server
     folders = {"train": "coco/train2017", "val": "coco/val2017", "test": "coco/test2017"}
 
     def read(self, content: dict | None = None) -> None:
         """From `content` in place of the file's, if given."""
-        content, path = content or read_json(self.path), self.path
+        content = content or read_json(self.path)
         self.folder = self.data / self.folders[self.split]
         self.class_names = self.names_by_id(content, "categories")
         if self.task.num_attributes:
             self.attribute_names = self.names_by_id(content, "attributes")
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
-        images = table(content, "images", path)
-        ids, names = ids_of(images, "id", path), column(images, "file_name", path, str)
-        sizes = np.stack([ids_of(images, side, path) for side in ("height", "width")], 1)
-        require((sizes > 0).all(1), "has an image of no size", path, images)
-        names, present = self.locate(names)
-        first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
-        self.skipped["repeated image ids"] = int((~first).sum())
-        keep = np.flatnonzero(first & present)
-        self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
-        self.names, self.num_images = strings(names[n] for n in keep), len(keep)
-        self.read_boxes(table(content, "annotations", path) if self.split != "test" else [], ids)
+        images = {}
+
+        def read_image_row(row):
+            number = field(row, "id", int)
+            size = field(row, "height", int), field(row, "width", int)
+            if min(size) < 1:
+                raise ValueError("an image of no size")
+            if number in images:
+                self.skipped["repeated image ids"] += 1
+            images.setdefault(number, (field(row, "file_name", str), *size))
+        read_records(content, "images", self.path, read_image_row)
+        names, present = self.locate([name for name, _, _ in images.values()])
+        listed = np.array([*images], np.int64)
+        sizes = np.array([size for _, *size in images.values()], np.int64).reshape(-1, 2)
+        self.ids, self.sizes = listed[present], sizes[present]  # (n,), (n, 2) height, width
+        self.names, self.num_images = strings(compress(names, present)), len(self.ids)
+        self.read_boxes(content, listed)
 
     def names_by_id(self, content: dict, key: str) -> list[str]:
         """List `key` of ids and names -> names by id, up to the largest id; "" where there is none.
         The length is the number of classes: 91, 1601 and 401 on the official files."""
-        rows, path = table(content, key, self.path), self.path
-        ids = ids_of(rows, "id", path)
-        if len(set(ids.tolist())) < len(ids):
-            raise bad(path, f"an id occurs twice in {key}", "leave each id one name")
-        require((ids >= 0) & (ids < MAX_CLASSES),
-                f"of {key} has an id outside 0..{MAX_CLASSES - 1}", path, rows)
-        names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
+        names = {}
+
+        def read(row):
+            number = field(row, "id", int)
+            if number in names:
+                raise ValueError(f"an id occurs twice in {key}")
+            if not 0 <= number < MAX_CLASSES:
+                raise ValueError(f"an id of {key} lies outside 0..{MAX_CLASSES - 1}")
+            names[number] = field(row, "name", str)
+        read_records(content, key, self.path, read)
         return [names.get(number, "") for number in range(max(names, default=0) + 1)]
 
-    def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
+    def read_box(self, row: dict) -> tuple:
+        box, label = field(row, "bbox", list), field(row, "category_id", int)
+        if len(box) != 4 or not all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box):
+            raise ValueError("a bbox that is not 4 finite numbers")
+        if not 0 <= label < len(self.class_names) or not self.class_names[label]:
+            raise ValueError("a category_id that is not in its categories")
+        area, crowd = field(row, "area", float, box[2] * box[3]), field(row, "iscrowd", int, 0)
+        size, attributes = self.task.num_attributes, []
+        if size:
+            attributes = field(row, "attribute_ids", list)
+        if not all(type(n) is int and 0 <= n < size for n in attributes):
+            raise ValueError(f"attribute_ids outside 0..{size - 1}")
+        attributes = (attributes + [-1] * MAX_ATTRIBUTES)[:MAX_ATTRIBUTES]
+        return field(row, "image_id", int), label, box, area, crowd != 0, attributes
+
+    def read_boxes(self, content: dict, listed: np.ndarray) -> None:
         """Annotations, grouped by image. `listed`: ids of all images, those without picture too."""
-        path, owners = self.path, ids_of(rows, "image_id", self.path)
-        if rows and isinstance(rows[0]["image_id"], str):
-            self.notes.append("image_id is a text: read as a number")
-        self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
+        rows = []
+        if self.split != "test":
+            rows = read_records(content, "annotations", self.path, self.read_box)
+        rows = np.array(rows, [
+            ("image", np.int64), ("label", np.int16), ("box", np.float64, 4), ("area", np.float64),
+            ("crowd", bool), ("attributes", np.int16, MAX_ATTRIBUTES)])
+        self.skipped["boxes of images not listed"] = int((~np.isin(rows["image"], listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
-        places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
-        # Stable: in the file's order. -1 has no picture, and goes.
+        places = np.array([place.get(image, -1) for image in rows["image"].tolist()], np.int64)
+        # Stable: in the file's order. Those at -1 have no picture.
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
-        sizes, boxes = self.sizes[places[order]], self.given_boxes(rows)[order]
-        areas = np.array(column(rows, "area", path, float, default=np.nan))[order]
-        labels = ids_of(rows, "category_id", path)
-        used = np.flatnonzero([bool(name) for name in self.class_names])
-        require(np.isin(labels, used), "has a category_id not in its categories", path, rows)
-        self.starts = np.searchsorted(places[order], np.arange(len(self) + 1))
-        self.boxes, self.labels = boxes, labels[order].astype(np.int16)  # x, y, w, h in pixels
-        self.areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-        self.crowd = np.array(column(rows, "iscrowd", path, int, default=0), bool)[order]
-        self.check_boxes(boxes, sizes)
-        full = not_empty(clipped(boxes, sizes))
-        self.usable = full & ~self.crowd  # what is trained on
+        places, rows = places[order], rows[order]
+        self.starts = np.searchsorted(places, np.arange(len(self) + 1))
+        self.boxes, self.labels = rows["box"].copy(), rows["label"].copy()  # x, y, w, h in pixels
+        self.areas, self.crowd = rows["area"].copy(), rows["crowd"].copy()
+        if self.task.num_attributes:
+            self.attributes = rows["attributes"].copy()
+        self.check_boxes(self.boxes, self.sizes[places])
+        full = not_empty(clipped(self.boxes, self.sizes[places]))
+        self.usable = full & ~self.crowd  # for training
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (no training; the metric keeps them)"] = int(self.crowd.sum())
         if self.split == "train" and not self.usable.any():
-            raise bad(path, f"no box to learn from (left out: {counted(self.skipped)})")
-        if size := self.task.num_attributes:
-            lists = column(rows, "attribute_ids", path, list)
-            require([all(type(n) is int and 0 <= n < size for n in x) for x in lists],
-                    f"has attribute_ids outside 0..{size - 1}", path, rows)
-            self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
-
-    def given_boxes(self, rows: list[dict]) -> np.ndarray:
-        """(n, 4) x, y, w, h as in the file; from a segmentation where it lacks."""
-        made = [row for row in rows if row.get("bbox") is None and row.get("segmentation")]
-        for row in made:
-            row["bbox"] = box_round(row["segmentation"])
-        if made:
-            self.notes.append(f"{len(made):,} boxes (bbox) made from segmentations")
-        boxes = column(rows, "bbox", self.path, list)
-        require([len(box) == 4 and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box)
-                 for box in boxes], "has a bbox that is not 4 finite numbers", self.path, rows)
-        return np.array(boxes, np.float64).reshape(-1, 4)
+            raise bad(self.path, f"no box to learn from (left out: {counted(self.skipped)})")
 
     def check_boxes(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
         """Other conventions than x, y, w, h in pixels show in the whole file, and are refused.
         boxes (n, 4), sizes (n, 2) height, width."""
-        low, high, sides = boxes[:, :2], boxes[:, 2:], sizes[:, ::-1] + 1  # 1 pixel: rounding
-        beyond = (low + high > sides).any(1).sum()
-        corners = ((low <= high) & (high <= sides)).all(1).sum()
         fix = "COCO's are x, y, width, height in pixels: convert them"
         if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
             raise bad(self.path, "all boxes lie in 0..1, relative to their pictures", fix)
+        low, high, sides = boxes[:, :2], boxes[:, 2:], sizes[:, ::-1] + 1  # 1 pixel: rounding
+        beyond = np.count_nonzero((low + high > sides).any(1))
+        corners = np.count_nonzero(((low <= high) & (high <= sides)).all(1))
         if beyond > 0.1 * len(boxes) and corners > 0.99 * len(boxes):
             raise bad(self.path, f"{beyond:,} of {len(boxes):,} boxes go beyond their pictures, "
                       "and all look like corners x0, y0, x1, y1", fix)
@@ -480,7 +499,7 @@ class Coco(Dataset):
             self.notes.append(f"{beyond:,} boxes go beyond their pictures: clipped")
 
     def crowded(self, queries: int) -> int:
-        """How many pictures have more boxes to learn from than that: no query is left for some."""
+        """How many pictures have more boxes to learn from than there are queries."""
         before = np.concatenate([[0], np.cumsum(self.usable)])  # box by box
         return int((np.diff(before[self.starts]) > queries).sum())
 
@@ -508,15 +527,18 @@ class Coco(Dataset):
     def ground_truth(self):
         """A pycocotools COCO of the file's boxes, unchanged, crowds too; without the polygons."""
         from pycocotools.coco import COCO
-        truth, columns = COCO(), {
+        columns = {
             "image_id": np.repeat(self.ids, np.diff(self.starts)), "category_id": self.labels,
             "bbox": self.boxes, "area": self.areas, "iscrowd": self.crowd.astype(int)}
-        rows = zip(*(values.tolist() for values in columns.values()))
-        truth.dataset = {
-            "info": {}, "images": [{"id": number} for number in self.ids.tolist()],
-            "categories": [{"id": n, "name": x} for n, x in enumerate(self.class_names) if x],
-            # Numbered from 1: pycocotools takes a match with box 0 for none at all.
-            "annotations": [dict(zip(columns, row), id=n) for n, row in enumerate(rows, 1)]}
+        annotations = []
+        # Numbered from 1: pycocotools takes a match with box 0 for none at all.
+        for number, row in enumerate(zip(*(values.tolist() for values in columns.values())), 1):
+            annotations.append(dict(zip(columns, row), id=number))
+        names = enumerate(self.class_names)
+        truth = COCO()
+        truth.dataset = {"info": {}, "images": [{"id": number} for number in self.ids.tolist()],
+                         "categories": [{"id": n, "name": name} for n, name in names if name],
+                         "annotations": annotations}
         with contextlib.redirect_stdout(None):  # it prints
             truth.createIndex()
         return truth
@@ -528,7 +550,7 @@ class VisualGenome(Coco):
     files = {"train": ["vg/instances_train.json"], "val": ["vg/instances_val.json"]}
     folders = {"train": "vg", "val": "vg"}  # file names are VG_100K/2.jpg, VG_100K_2/1.jpg
     raw = ["vg/image_data.json", "vg/attributes.json", "vg/objects_vocab.txt",
-           "vg/attributes_vocab.txt", "coco/annotations/instances_val2017.json"]
+           "vg/attributes_vocab.txt", COCO_VAL]
 
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
@@ -539,14 +561,14 @@ class VisualGenome(Coco):
         if not self.path.exists():
             splits, dropped = prepare_vg(self.data)
             content = splits[self.split]
-            self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
-                              f"{self.data} --prepare vg` makes it once")
-            self.notes.append(f"dropped from train and val: {counted(dropped)}")
+            self.notes += [f"{self.path.name} was made in memory: `python data.py --data "
+                           f"{self.data} --prepare vg` makes it once",
+                           f"dropped from train and val: {counted(dropped)}"]
         super().read(content)
 
 
 class Classification(Dataset):
-    """What the readers below share: one or two texts, perhaps a picture, and a class."""
+    """The base of the readers below: one or two texts, perhaps a picture, and a class."""
 
     words: list[str] = []  # the labels in the files, by class id
 
@@ -564,8 +586,8 @@ class Classification(Dataset):
         return self.words.index(label)
 
     def fill(self, rows: list[tuple]) -> None:
-        """(id, class id, picture or "", up to two texts, ...) -> flat arrays. Of the classes -1 is
-        for not known, and None for rows that go."""
+        """(id, class id, picture or "", up to two texts, ...) -> flat arrays. The class is -1 where
+        it is not known, and None for rows to leave out."""
         rows = [row for row in rows if row[1] is not None]
         ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
@@ -613,13 +635,15 @@ class Vqa2(Classification):
     @classmethod
     def sources(cls, data: Path, split: str) -> tuple[dict[str, str], dict[str, str]]:
         """{part: file} of the questions, {part: file} of the annotations."""
-        parts, development = cls.parts[split], cls.questions.format("test-dev2015")
-        if not (data / cls.files[split][0]).exists() and (data / development).exists():
-            parts = ["test-dev2015"] if split == "test" else parts
-        answered = [] if split == "test" else parts
+        asked = answered = cls.parts[split]
+        if split == "test":
+            answered = []
+            if not (data / cls.files["test"][0]).exists():
+                development = cls.questions.format("test-dev2015")
+                asked = ["test-dev2015"] if (data / development).exists() else asked
         if not (data / cls.vocabulary).exists():  # then it is made of the answers of both parts
             answered = cls.parts["train"]
-        return ({part: cls.questions.format(part) for part in parts},
+        return ({part: cls.questions.format(part) for part in asked},
                 {part: cls.annotations.format(part) for part in answered})
 
     @classmethod
@@ -638,61 +662,59 @@ class Vqa2(Classification):
         self.task = replace(self.task, num_classes=len(self.class_names))
         held_out = self.held_out() if self.split != "test" else set()
         pictures = pictures_by_id(self.data, *self.folders[self.split])
-        rows, answers, both = [], [], Counter()
+        rows, answers, shared = [], [], 0
         for part, file in questions.items():
             for number, image, text in self.read_questions(self.data / file):
                 name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
                 if held and part == "train2014":  # own data, where ids occur in both splits
                     held = not name.startswith("coco/train")
-                    both[held] += 1
+                    shared += 1
                 if held == (self.split == "val"):
                     rows.append((number, -1, name, [text]))
                     answers.append(given[part].get(number, []))
-        self.skipped["training questions on pictures of val2017"] = both[True]
-        if both[False]:
-            self.notes.append(f"{both[False]:,} training questions have image ids that are in "
-                              "val2017, too, and are asked about train2017's pictures")
-        if few := sum(0 < len(texts) < 10 for texts in answers):
-            self.notes.append(f"{few:,} questions have fewer than ten answers")
+        if shared:
+            self.notes.append(f"{shared:,} training questions have image ids that are in val2017, "
+                              "too: asked about train2017's pictures, or left out")
         if self.split == "train":
-            for row, answer in self.genome_questions(held_out):
-                rows.append(row)
-                answers.append([answer])
-        _, present = self.locate([row[2] for row in rows])  # these names are the disk's already
+            self.add_genome_questions(held_out, rows, answers)
+        _, present = self.locate([name for _, _, name, _ in rows])  # these are the disk's already
         self.encode(list(compress(rows, present)), list(compress(answers, present)))
 
-    def read_questions(self, path: Path):
+    def read_questions(self, path: Path) -> list[tuple[int, int, str]]:
         """(question id, image id, question) of each."""
-        rows = table(read_json(path), "questions", path)
-        return zip(column(rows, "question_id", path, int), column(rows, "image_id", path, int),
-                   column(rows, "question", path, str))
+        return read_records(read_json(path), "questions", path, lambda row: (
+            field(row, "question_id", int), field(row, "image_id", int),
+            field(row, "question", str)))
 
     def read_annotations(self, path: Path) -> tuple[dict[int, list[str]], list[str]]:
         """{question id: answers}, the most common answer of each question."""
+        answers, common = {}, []
+
         def shorten(row: dict):
             # Of 6.6 million {"answer": text, ...} the text stays, one object for equal ones.
             return sys.intern(str(row["answer"])) if "answer" in row else row
 
-        rows = table(read_json(path, shorten), "annotations", path)
-        answers, ids = column(rows, "answers", path, list), column(rows, "question_id", path, int)
-        good = [set(map(type, texts)) <= {str} for texts in answers]
-        require(good, "has a bad answer", path, rows)
-        common = column(rows, "multiple_choice_answer", path, str, default="")
-        common = [text or max(texts, key=texts.count, default="")
-                  for text, texts in zip(common, answers)]
-        return dict(zip(ids, answers)), common
+        def read(row):
+            texts = field(row, "answers", list)
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("a bad answer")
+            answers[field(row, "question_id", int)] = texts
+            most_common = max(texts, key=texts.count, default="")
+            common.append(field(row, "multiple_choice_answer", str, most_common))
+        read_records(read_json(path, shorten), "annotations", path, read)
+        return answers, common
 
     def held_out(self) -> set[int]:
         """val2017's images; without COCO's file those of val2014's questions."""
-        if (self.data / VisualGenome.raw[-1]).exists():
+        if (self.data / COCO_VAL).exists():
             return coco_val_ids(self.data)
-        self.notes.append(f"without {VisualGenome.raw[-1]} train2014 trains, val2014 evaluates")
+        self.notes.append(f"without {COCO_VAL} train2014 trains, val2014 evaluates")
         path = self.data / self.files["val"][0]
         return {image for _, image, _ in self.read_questions(path)}
 
     def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
-        nine questions. Of those 3,129 the empty one gives its place to <unk>, as in that file."""
+        nine questions. Of those 3,129 the empty one makes room for <unk>, as in that file."""
         path = self.data / self.vocabulary
         if path.exists():
             words = read_lines(path)
@@ -702,66 +724,78 @@ class Vqa2(Classification):
         normal = Counter(map(functools.cache(normalise_answer), common))
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
-    def genome_questions(self, held_out: set[int]) -> list[tuple]:
-        """VG's questions whose picture is not in val2017, as (row for `fill`, its one answer)."""
-        paths = [self.data / "vg" / name for name in ("question_answers.json", "image_data.json")]
+    def add_genome_questions(self, held_out: set[int], rows: list, answers: list) -> None:
+        """Appends VG's questions whose picture is not in val2017, each with its one answer."""
+        paths = [self.data / "vg/image_data.json", self.data / "vg/question_answers.json"]
         if missing := [str(path) for path in paths if not path.exists()]:
             self.notes.append(f"without Visual Genome's questions: {', '.join(missing)} missing")
-            return []
-        pictures, found = pictures_by_id(self.data, "vg/VG_100K", "vg/VG_100K_2"), []
-        try:
-            coco_ids = {row["image_id"]: row["coco_id"] for row in read_json(paths[1])}
-            for qa in chain.from_iterable(row["qas"] for row in read_json(paths[0])):
+            return
+        pictures = pictures_by_id(self.data, "vg/VG_100K", "vg/VG_100K_2")
+        training = {}  # {image id: is it outside val2017?}
+
+        def read_image(row):
+            training[row["image_id"]] = row["coco_id"] not in held_out
+
+        def read_questions(row):
+            for qa in row["qas"]:
                 image = qa["image_id"]
-                if image not in coco_ids:  # nothing tells whether it is in val2017
+                if image not in training:
                     self.skipped["VG questions on unknown images"] += 1
-                elif coco_ids[image] not in held_out:
+                elif training[image]:
                     name = pictures.get(image) or f"vg/*/{image}.jpg"
-                    row = np.int64(int(qa["qa_id"])), -1, name, [qa["question"]]
-                    found.append((row, str(qa["answer"])))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
-        return found
+                    text, answer = field(qa, "question", str), field(qa, "answer", str)
+                    rows.append((field(qa, "qa_id", int), -1, name, [text]))
+                    answers.append([answer])
+        for path, read in zip(paths, (read_image, read_questions)):
+            read_records(read_json(path), "records", path, read)
 
     def encode(self, rows: list[tuple], answers: list[list[str]]) -> None:
         """rows as for `fill`, and the answers to each -> flat arrays."""
-        if self.split != "test":
-            answered = [len(texts) > 0 for texts in answers]
-            self.skipped["without answers"] = answered.count(False)
-            rows, answers = list(compress(rows, answered)), list(compress(answers, answered))
-        different = {text: n for n, text in enumerate(dict.fromkeys(chain.from_iterable(answers)))}
-        # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
-        # Of two classes with one normal form ("none" and "0") the one in that form counts.
+        # The class of each by the normal form that the scorer compares. Of two classes with one
+        # normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
-        forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        classes = np.array([forms.get(normalise_answer(text), -1) for text in different], np.int32)
-        lengths = np.array([len(texts) for texts in answers], np.int64)
-        # One after the other, those of question i from starts[i] to starts[i + 1].
-        places = np.fromiter(map(different.__getitem__, chain.from_iterable(answers)), np.int32)
-        if self.split == "train":
-            owners = np.repeat(np.arange(len(rows)), lengths)
-            known = np.bincount(owners, classes[places] >= 0, len(rows)) > 0  # else no loss
-            self.skipped["without an answer in the vocabulary"] = int((~known).sum())
-            rows, lengths = list(compress(rows, known)), lengths[known]
-            places = places[known[owners]]
-        self.fill(rows)
-        self.classes, self.answer_texts, self.answer_places = classes, strings(different), places
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        classes = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
+
+        @functools.cache
+        def class_of(text: str) -> int:
+            return classes.get(normalise_answer(text), -1)
+
+        keep = np.ones(len(rows), bool)
+        for number, texts in enumerate(answers):
+            if self.split != "test" and not texts:
+                self.skipped["without answers"] += 1
+                keep[number] = False
+            elif self.split == "train" and all(class_of(text) < 0 for text in texts):
+                self.skipped["without an answer in the vocabulary"] += 1  # they have no loss
+                keep[number] = False
+        self.fill(list(compress(rows, keep)))
+        answers = list(compress(answers, keep))
+        different = {}
+        for text in chain.from_iterable(answers):
+            different.setdefault(text, len(different))
+        # Those of question i stand from starts[i] to starts[i + 1].
+        self.starts = np.cumsum([0, *map(len, answers)])
+        numbers = map(different.get, chain.from_iterable(answers))
+        self.answer_places = np.fromiter(numbers, np.int32)
+        self.answer_texts = strings(different)
+        self.classes = np.array([class_of(text) for text in different], np.int32)
+
+    def places(self, index: int) -> np.ndarray:
+        """Where a question's answers are in `answer_texts` and `classes`."""
+        return self.answer_places[self.starts[index]:self.starts[index + 1]]
 
     def answers(self, index: int) -> list[str]:
         """As given, ten in the official files; none on a test split."""
-        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
-        return [self.answer_texts[place] for place in own]
+        return [self.answer_texts[place] for place in self.places(index)]
 
     def scores(self, index: int) -> Tensor | None:
         """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy.
         Of n it is 3 n_agreeing / n, at most 1 (ours): one answer alone scores 1."""
         if self.split == "test":
             return None
-        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
-        classes = torch.from_numpy(self.classes[own]).long()
+        classes = torch.from_numpy(self.classes[self.places(index)]).long()
         counts = torch.bincount(classes[classes >= 0], minlength=self.task.num_classes)
-        return (3 * counts / len(own)).clamp(max=1)
+        return (3 * counts / len(classes)).clamp(max=1)
 
 
 class SnliVe(Classification):
@@ -780,14 +814,12 @@ class SnliVe(Classification):
                 row = json.loads(line)
                 # The first release spelt the key otherwise, and had ".jpg" in the value.
                 name = row["Flickr30K_ID"] if "Flickr30K_ID" in row else row["Flikr30kID"]
-                text, label = row["sentence2"], row["gold_label"]
-                if not isinstance(text, str):
-                    raise TypeError("sentence2 is not a text")
+                text, label = field(row, "sentence2", str), row["gold_label"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]!r}") from None
             name = str(name).removesuffix(".jpg") + ".jpg"
             rows.append((number, self.class_id(label, number + 1), name, [text]))
-        names, present = self.locate([row[2] for row in rows])
+        names, present = self.locate([name for _, _, name, _ in rows])
         rows = [(n, label, name, texts) for (n, label, _, texts), name in zip(rows, names)]
         self.fill(list(compress(rows, present)))
 
@@ -802,14 +834,14 @@ class Glue(Classification):
         names = self.fields[:-1] if test else self.fields  # test files have no label
         if lost := [name for name in names if name not in header]:
             raise bad(self.path, f"line 1: no column {lost[0]!r}", "take the official file")
-        places = [header.index(name) for name in names]
-        for number, fields in enumerate(lines):
-            if len(fields) == len(header):
-                texts = [fields[place].strip() for place in places]
+        for number, cells in enumerate(lines):
+            if len(cells) == len(header):
+                row = dict(zip(header, cells))
+                texts = [row[name].strip() for name in names]
                 label = -1 if test else self.class_id(texts.pop(), number + 2)
                 rows.append((number, label, "", texts))
             elif test:
-                raise bad(self.path, f"line {number + 2}: {len(fields)} columns, not {len(header)}",
+                raise bad(self.path, f"line {number + 2}: {len(cells)} columns, not {len(header)}",
                           "the server wants every row: take the official file")
             else:  # QQP has questions broken over two lines
                 self.skipped["rows of too few or too many columns"] += 1
@@ -817,8 +849,8 @@ class Glue(Classification):
 
 
 def tsv(folder: str, ending: str = "") -> dict[str, list[str]]:
-    return {split: [f"glue/{folder}/{name}.tsv"] for split, name in
-            [("train", "train"), ("val", "dev" + ending), ("test", "test" + ending)]}
+    names = {"train": "train", "val": f"dev{ending}", "test": f"test{ending}"}
+    return {split: [f"glue/{folder}/{name}.tsv"] for split, name in names.items()}
 
 
 class Qnli(Glue):
@@ -843,8 +875,8 @@ class Sst2(Glue):
     words, class_names = ["0", "1"], ["negative", "positive"]
 
 
-# ---- The eight data sets -------------------------------------------------------------------------
-# The eight data sets of Section 1 and Figure 1, with the released configuration's numbers.
+# ---- The eight data sets of Section 1 and Figure 1 -----------------------------------------------
+# The numbers are the released configuration's.
 PAIR = dict(kind="classification", image=False, text=True)
 BOTH = dict(kind="classification", image=True, text=True, max_tokens=25)
 BOXES = dict(kind="detection", image=True, text=False)
@@ -881,9 +913,9 @@ def tasks_named(names) -> list[Task]:
 class Schedule:
     """Which task and which samples an iteration takes: a pure function of (seed, iteration).
 
-    So all processes agree without a word, and a run resumed at i is the run that never stopped. The
-    task is drawn (Section 3.5); how often it was drawn before tells how far its data set has been
-    read; each pass through a data set is a shuffle of its own."""
+    All processes therefore agree without communicating, and a run resumed at i is identical to one
+    that was never interrupted. The task is drawn (Section 3.5); how often it was drawn before says
+    how far its data set has been read; each pass through a data set is a shuffle of its own."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
                  iterations: int, seed: int, coco_first: int = 0):
@@ -937,9 +969,9 @@ def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str)
                       f"{task}` lists all")
 
 
-class Fetcher(torch.utils.data.Dataset):
-    """Makes a batch of a request (iteration, task, [(position, index), ...]): `fetch` in this
-    process, `[]` in a data worker. Without a schedule it is evaluation."""
+class Fetcher:
+    """Makes the batch of a request (iteration, task, [(position, index), ...]). Without a schedule
+    it is evaluation."""
 
     def __init__(self, datasets: dict[str, Dataset], schedule: Schedule | None = None):
         self.datasets, self.schedule = datasets, schedule
@@ -952,7 +984,8 @@ class Fetcher(torch.utils.data.Dataset):
         for position, index in places:
             for candidate in self.candidates(iteration, position, index):
                 if self.schedule is not None:
-                    # Keyed by the position in the global batch: no worker and no rank shows in it.
+                    # The position is that in the whole batch, so that the result depends on
+                    # neither the worker nor the rank.
                     rng = np.random.default_rng([self.schedule.seed, 2, iteration, position])
                 try:
                     samples.append(dataset.sample(candidate, rng))
@@ -970,45 +1003,42 @@ class Fetcher(torch.utils.data.Dataset):
         if self.schedule is not None:
             yield from self.schedule.following(iteration, position)[:FEWEST_UNUSABLE].tolist()
 
-    def __getitem__(self, request) -> bytes:
-        batch, reasons = self.fetch(request)
-        # Packed here and not by the loader, in whose threads an error is only printed: the batch is
-        # lost, and waited for without end. So there is room for the files that they will open, too.
-        try:
-            with contextlib.ExitStack() as room:
-                for _ in range(20):
-                    room.enter_context(open(os.devnull))
-            return bytes(ForkingPickler.dumps((convert_lists(batch, Tensor.numpy), reasons)))
-        except RuntimeError as error:  # of shared memory
-            raise OSError(str(error)) from None
 
-
-def unpack(message: bytes) -> tuple[Batch | None, dict[int, str]]:
-    try:
-        batch, reasons = pickle.loads(message)
-    except RuntimeError as error:  # "received 0 items of ancdata" is one open file too many
-        raise OSError(f"too many open files? {error}") from None
-    return convert_lists(batch, torch.from_numpy), reasons
-
-
-def convert_lists(batch: Batch | None, convert) -> Batch | None:
-    """Tensors in lists travel as arrays, inside the message: each tensor costs an open file."""
-    if batch is None:
-        return None
-    lists = {name: getattr(batch, name) for name in ("boxes", "labels", "attributes")}
-    return replace(batch, **{name: xs and [convert(x) for x in xs] for name, xs in lists.items()})
-
-
-# They end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a cluster's
-# warning. (Windows lacks two.)
+# Signals that end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a
+# cluster's warning. (Windows lacks two.)
 STOPPING = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
-def start_worker(number: int) -> None:
-    """Signals may go to all processes, but the parent needs its workers to finish what is in hand.
-    Workers without a parent end by themselves."""
+def start_worker(fetcher: Fetcher) -> None:
+    """Signals may go to all processes, but the parent needs its workers to finish the iteration in
+    hand. Workers without a parent end by themselves."""
+    global worker_fetcher
+    worker_fetcher = fetcher
+    torch.set_num_threads(1)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def fetch_in_worker(request):
+    batch, reasons = worker_fetcher.fetch(request)
+    return convert(batch, Tensor, Tensor.numpy), reasons
+
+
+def convert(batch: Batch | None, kind: type, function) -> Batch | None:
+    """The batch with function(x) for each x of that kind. Between processes tensors travel as
+    arrays: PyTorch would put each into shared memory, which runs out, as do open files."""
+    def converted(value):
+        if isinstance(value, list):
+            return [converted(x) for x in value]
+        return function(value) if isinstance(value, kind) else value
+    return batch and Batch(**{name: converted(value) for name, value in vars(batch).items()})
 
 
 def run_loader(fetcher: Fetcher, requests, num_workers: int):
@@ -1017,55 +1047,23 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
     if not num_workers:
         yield from map(fetcher.fetch, requests)
         return
-    waiting, workers, handler = True, [], signal.getsignal(signal.SIGCHLD)
-    others = multiprocessing.active_children()
-
-    def ended() -> list[int]:
-        return [worker.exitcode for worker in workers if worker.exitcode]
-
-    def look(*_):  # in place of PyTorch's handler, which raises in the middle of an update, too
-        if waiting and ended():
-            raise OSError
+    # Fork shares the annotations; where there is none they are copied.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(num_workers, context, start_worker, [fetcher])
+    submitted = (pool.submit(fetch_in_worker, request) for request in requests)
     try:
-        # Fork shares the annotations; where there is none they are copied. A generator of its own:
-        # the loader draws a seed, which must not disturb dropout's draws.
-        loader = iter(torch.utils.data.DataLoader(
-            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
-            worker_init_fn=start_worker, generator=torch.Generator(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None))
-        workers += loader._workers  # there is no public name
-        for worker in workers:  # the SIGTERM of a program that ends, and waits for them, is ignored
-            multiprocessing.util.Finalize(fetcher, worker.kill, exitpriority=0)
-        signal.signal(signal.SIGCHLD, look)
-        look()
-        for message in loader:
-            batch, reasons = unpack(message)
-            waiting = False
-            yield batch, reasons
-            waiting = True
-            look()  # one may have died meanwhile
-    except InputError as error:  # a worker's comes with its traceback, of which it is the last line
-        raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
-    except (OSError, EOFError, RuntimeError) as error:
-        waiting = False
-        if not workers:  # some were started, perhaps
-            for child in multiprocessing.active_children():
-                if child not in others:
-                    child.kill()
-        for worker in workers:  # "connection reset", say: one is just dying
-            worker.join(0.2)
-        if isinstance(error, RuntimeError) and not ended():
-            raise  # a fault of the program
-        reason = f"one has ended, exit status {ended()[0]}" if ended() else last_line(error)
-        raise InputError(f"the data workers failed ({reason}); fewer --num_workers (0: none), more "
-                         "memory, a larger /dev/shm (Docker: --shm-size) or more open files "
-                         "(ulimit -n) help") from None
+        waiting = deque(islice(submitted, 4 * num_workers))
+        while waiting:
+            batch, reasons = waiting.popleft().result()
+            waiting.extend(islice(submitted, 1))
+            yield convert(batch, np.ndarray, torch.from_numpy), reasons
+    except (BrokenProcessPool, OSError) as error:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they ignore the SIGTERM that the pool sends them
+        raise InputError(f"the data workers failed ({error}); fewer --num_workers (0: none), more "
+                         "memory or more open files (ulimit -n) help") from None
     finally:
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def last_line(error: Exception) -> str:
-    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+        pool.shutdown(cancel_futures=True)
 
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
@@ -1080,7 +1078,7 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
                  world_size: int = 1, micro_batch: int = 0, num_workers: int = 0):
     """Yields for each iteration from `start` on: this process's micro-batches, a list of Batch, and
     the reasons why pictures were replaced by others."""
-    each = schedule.batch_size // world_size  # without a rest: train.check
+    each = schedule.batch_size // world_size  # without a remainder: train.check
 
     def requests():
         for iteration in range(start, schedule.iterations):
@@ -1106,15 +1104,18 @@ def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: in
 # ---- What official files need --------------------------------------------------------------------
 def coco_val_ids(data: Path) -> set[int]:
     """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
-    path = data / "coco/annotations/instances_val2017.json"
-    return set(column(table(read_json(path), "images", path), "id", path, int))
+    path = data / COCO_VAL
+    return set(read_records(read_json(path), "images", path, lambda row: field(row, "id", int)))
 
 
 def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
     """A class per line, ids from 1, commas between aliases -> rows for the JSON, {alias: id}."""
-    lines = [[name.strip() for name in line.split(",")] for line in read_lines(path)]
-    return ([{"id": number, "name": names[0]} for number, names in enumerate(lines, 1)],
-            {name.lower(): number for number, names in enumerate(lines, 1) for name in names})
+    rows, ids = [], {}
+    for number, line in enumerate(read_lines(path), 1):
+        aliases = [name.strip() for name in line.split(",")]
+        rows.append({"id": number, "name": aliases[0]})
+        ids.update({alias.lower(): number for alias in aliases})
+    return rows, ids
 
 
 def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
@@ -1123,31 +1124,31 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
     Pictures in COCO val2017 (by `coco_id` in image_data.json; half are COCO's) go to val."""
     objects, object_ids = read_classes(data / "vg/objects_vocab.txt")
     attributes, attribute_ids = read_classes(data / "vg/attributes_vocab.txt")
-    held_out, dropped, images, row = coco_val_ids(data), Counter(), {}, None
+    held_out, dropped, images = coco_val_ids(data), Counter(), {}
     splits = {split: {"categories": objects, "attributes": attributes, "images": [],
                       "annotations": []} for split in ("train", "val")}
-    path = data / "vg/image_data.json"
-    try:
-        for row in read_json(path):
-            number = row["image_id"]
-            if number in images:
-                dropped["repeated image ids"] += 1
-                continue
-            name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
-            image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
-            images[number] = image, splits["val" if row["coco_id"] in held_out else "train"]
-            images[number][1]["images"].append(image)
-        path = data / "vg/attributes.json"
-        for row in read_json(path):
-            image, split = images.pop(row["image_id"], (None, None))  # a second row is unknown
-            if image is None:
-                dropped["rows of unknown or repeated images"] += 1
-                continue
-            for thing in row["attributes"]:
-                if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
-                    split["annotations"].append({"id": len(split["annotations"]) + 1, **found})
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise bad(path, f"a row lacks {error} ({row!r:.120})") from None
+
+    def read_image(row):
+        number, split = row["image_id"], splits["val" if row["coco_id"] in held_out else "train"]
+        if number in images:
+            dropped["repeated image ids"] += 1
+            return
+        name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
+        image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
+        images[number] = image, split["annotations"]
+        split["images"].append(image)
+
+    def read_objects(row):
+        image, annotations = images.pop(row["image_id"], (None, None))  # a second row is unknown
+        if image is None:
+            dropped["rows of unknown or repeated images"] += 1
+            return
+        for thing in row["attributes"]:
+            if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
+                annotations.append({"id": len(annotations) + 1, **found})
+
+    for name, read in (("image_data.json", read_image), ("attributes.json", read_objects)):
+        read_records(read_json(data / "vg" / name), "records", data / "vg" / name, read)
     if splits["train"]["images"] and not splits["train"]["annotations"]:
         raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
                   "take the vocabulary that fits these objects")
@@ -1174,21 +1175,6 @@ def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: di
     dropped["attributes beyond 16 an object"] += len(known[MAX_ATTRIBUTES:])
     return {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h], "area": w * h,
             "iscrowd": 0, "attribute_ids": known[:MAX_ATTRIBUTES]}
-
-
-def box_round(segmentation) -> list[float] | None:
-    """The bounding box x, y, w, h of polygons or of run lengths; None if they are neither."""
-    try:
-        if isinstance(segmentation, dict):
-            from pycocotools import mask
-            if isinstance(segmentation["counts"], list):
-                segmentation = mask.frPyObjects(segmentation, *segmentation["size"])
-            return mask.toBbox(segmentation).tolist()
-        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
-        low, high = points.min(0), points.max(0)
-        return [*low.tolist(), *(high - low).tolist()]
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 # The official VQA scorer's contractions: each of these words with any one apostrophe left out
@@ -1230,10 +1216,10 @@ def normalise_answer(text: str) -> str:
 # ---- Files, flat arrays, checks ------------------------------------------------------------------
 # A forked worker shares memory with its parent until one of them writes to a page, and merely
 # reading a Python object writes to it (its reference count). Millions of small objects are thus
-# copied, worker by worker, page by page. Arrays are not: what stays after loading is NumPy.
+# copied, worker by worker, page by page. Arrays are not, so after loading only NumPy arrays remain.
 
 def strings(texts) -> np.ndarray:
-    """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
+    """(n,) in NumPy's own string type: UTF-8 bytes in one buffer rather than an object for each."""
     texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's lone surrogates: ?
     return np.array(texts, np.dtypes.StringDType())
 
@@ -1243,6 +1229,11 @@ LAYOUT = "the README says where each file belongs"
 
 def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
     return InputError(f"{path}: {problem}; {fix}")
+
+
+def require_folder(data: Path) -> None:
+    if not data.is_dir():
+        raise bad(data, "no such folder", "name the data sets' folder with --data (layout: README)")
 
 
 def parse_file(path: Path, parse, kind: str):
@@ -1269,55 +1260,38 @@ def read_lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
-def table(content, key: str, path: Path) -> list[dict]:
-    rows = content.get(key) if isinstance(content, dict) else None
+def read_records(content, key: str, path: Path, read) -> list:
+    """read(record) for each record of the list content[key], or of `content` if it is the list. If
+    `read` cannot use a record (a KeyError, ValueError, ...), the error names file and record."""
+    rows = content.get(key) if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise bad(path, f"no list {key!r} in it", "take the official file")
-    return rows
+    results = []
+    try:
+        for row in rows:
+            results.append(read(row))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise bad(path, f"record {len(results)}: {problem} ({row!r:.120})") from None
+    return results
 
 
 KINDS = {int: "one whole number of at most 64 bits", float: "one finite number", str: "a text",
          list: "a list"}
 
 
-def converted(value, kind: type):
-    """A JSON value as `kind`, one of KINDS; raises ValueError if it is none."""
-    if kind is int and isinstance(value, str) and value.isdecimal():
-        value = int(value)  # own exports have ids as texts
-    if kind in (int, float):
-        good = isinstance(value, (int, float)) and abs(value) < 2 ** 63 and kind(value) == value
-    else:
-        good = isinstance(value, kind)
-    if not good:
-        raise ValueError
-    return value if isinstance(value, kind) else kind(value)
-
-
-def column(rows: list[dict], name: str, path: Path, kind: type, default=None) -> list:
-    """Field `name` of all rows. A row that lacks it, or has null, gets `default`; if there is none,
-    and for a value that is not of this kind, the error names the row."""
-    values, number = [], 0
+def field(row: dict, key: str, kind: type, default=None):
+    """row[key] as one of KINDS. null counts as absent; then it is `default`, if there is one."""
+    value = row.get(key)
+    if value is None:
+        value = default
     try:
-        for number, row in enumerate(rows):
-            value = row.get(name)
-            missing = value is None and default is not None
-            values.append(default if missing else converted(value, kind))
-    except (AttributeError, ValueError):
-        problem = f"record {number}: {name!r} is not {KINDS[kind]} ({rows[number]!r:.120})"
-        raise bad(path, problem) from None
-    return values
-
-
-def ids_of(rows: list[dict], name: str, path: Path) -> np.ndarray:
-    """(n,) int64."""
-    return np.array(column(rows, name, path, int), np.int64)
-
-
-def require(good, problem: str, path: Path, rows: list) -> None:
-    """`good` (n,) bool, one per row: the first False is an error."""
-    if not np.all(good):
-        number = int(np.argmin(good))
-        raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
+        result = kind(value)
+        if result == value and (kind in (str, list) or abs(result) < 2 ** 63):
+            return result
+    except (OverflowError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{key!r} is not {KINDS[kind]}")
 
 
 def counted(reasons: Counter) -> str:
@@ -1326,7 +1300,7 @@ def counted(reasons: Counter) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "w"):
-    """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
+    """A file to write to that gets its name once it is complete: a crash leaves no half of one."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1355,27 +1329,21 @@ def list_folder(folder: Path) -> list[str]:
 
 
 def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
-    """{number at the end of the name: name}; where folders share a number the first one's."""
-    names = [f"{folder}/{name}" for folder in folders for name in list_folder(root / folder)]
-    return {int(match[1]): name for name in reversed(names)  # the first is put in last
-            if (match := PICTURE.search(name)) and match[1]}
+    """{number at the end of the name: name}; where folders share a number, the first one's."""
+    pictures = {}
+    for folder in folders:
+        for name in list_folder(root / folder):
+            match = PICTURE.search(name)
+            if match and match[1]:
+                pictures.setdefault(int(match[1]), f"{folder}/{name}")
+    return pictures
 
 
 def spelling(name: str) -> str:
-    """Two names with the same are one picture's: Windows has backslashes in paths, a Mac writes
+    """The same for two names of one picture: Windows has backslashes in paths, a Mac writes
     accents in two characters, and tools write jpg, JPG, jpeg or convert to png."""
     path, number = name.replace("\\", "/"), PICTURE.search(name)
     return unicodedata.normalize("NFC", path[:number.end(1)] if number else path)
-
-
-def padded(rows: list[list[int]], width: int) -> np.ndarray:
-    """-> (n, width) int32: rows that are shorter are filled up with -1, longer ones cut."""
-    return np.array([(row + [-1] * width)[:width] for row in rows], np.int32).reshape(-1, width)
-
-
-def require_folder(data: Path) -> None:
-    if not data.is_dir():
-        raise bad(data, "no such folder", "name the data sets' folder with --data (layout: README)")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1478,8 +1446,8 @@ def write_vocabulary(data: Path) -> None:
     if not texts:
         raise bad(data, "no training texts of any task are in it", LAYOUT)
     wordpiece = BertWordPieceTokenizer(lowercase=True)
-    wordpiece.train_from_iterator(map(str, texts), PIECES, special_tokens=SPECIAL,
-                                  show_progress=False)
+    wordpiece.train_from_iterator(map(str, texts), vocab_size=8000, special_tokens=SPECIAL,
+                                  show_progress=False)  # 8,000 pieces: ours
     pieces = wordpiece.get_vocab()
     with whole_file(path) as file:
         file.writelines(f"{piece}\n" for piece in sorted(pieces, key=pieces.get))
