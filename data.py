@@ -1353,8 +1353,8 @@ PRETRAINED = {"bert/vocab.txt": "all tasks with text",
 
 
 def splits(data: Path, names: list[str]):
-    """Yields the Dataset of each split of these tasks, having printed a line for each: how much is
-    there, what was skipped and why, or which files are missing. No names: all that have files."""
+    """Yields the Dataset of each split of these tasks (no names: of all that have files), having
+    printed its summary, or which files are missing."""
     for task in tasks_named(names) or TASKS:
         if not names and not (data / task.dataset.files["train"][0]).parent.exists():
             print(f"{task.name:8}nothing is there")
@@ -1391,28 +1391,23 @@ def problem_of(path: str, size) -> str:
 
 def check_pictures(data: Path, names: list[str]) -> int:
     """--check: opens every picture once, on all cores -> how many cannot be used."""
-    opened, unusable = set(), 0
+    sizes = {}  # by path; None where no annotations state it
     for dataset in splits(data, names):
-        files = {}
-        if dataset.task.image:
-            files = dict(map(dataset.picture_file, range(len(dataset))))
-        files = {path: size for path, size in files.items() if path not in opened}
-        opened.update(files)
-        with ProcessPoolExecutor() as pool:
-            found = pool.map(problem_of, files, files.values(), chunksize=16)
-            problems = [x for x in progress(dataset.task.name, found, len(files)) if x]
-        unusable += len(problems)
-        if problems:
-            first = "".join(f"\n    {problem}" for problem in problems[:10])
-            print(f"    {len(problems):,} of {len(files):,} pictures cannot be used:{first}")
-    print(f"{len(opened):,} pictures opened, {unusable:,} cannot be used")
-    return unusable
+        for index in range(len(dataset) if dataset.task.image else 0):
+            path, size = dataset.picture_file(index)
+            sizes[path] = size or sizes.get(path)
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(problem_of, sizes, sizes.values(), chunksize=16)
+        problems = [problem for problem in progress("pictures", found, len(sizes)) if problem]
+    print(*problems, f"{len(sizes):,} pictures opened, {len(problems):,} cannot be used", sep="\n")
+    return len(problems)
 
 
 def progress(name: str, items, total: int, size=lambda item: 1):
-    """Passes items on, and prints every ten seconds how far it is and how long it will take.
-    size(item): how many of `total` it is."""
-    start, shown, done = time.time(), time.time(), 0
+    """Passes items on, and prints every ten seconds how many are done and how long the rest will
+    take. size(item): how many of `total` an item is."""
+    start = shown = time.time()
+    done = 0
     for item in items:
         yield item
         done += size(item)
