@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import gc
 import importlib
@@ -134,13 +133,12 @@ def read_image(path: Path | str, size=None) -> Tensor:
             picture = upright(picture, size)
             if picture.mode[0] in "IF":              # 16-bit grey: PIL would cut it off at 255
                 grey = np.asarray(picture, np.float32) / (257 if picture.mode[0] == "I" else 1)
-                picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+                grey = grey.clip(0, 255).round()
+                picture = Image.fromarray(grey.astype(np.uint8))
             elif "transparency" in picture.info:     # of a palette: becomes alpha, and is dropped
                 picture = picture.convert("RGBA")
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:                       # PIL raises many kinds
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # not the picture's fault
-            raise bad(path, error.strerror, "raise `ulimit -n`") from None
         raise UnusablePicture(f"{path}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -282,7 +280,7 @@ COCO_VAL = "coco/annotations/instances_val2017.json"
 
 
 class Dataset:
-    """What all readers share. `split` is train, val or test; `data` the folder of all data sets;
+    """The base of all readers. `split` is train, val or test; `data` the folder of all data sets;
     `image_size` and `augment` are the settings of those names.
 
     Records that cannot be used are left out and counted (`skipped`) where official files have such
@@ -335,8 +333,9 @@ class Dataset:
                 raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
             folder = "/".join(parents)
             folders |= {folder, unicodedata.normalize("NFD", folder)}
-        listed = [os.path.join(folder, name) for folder in sorted(folders)
-                  for name in list_folder(self.folder / folder)]
+        listed = []
+        for folder in sorted(folders):
+            listed += [os.path.join(folder, name) for name in list_folder(self.folder / folder)]
         # A file that is listed under its own name is no other picture's. Of two alike the first.
         similar = {spelling(name): name for name in reversed(listed) if name not in wanted}
         listed = set(listed)
@@ -386,7 +385,7 @@ def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def not_empty(boxes: np.ndarray) -> np.ndarray:
-    """(n, 4) corners -> (n,) bool. 1e-6 of a side: what rounding leaves of a box cut to nothing."""
+    """(n, 4) corners -> (n,) bool. Rounding may leave 1e-6 of a side of a box cut to nothing."""
     return (boxes[:, 2:] - boxes[:, :2] > 1e-6).all(1)
 
 
@@ -534,11 +533,10 @@ class Coco(Dataset):
         # Numbered from 1: pycocotools takes a match with box 0 for none at all.
         for number, row in enumerate(zip(*(values.tolist() for values in columns.values())), 1):
             annotations.append(dict(zip(columns, row), id=number))
-        names = enumerate(self.class_names)
-        truth = COCO()
-        truth.dataset = {"info": {}, "images": [{"id": number} for number in self.ids.tolist()],
-                         "categories": [{"id": n, "name": name} for n, name in names if name],
-                         "annotations": annotations}
+        truth, names = COCO(), enumerate(self.class_names)
+        truth.dataset = {"info": {}, "annotations": annotations}
+        truth.dataset["images"] = [{"id": number} for number in self.ids.tolist()]
+        truth.dataset["categories"] = [{"id": n, "name": name} for n, name in names if name]
         with contextlib.redirect_stdout(None):  # it prints
             truth.createIndex()
         return truth
@@ -643,8 +641,8 @@ class Vqa2(Classification):
                 asked = ["test-dev2015"] if (data / development).exists() else asked
         if not (data / cls.vocabulary).exists():  # then it is made of the answers of both parts
             answered = cls.parts["train"]
-        return ({part: cls.questions.format(part) for part in asked},
-                {part: cls.annotations.format(part) for part in answered})
+        questions = {part: cls.questions.format(part) for part in asked}
+        return questions, {part: cls.annotations.format(part) for part in answered}
 
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
@@ -892,7 +890,7 @@ TASKS = [
 
 
 def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augment: str = "full"):
-    """-> the named tasks, with as many classes as the files have, {name: Dataset}."""
+    """-> the named tasks, with as many classes as the files have; {name: Dataset}."""
     data, tasks = Path(data), tasks_named(names)
     require_folder(data)
     tokenizer = Tokenizer(data / "bert/vocab.txt") if any(task.text for task in tasks) else None
@@ -997,8 +995,8 @@ class Fetcher:
         return collate(dataset.task, samples) if samples else None, reasons
 
     def candidates(self, iteration: int, position: int, index: int):
-        """What is tried for a place in the batch: a pure function of the data, so no state is
-        shared among workers and processes, and none is saved."""
+        """The samples to try for a place in the batch. They follow from the data alone, so
+        processes share no state, and none is saved."""
         yield index
         if self.schedule is not None:
             yield from self.schedule.following(iteration, position)[:FEWEST_UNUSABLE].tolist()
@@ -1082,9 +1080,10 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
 
     def requests():
         for iteration in range(start, schedule.iterations):
-            places = list(enumerate(schedule.samples(iteration).tolist()))
-            yield from micro_batches(datasets[schedule.task(iteration)], iteration,
-                                     places[rank * each:(rank + 1) * each], micro_batch, each)
+            samples = schedule.samples(iteration).tolist()
+            own = list(enumerate(samples))[rank * each:(rank + 1) * each]
+            dataset = datasets[schedule.task(iteration)]
+            yield from micro_batches(dataset, iteration, own, micro_batch, each)
     batches, reasons = [], []
     for batch, why in run_loader(Fetcher(datasets, schedule), requests(), num_workers):
         batches.append(batch)
@@ -1097,7 +1096,8 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
 def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
     """Yields for every `micro_batch` of `indices`, in order (0: 1 picture, or 32 texts), a Batch of
     those that can be used, or None, and {index: why its picture cannot be used}."""
-    requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), micro_batch, 32)
+    places = [(position, int(index)) for position, index in enumerate(indices)]
+    requests = micro_batches(dataset, 0, places, micro_batch, 32)
     yield from run_loader(Fetcher({dataset.task.name: dataset}), requests, num_workers)
 
 
@@ -1198,7 +1198,7 @@ PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
 
 
 def normalise_answer(text: str) -> str:
-    """The official VQA scorer's processing of an answer, slips included: else scores differ.
+    """The official VQA scorer's processing of an answer, slips included, as scores would differ.
 
     A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
     between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
@@ -1207,7 +1207,7 @@ def normalise_answer(text: str) -> str:
     for mark in PUNCTUATION.intersection(text):
         removed = thousands or f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if removed else " ")
-    # Full stops but for decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
+    # Full stops except decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
     result = re.sub(r"\.(?![0-9])", "", result, count=32)
     words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
@@ -1450,7 +1450,7 @@ def write_vocabulary(data: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """What the three programs share."""
+    """The command line of the three programs."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -1505,7 +1505,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=(
-        "Says what is in the folder of the data sets (layout: README), and what is missing."))
+        "Lists the data sets in a folder (layout: README), and which files are missing."))
     parser.add_argument("--data", type=os.path.expanduser, default="data", metavar="DIR",
                         help="the folder of the data sets (default: data)")
     parser.add_argument("--tasks", metavar="A,B", help="these alone (default: all that are there)")
@@ -1518,10 +1518,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ---- The tiny data sets --------------------------------------------------------------------------
-# What eight real data sets ask of a model, in a size that a laptop learns in minutes: pictures of
-# 32 x 32 pixels with one to three coloured shapes, and sentences made of templates. They are
-# written as the official files are, and read by the readers above. Ours throughout.
-# What keeps them honest:
+# The eight tasks in a size that a laptop learns in minutes (ours): pictures of 32 x 32 pixels with
+# one to three coloured shapes, and sentences made of templates, in the official files' formats.
+# These rules keep them honest:
 # * No part of the input gives the answer away. A label is a relation between two things (two
 #   sentences, a picture and a text, a word and its scope), and each of the two is about equally
 #   likely under every label: tests/baselines.py measures what is left.
@@ -1563,7 +1562,8 @@ def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
     """-> pixels (32, 32, 3) uint8 with 1 to `most` (1 or 3) shapes; of each (shape, colour,
     [x, y, w, h]). The boxes do not overlap. sides: of a shape, from and below."""
     number = int(rng.choice(most, p=[0.4, 0.4, 0.2] if most == 3 else [1])) + 1
-    names = zip(rng.choice(SHAPES, number).tolist(), rng.choice(list(COLOURS), number).tolist())
+    shapes = rng.choice(SHAPES, number).tolist()
+    names = zip(shapes, rng.choice(list(COLOURS), number).tolist())
     pixels = rng.normal(rng.uniform(60, 120), 5, (SIDE, SIDE, 3))
     taken, things = np.zeros((SIDE, SIDE), bool), []
     while len(things) < number:
@@ -1599,8 +1599,10 @@ def write_tiny(folder: Path | str, seed: int = 0) -> None:
         texts += tiny_snli_ve(folder, split, number, rng)
     for reader in TINY_GLUE:
         texts += tiny_glue(folder, reader, rng)
-    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
-    write(folder / "bert/vocab.txt", "\n".join(SPECIAL + words) + "\n")
+    words = set()
+    for text in texts:
+        words.update(re.findall(r"\w+|[^\w\s]", text.lower()))
+    write(folder / "bert/vocab.txt", "\n".join(SPECIAL + sorted(words)) + "\n")
 
 
 def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
@@ -1763,7 +1765,7 @@ REVIEWS = ["the {n} is {x}./the {n} seems {x}.",
 
 
 def tiny_qnli(label: int, n: str, rng) -> tuple:
-    """Does the sentence tell what the question wants to know?"""
+    """Does the sentence answer the question?"""
     topic = pick(rng, TOPICS)
     told = topic if label == 0 else another(rng, TOPICS, topic)
     return pick(rng, topic[0]).format(n=n), pick(rng, told[1]).format(n=n, v=pick(rng, told[2]))
@@ -1821,7 +1823,8 @@ def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
             label = reader.words[label]
             fields = {"genre": "tiny"} | {f"label{k}": label for k in range(1, 6)}
             fields |= dict(zip(reader.fields, (*sentences, label)))
-            lines.append("\t".join(fields.get(name, str(n)) for name in header.split()))
+            cells = [fields.get(name, str(n)) for name in header.split()]
+            lines.append("\t".join(cells))
             texts += sentences
         write(folder / reader.files[split][0], "\n".join(lines) + "\n")
     return texts
