@@ -583,14 +583,20 @@ class Classification(Dataset):
                       f"it is one of {', '.join(self.words)}")
         return self.words.index(label)
 
-    def fill(self, rows: list[tuple]) -> None:
-        """(id, class id, picture or "", up to two texts, ...) -> flat arrays. The class is -1 where
-        it is not known, and None for rows to leave out."""
+    def fill(self, rows: list[tuple]) -> list[tuple]:
+        """(id, class id, picture or "", up to two texts, ...) -> flat arrays; returns the rows that
+        are in them. The class is -1 where it is not known, and None for rows to leave out; rows
+        whose picture is absent are left out, too."""
         rows = [row for row in rows if row[1] is not None]
-        ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
+        names = [row[2] for row in rows]
+        if self.task.image:
+            names, present = self.locate(names)
+            rows, names = list(compress(rows, present)), list(compress(names, present))
+        ids, labels, _, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
         self.names, self.num_images = strings(names), len({*names} - {""})
         self.columns = [strings(part) for part in zip(*texts)]  # all first texts, all second ones
+        return rows
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -660,7 +666,7 @@ class Vqa2(Classification):
         self.task = replace(self.task, num_classes=len(self.class_names))
         held_out = self.held_out() if self.split != "test" else set()
         pictures = pictures_by_id(self.data, *self.folders[self.split])
-        rows, answers, shared = [], [], 0
+        rows, shared = [], 0
         for part, file in questions.items():
             for number, image, text in self.read_questions(self.data / file):
                 name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
@@ -668,15 +674,13 @@ class Vqa2(Classification):
                     held = not name.startswith("coco/train")
                     shared += 1
                 if held == (self.split == "val"):
-                    rows.append((number, -1, name, [text]))
-                    answers.append(given[part].get(number, []))
+                    rows.append((number, -1, name, [text], given[part].get(number, [])))
         if shared:
             self.notes.append(f"{shared:,} training questions have image ids that are in val2017, "
                               "too: asked about train2017's pictures, or left out")
         if self.split == "train":
-            self.add_genome_questions(held_out, rows, answers)
-        _, present = self.locate([name for _, _, name, _ in rows])  # these are the disk's already
-        self.encode(list(compress(rows, present)), list(compress(answers, present)))
+            rows += self.genome_questions(held_out)
+        self.encode(rows)
 
     def read_questions(self, path: Path) -> list[tuple[int, int, str]]:
         """(question id, image id, question) of each."""
@@ -722,14 +726,14 @@ class Vqa2(Classification):
         normal = Counter(map(functools.cache(normalise_answer), common))
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
-    def add_genome_questions(self, held_out: set[int], rows: list, answers: list) -> None:
-        """Appends VG's questions whose picture is not in val2017, each with its one answer."""
+    def genome_questions(self, held_out: set[int]) -> list[tuple]:
+        """Rows for `encode` of VG's questions whose picture is not in val2017."""
         paths = [self.data / "vg/image_data.json", self.data / "vg/question_answers.json"]
         if missing := [str(path) for path in paths if not path.exists()]:
             self.notes.append(f"without Visual Genome's questions: {', '.join(missing)} missing")
-            return
+            return []
         pictures = pictures_by_id(self.data, "vg/VG_100K", "vg/VG_100K_2")
-        training = {}  # {image id: is it outside val2017?}
+        training, rows = {}, []  # {image id: is it outside val2017?}
 
         def read_image(row):
             training[row["image_id"]] = row["coco_id"] not in held_out
@@ -742,13 +746,13 @@ class Vqa2(Classification):
                 elif training[image]:
                     name = pictures.get(image) or f"vg/*/{image}.jpg"
                     text, answer = field(qa, "question", str), field(qa, "answer", str)
-                    rows.append((field(qa, "qa_id", int), -1, name, [text]))
-                    answers.append([answer])
+                    rows.append((field(qa, "qa_id", int), -1, name, [text], [answer]))
         for path, read in zip(paths, (read_image, read_questions)):
             read_records(read_json(path), "records", path, read)
+        return rows
 
-    def encode(self, rows: list[tuple], answers: list[list[str]]) -> None:
-        """rows as for `fill`, and the answers to each -> flat arrays."""
+    def encode(self, rows: list[tuple]) -> None:
+        """Rows as for `fill`, with the list of answers as a fifth value -> flat arrays."""
         # The class of each by the normal form that the scorer compares. Of two classes with one
         # normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
@@ -758,16 +762,15 @@ class Vqa2(Classification):
         def class_of(text: str) -> int:
             return classes.get(normalise_answer(text), -1)
 
-        keep = np.ones(len(rows), bool)
-        for number, texts in enumerate(answers):
-            if self.split != "test" and not texts:
+        kept = []
+        for row in rows:
+            if self.split != "test" and not row[4]:
                 self.skipped["without answers"] += 1
-                keep[number] = False
-            elif self.split == "train" and all(class_of(text) < 0 for text in texts):
+            elif self.split == "train" and all(class_of(text) < 0 for text in row[4]):
                 self.skipped["without an answer in the vocabulary"] += 1  # they have no loss
-                keep[number] = False
-        self.fill(list(compress(rows, keep)))
-        answers = list(compress(answers, keep))
+            else:
+                kept.append(row)
+        answers = [row[4] for row in self.fill(kept)]
         different = {}
         for text in chain.from_iterable(answers):
             different.setdefault(text, len(different))
@@ -817,9 +820,7 @@ class SnliVe(Classification):
                 raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]!r}") from None
             name = str(name).removesuffix(".jpg") + ".jpg"
             rows.append((number, self.class_id(label, number + 1), name, [text]))
-        names, present = self.locate([name for _, _, name, _ in rows])
-        rows = [(n, label, name, texts) for (n, label, _, texts), name in zip(rows, names)]
-        self.fill(list(compress(rows, present)))
+        self.fill(rows)
 
 
 class Glue(Classification):
