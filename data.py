@@ -1057,9 +1057,14 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
             waiting.extend(islice(submitted, 1))
             yield convert(batch, np.ndarray, torch.from_numpy), reasons
     except (BrokenProcessPool, OSError) as error:
-        for worker in multiprocessing.active_children():
+        workers = list(pool._processes.values())  # there is no public name
+        for worker in workers:
+            worker.join(0.1)
+        ended = [worker.exitcode for worker in workers if worker.exitcode]
+        reason = f"one has ended, exit status {ended[0]}" if ended else error
+        for worker in workers:
             worker.kill()  # they ignore the SIGTERM that the pool sends them
-        raise InputError(f"the data workers failed ({error}); fewer --num_workers (0: none), more "
+        raise InputError(f"the data workers failed ({reason}); fewer --num_workers (0: none), more "
                          "memory or more open files (ulimit -n) help") from None
     finally:
         pool.shutdown(cancel_futures=True)

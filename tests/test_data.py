@@ -1093,7 +1093,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(small_tiny_data):
     end = time.time() + 1
     while time.time() < end:  # an update
         pass
-    with pytest.raises(InputError, match=r"\A[^\n]*workers failed[^\n]*--num_workers[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\A[^\n]*exit status -9[^\n]*--num_workers[^\n]*\Z"):
         list(loader)
     assert not multiprocessing.active_children()
 
