@@ -27,7 +27,7 @@ import eval as evaluation
 import train
 import unit
 from conftest import ROOT, run_python
-from test_data import make_vqa, picture, read, vocabulary, write
+from test_data import make_vqa, picture, read, write
 from unit import InputError
 
 
@@ -45,10 +45,7 @@ def within(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-# --------------------------------------------------------------------------------------------------
-# Generated annotations: whatever is in the files, samples that can be used, or one line that names
-# the file
-# --------------------------------------------------------------------------------------------------
+# ---- Generated annotations: samples that can be used, or one line that names the file ------------
 
 NASTY = [None, True, False, 0, -1, 1, 2, 3, 1.5, -0.0, 1e-9, 1e308, -1e308, math.inf, -math.inf,
          math.nan, 10**30, 2**63, -2**63, 10**400, "", " ", "1", "NaN", "-", "x" * 300, "\u2028",
@@ -271,9 +268,7 @@ def check_all(root, name, split, rng):
     check_usable(dataset, rng)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures: any mode, any size, any format, whole or not
-# --------------------------------------------------------------------------------------------------
+# ---- Pictures: any mode, any size, any format, whole or not --------------------------------------
 
 MODES = {"1": "png", "L": "jpg", "LA": "png", "P": "gif", "PA": "tiff", "RGB": "jpg", "RGBA": "png",
          "RGBX": "tiff", "CMYK": "jpg", "YCbCr": "jpg", "HSV": "tiff", "LAB": "tiff", "I": "tiff",
@@ -374,9 +369,7 @@ def test_generated_vqa_accuracy():
         assert evaluation.vqa_accuracy(answer, ten) == pytest.approx(expected, abs=1e-12), case
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line: one clear line, exit status 2, no traceback
-# --------------------------------------------------------------------------------------------------
+# ---- The command line: one clear line, exit status 2, no traceback -------------------------------
 
 SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
          "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
@@ -648,9 +641,7 @@ def test_an_address_that_leaves_the_folder(good, tmp_path):
         read("vg", root, "train")
 
 
-# --------------------------------------------------------------------------------------------------
-# Killed at any time, and long runs
-# --------------------------------------------------------------------------------------------------
+# ---- Killed at any time, and long runs -----------------------------------------------------------
 
 def quietly(arguments, errors):
     """train.main in a process of its own, which has no screen."""
@@ -744,9 +735,7 @@ def test_a_long_run_keeps_its_size(small_tiny_data, tmp_path):
         json.loads(line)
 
 
-# --------------------------------------------------------------------------------------------------
-# What people hit: small folders and commands beside the project, run and judged by their own script
-# --------------------------------------------------------------------------------------------------
+# ---- What people hit: small folders and commands beside the project ------------------------------
 
 CHECK = ROOT.parent / "shared" / "cases" / "check.py"
 FILES = "^(?!signal|nohup|worker|ulimit|shm|two-|warmup|grad|weights)"
