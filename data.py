@@ -393,8 +393,7 @@ class Coco(Dataset):
     """COCO 2017. Category ids are used as they are: 1..90 with ten gaps, hence 91 classes; any
     other file with ids from 0 on does as well."""
 
-    files = {"train": ["coco/annotations/instances_train2017.json"],
-             "val": [COCO_VAL],
+    files = {"train": ["coco/annotations/instances_train2017.json"], "val": [COCO_VAL],
              "test": ["coco/annotations/image_info_test-dev2017.json"]}  # no boxes; for the server
     folders = {"train": "coco/train2017", "val": "coco/val2017", "test": "coco/test2017"}
 
@@ -642,9 +641,9 @@ class Vqa2(Classification):
         asked = answered = cls.parts[split]
         if split == "test":
             answered = []
-            if not (data / cls.files["test"][0]).exists():
-                development = cls.questions.format("test-dev2015")
-                asked = ["test-dev2015"] if (data / development).exists() else asked
+            development = (data / cls.questions.format("test-dev2015")).exists()
+            if development and not (data / cls.files["test"][0]).exists():
+                asked = ["test-dev2015"]
         if not (data / cls.vocabulary).exists():  # then it is made of the answers of both parts
             answered = cls.parts["train"]
         questions = {part: cls.questions.format(part) for part in asked}
@@ -701,8 +700,8 @@ class Vqa2(Classification):
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError("a bad answer")
             answers[field(row, "question_id", int)] = texts
-            most_common = max(texts, key=texts.count, default="")
-            common.append(field(row, "multiple_choice_answer", str, most_common))
+            chosen = field(row, "multiple_choice_answer", str, "")
+            common.append(chosen or max(texts, key=texts.count, default=""))
         read_records(read_json(path, shorten), "annotations", path, read)
         return answers, common
 
