@@ -679,6 +679,17 @@ def test_real_vg(tmp_path):
 
 # -------------------------------------------------------------------------------------------- VQA
 
+def write_vqa(root, rows):
+    """rows: {part: [(question id, image id, question, answers), ...]}"""
+    for part, questions in rows.items():
+        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=[
+            dict(question_id=n, image_id=image, question=text) for n, image, text, _ in questions]))
+        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=[
+            dict(question_id=n, image_id=image, multiple_choice_answer=ten[0], answers=[
+                dict(answer=a, answer_confidence="yes", answer_id=k) for k, a in enumerate(ten, 1)])
+            for n, image, _, ten in questions]))
+
+
 def make_vqa(root, words=None):
     """Pictures 1, 2 (train2014), 3 (val2014, in val2017) and 4 (val2014 only); VG's as above."""
     make_vg(root)
@@ -694,20 +705,13 @@ def make_vqa(root, words=None):
                           (99, 77, "no picture?", ["red"] * 10)],
             "val2014": [(30, 3, "held out?", ["red"] * 10), (40, 4, "not held out?", ["Blue"] * 10),
                         (31, 3, "odd?", ["never"] * 10)]}
-    for part, questions in rows.items():
-        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=[
-            dict(question_id=n, image_id=image, question=text) for n, image, text, _ in questions]))
-        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=[
-            dict(question_id=n, image_id=image, multiple_choice_answer=ten[0], answers=[
-                dict(answer=a, answer_confidence="yes", answer_id=k) for k, a in enumerate(ten, 1)])
-            for n, image, _, ten in questions]))
+    write_vqa(root, rows)
     write(root / "vg/question_answers.json", [
         dict(id=n, qas=[dict(image_id=n, qa_id=1000 + n, question="Where?", answer="Red."),
                         dict(image_id=n, qa_id=2000 + n, question="Why?", answer="Nobody knows.")])
         for n in (1, 2, 3, 50)])
     if words:
         write(root / "vqa2/answers_vqa.txt", "\n".join(words))
-    return rows
 
 
 def test_vqa_splits_and_scores(tmp_path):
@@ -780,12 +784,8 @@ def test_vqa_errors(tmp_path):
 def own_vqa(root, train, val, pictures, coco=True):
     """train, val: (question id, image id, answers) of the two files; pictures: as in coco/.
     val2017's images, if `coco`, are those in its folder."""
-    for part, rows in (("train2014", train), ("val2014", val)):
-        asked = [dict(question_id=n, image_id=i, question=f"{part} {n}?") for n, i, _ in rows]
-        answered = [dict(question_id=n, answers=[dict(answer=a) for a in answers])
-                    for n, _, answers in rows]
-        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=asked))
-        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=answered))
+    write_vqa(root, {part: [(n, image, f"{part} {n}?", answers) for n, image, answers in rows]
+                     for part, rows in (("train2014", train), ("val2014", val))})
     for name in pictures:
         picture(root / "coco" / name)
     images = [dict(id=int(name[-5]), file_name=name[8:], width=40, height=30)
@@ -1176,22 +1176,17 @@ def test_no_usable_picture_is_an_error_at_once(small, tmp_path):
 
 # ------------------------------------------------------------------------------------ command line
 
-def command(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
-                          capture_output=True, text=True, timeout=120)
-
-
-def test_report_names_what_is_missing(tmp_path):
+def test_report_names_what_is_missing(tmp_path, capsys):
     make_vqa(tmp_path, ["<unk>", "red"])
     (tmp_path / "glue/MNLI").mkdir(parents=True)
-    run = command("--data", tmp_path)
-    assert run.returncode == 0 and not run.stderr
-    lines = {tuple(line.split()[:2]): line for line in run.stdout.splitlines() if line}
+    data.main(["--data", str(tmp_path)])
+    printed = capsys.readouterr().out
+    lines = {tuple(line.split()[:2]): line for line in printed.splitlines() if line}
     assert "coco/annotations/instances_train2017.json: missing" in lines["coco", "train"]
     assert re.search(r" 2 samples +2 pictures", lines["coco", "val"])
     assert "glue/MNLI/dev_mismatched.tsv: missing" in lines["mnli", "val"]
     assert lines["sst2", "nothing"] and ("sst2", "val") not in lines
-    assert "found   bert/vocab.txt" in run.stdout and "missing detr/detr-r50" in run.stdout
+    assert "found   bert/vocab.txt" in printed and "missing detr/detr-r50" in printed
 
 
 def test_report_of_some_tasks(tmp_path, monkeypatch, capsys):
