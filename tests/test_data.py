@@ -406,6 +406,8 @@ def test_coco_oddities(tmp_path):
     dataset = read("coco", tmp_path)
     assert dataset.ids.tolist() == [7, 900100217285, 9] and dataset.names[1] == "1.jpg"
     assert [dataset.sample(n).boxes.shape for n in range(3)] == [(0, 4), (1, 4), (0, 4)]
+    truth = dataset.ground_truth().anns.values()
+    assert [(a["image_id"], a["category_id"]) for a in truth] == [(900100217285, 1)]
     for text in ("1 without picture (the first: 3.jpg)", "1 repeated image ids",
                  "1 boxes of images not listed"):
         assert text in dataset.summary
@@ -1033,6 +1035,10 @@ def test_loader_does_not_depend_on_ranks_or_micro_batches(small):
     halves = [load_all(small, rank=r, world_size=2, micro_batch=1) for r in (0, 1)]
     joined = [x for k in range(0, 16, 2) for half in halves for x in half[k:k + 2]]
     assert same_batches(whole, joined)
+    together = load_all(small, micro_batch=4)
+    first, second = ([box for _, b in batches for box in b.boxes or ()]
+                     for batches in (whole, together))
+    assert len(first) > 10 and same(first, second)
     assert [len(b) for _, b in load_all(small, rank=1, world_size=2, micro_batch=2)] == [2] * 8
 
 
