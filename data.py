@@ -5,7 +5,7 @@
 
     task     reader        input               to predict                           evaluated on
     coco     Coco          picture             boxes of 80 kinds                    val2017
-    vg       VisualGenome  picture             boxes of 1,600 kinds, 400 attributes val2017 (coco_id)
+    vg       VisualGenome  picture             boxes of 1,600 kinds, attributes     val2017
     vqa2     Vqa2          picture, question   one of 3,129 answers                 val2017
     snli_ve  SnliVe        picture, statement  is it true? yes, no, or unknown      dev
     qnli     Qnli          question, sentence  does the sentence answer it?         dev

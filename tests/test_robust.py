@@ -139,8 +139,8 @@ def spoil_json(content, rng):
 
 
 def spoil_text(text, rng):
-    """One to three times: a line lost or doubled, a cell more, another cell, a tab less, a quotation
-    mark, half a line."""
+    """One to three times: a line lost or doubled, a cell more, another cell, a tab less, half a
+    line, a quotation mark."""
     for _ in range(rng.integers(1, 4)):
         lines, nasty = text.split("\n"), str(NASTY[rng.integers(len(NASTY))])
         at = rng.integers(len(lines))
