@@ -3,6 +3,16 @@
     files --Dataset--> flat arrays --sample(index, rng)--> Sample --collate--> Batch
     (seed, iteration) --Schedule--> task and indices --train_loader--> batches of an iteration
 
+    task     reader        input               to predict                           evaluated on
+    coco     Coco          picture             boxes of 80 kinds                    val2017
+    vg       VisualGenome  picture             boxes of 1,600 kinds, attributes     val2017
+    vqa2     Vqa2          picture, question   one of 3,129 answers                 val2017
+    snli_ve  SnliVe        picture, statement  is it true? yes, no, or unknown      dev
+    qnli     Qnli          question, sentence  does the sentence answer it?         dev
+    mnli     Mnli          two sentences       does one follow from the other?      dev mismatched
+    qqp      Qqp           two questions       do they mean the same?               dev
+    sst2     Sst2          sentence            is it positive?                      dev
+
 A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
 """
 
@@ -10,28 +20,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import gc
 import importlib
 import json
-import multiprocessing.connection
-import multiprocessing.util
+import multiprocessing
 import os
-import pickle
 import re
 import signal
 import sys
+import threading
 import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import chain, compress, product
-from multiprocessing.reduction import ForkingPickler
+from itertools import chain, compress, islice, product
 from pathlib import Path
 
 import numpy as np
@@ -48,149 +56,60 @@ from torchvision.transforms.v2 import functional as F
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-# ---- Files and flat arrays -----------------------------------------------------------------------
-# A forked worker shares memory with its parent until one of them writes to a page, and merely
-# reading a Python object writes to it (its reference count). Millions of small objects are thus
-# copied, worker by worker, page by page. Arrays are not: what stays after loading is NumPy.
+# ---- Samples and batches -------------------------------------------------------------------------
+@dataclass
+class Sample:
+    """One example, before batching. Fields that a data set or a split lacks are None."""
 
-def strings(texts) -> np.ndarray:
-    """(n,) in NumPy's own string type: bytes of UTF-8 in one buffer, no object for each."""
-    texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's lone surrogates: ?
-    return np.array(texts, np.dtypes.StringDType())
-
-
-LAYOUT = "the README says where each file belongs"
-
-
-def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
-    return InputError(f"{path}: {problem}; {fix}")
+    id: int                           # image id, question id or row number
+    image: Tensor | None = None       # (3, H, W) float, normalised
+    size: tuple | None = None         # height, width of the original picture
+    tokens: list | None = None        # S token ids
+    types: list | None = None         # S times 0 (first text) or 1 (second)
+    boxes: Tensor | None = None       # (n, 4) cx, cy, w, h in [0, 1]
+    labels: Tensor | None = None      # (n,) int64
+    attributes: Tensor | None = None  # (n, 16) int64, -1 pads
+    scores: Tensor | None = None      # (C,) float
 
 
-def parse_file(path: Path, parse, kind: str):
-    """parse(the file's bytes); `kind` is what the error calls their format."""
-    try:
-        return parse(path.read_bytes())
-    except OSError as error:
-        raise bad(path, error.strerror, LAYOUT) from None
-    except (ValueError, RecursionError) as error:
-        problem = what_is_wrong(path, text=True) or f"not valid {kind} ({error})"
-        raise bad(path, problem, "cut short? unpack it again") from None
+def collate(task: Task, samples: list[Sample]) -> Batch:
+    def every(field):
+        values = [getattr(sample, field) for sample in samples]
+        return None if values[0] is None else values
+
+    batch = Batch(task.name, every("id"), boxes=every("boxes"), labels=every("labels"),
+                  attributes=every("attributes"))
+    if task.image:
+        batch.images, batch.image_mask = pad(every("image"))
+        batch.sizes = torch.tensor(every("size"))                       # (B, 2)
+    if task.text:
+        batch.tokens, batch.text_mask = pad([torch.tensor(x) for x in every("tokens")])  # (B, S)
+        batch.token_types, _ = pad([torch.tensor(x) for x in every("types")])
+    if scores := every("scores"):
+        batch.scores = torch.stack(scores)                              # (B, C)
+    return batch
 
 
-def read_json(path: Path, hook=None):
-    """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
-    # From bytes, not text: a byte order mark is understood.
-    return parse_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
+def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends
+    (0 is BERT's [PAD]), and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
 
-
-def read_lines(path: Path) -> list[str]:
-    """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
-    text = parse_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
-    # str.splitlines would also split at U+2028 and others, which occur inside sentences.
-    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
-
-
-def table(content, key: str, path: Path) -> list[dict]:
-    rows = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(rows, list):
-        raise bad(path, f"no list {key!r} in it", "take the official file")
-    return rows
-
-
-KINDS = {int: "one whole number of at most 64 bits", float: "one finite number", str: "a text",
-         list: "a list"}
-
-
-def converted(value, kind: type):
-    """A JSON value as `kind`, one of KINDS; raises ValueError if it is none."""
-    if kind is int and isinstance(value, str) and value.isdecimal():
-        value = int(value)  # own exports have ids as texts
-    if kind in (int, float):
-        good = isinstance(value, (int, float)) and abs(value) < 2 ** 63 and kind(value) == value
-    else:
-        good = isinstance(value, kind)
-    if not good:
-        raise ValueError
-    return value if isinstance(value, kind) else kind(value)
-
-
-def column(rows: list[dict], name: str, path: Path, kind: type, default=None) -> list:
-    """Field `name` of all rows. A row that lacks it, or has null, gets `default`; if there is none,
-    and for a value that is not of this kind, the error names the row."""
-    values, number = [], 0
-    try:
-        for number, row in enumerate(rows):
-            value = row.get(name)
-            missing = value is None and default is not None
-            values.append(default if missing else converted(value, kind))
-    except (AttributeError, ValueError):
-        problem = f"record {number}: {name!r} is not {KINDS[kind]} ({rows[number]!r:.120})"
-        raise bad(path, problem) from None
-    return values
-
-
-def ids_of(rows: list[dict], name: str, path: Path) -> np.ndarray:
-    """(n,) int64."""
-    return np.array(column(rows, name, path, int), np.int64)
-
-
-def require(good, problem: str, path: Path, rows: list) -> None:
-    """`good` (n,) bool, one per row: the first False is an error."""
-    if not np.all(good):
-        number = int(np.argmin(good))
-        raise bad(path, f"record {number} {problem} ({rows[number]!r:.120})")
-
-
-def counted(reasons: Counter) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path, mode: str = "w"):
-    """A file to write to that takes its name once it is complete: a crash leaves no half of one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise InputError(f"{path} could not be written ({error}); is the disk full? What was there "
-                         "is intact: make room, repeat (a training: with --resume)") from error
-
-
-PICTURE = re.compile(r"(\d*)\.(?:jpe?g|png)$", re.IGNORECASE)  # the end of a name; its number
-
-
-def list_folder(folder: Path) -> list[str]:
-    """The names in it, in order. One listing, where a stat for each picture takes minutes.
-    `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture: names with a dot first go."""
-    try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except (OSError, ValueError):  # not there, or no name that a folder can have
-        return []
-
-
-def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
-    """{number at the end of the name: name}; where folders share a number the first one's."""
-    names = [f"{folder}/{name}" for folder in folders for name in list_folder(root / folder)]
-    return {int(match[1]): name for name in reversed(names)  # the first is put in last
-            if (match := PICTURE.search(name)) and match[1]}
-
-
-def spelling(name: str) -> str:
-    """Two names with the same are one picture's: Windows has backslashes in paths, a Mac writes
-    accents in two characters, and tools write jpg, JPG, jpeg or convert to png."""
-    path, number = name.replace("\\", "/"), PICTURE.search(name)
-    return unicodedata.normalize("NFC", path[:number.end(1)] if number else path)
+    As in DETR, the features near the padding differ from those of the picture alone (convolutions
+    see it), so results depend a little on the batch size. One picture a batch is exact."""
+    sizes = np.array([tensor.shape for tensor in tensors])
+    if (sizes == sizes[0]).all():
+        return torch.stack(tensors), None
+    result = tensors[0].new_zeros(len(tensors), *sizes.max(0))
+    mask = torch.ones(len(tensors), *sizes.max(0)[-2:], dtype=torch.bool)
+    for row, hidden, tensor in zip(result, mask, tensors):
+        place = tuple(map(slice, tensor.shape))
+        row[place] = tensor
+        hidden[place[-2:]] = False
+    return result, mask
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone knows it
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the backbone expects
 # Lengths in pixels at the paper's image size; at any other they keep their ratio to it (`scaled`).
 SHORTEST, LONGEST = 800, 1333                # Section 3.5; the limit: released config
 SCALES = tuple(range(480, 801, 32))          # Section 3.5, "between 480 and 800"; steps: DETR
@@ -198,12 +117,9 @@ CROP_SCALES = (400, 500, 600)                # DETR: the size before the crop
 CROP_SIDES = (384, 600)                      # Section 3.5
 
 
-FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
-
-
 class UnusablePicture(InputError):
     """A picture that no decoder opens, or whose shape is not the one that its boxes are for. In
-    training the next of its epoch takes its place."""
+    training the next one of its epoch takes its place."""
 
 
 def read_image(path: Path | str, size=None) -> Tensor:
@@ -212,18 +128,17 @@ def read_image(path: Path | str, size=None) -> Tensor:
     `size`: height and width in the annotations, if they state them; see `upright`.
     No `draft` (decoding at a reduced size): its pixels differ from those of a full decode."""
     try:
-        # Warnings (odd metadata, very large) are not our concern; opening gives some, too.
+        # No warnings about odd metadata or very large pictures: users can do nothing about them.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             picture = upright(picture, size)
             if picture.mode[0] in "IF":              # 16-bit grey: PIL would cut it off at 255
                 grey = np.asarray(picture, np.float32) / (257 if picture.mode[0] == "I" else 1)
-                picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+                grey = grey.clip(0, 255).round()
+                picture = Image.fromarray(grey.astype(np.uint8))
             elif "transparency" in picture.info:     # of a palette: becomes alpha, and is dropped
                 picture = picture.convert("RGBA")
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:                       # PIL raises many kinds
-        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # not the picture's fault
-            raise bad(path, error.strerror, "raise `ulimit -n`") from None
         raise UnusablePicture(f"{path}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -235,9 +150,9 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
 
 
 def upright(picture: Image.Image, size) -> Image.Image:
-    """The picture turned as EXIF says, as viewers and most labelling tools do; as it is stored if
-    only so it has the shape of the annotations (`size`: height, width). A scaled copy of that is
-    as good, as boxes are relative; any other shape is an error."""
+    """The picture turned as its EXIF says, as viewers and most labelling tools do, or as it is
+    stored if only that has the shape in the annotations (`size`: height, width). A scaled copy of
+    that shape is as good, as boxes are relative; any other shape is an error."""
     picture.load()
     views = [picture]
     # ImageOps.exif_transpose writes EXIF anew, and fails where any other tag of it is damaged.
@@ -329,7 +244,6 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator,
 
 # ---- Texts ---------------------------------------------------------------------------------------
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # BERT's; [PAD] is number 0
-PIECES = 8000                                             # of a vocabulary of one's own (ours)
 
 
 def read_vocabulary(path: Path) -> list[str]:
@@ -359,76 +273,21 @@ class Tokenizer:
         return encoding.ids, encoding.type_ids
 
 
-# The official VQA scorer's contractions: each of these words with any one apostrophe left out
-# becomes the word. Three entries of its table are odd, and kept: a score must be the official one.
-CONTRACTIONS = {
-    word[:i] + word[i + 1:]: word for word in """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am
-    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
-    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-    weren't we've what'll what're what's what've when's where'd where's where've who'd who'd've
-    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
-    y'all'd've you'd you'd've you'll you're you've
-    """.split() for i, letter in enumerate(word) if letter == "'"}
-CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
-NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
-    "zero one two three four five six seven eight nine ten".split())}
-PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
-
-
-def normalise_answer(text: str) -> str:
-    """The official VQA scorer's processing of an answer, slips included: else scores differ.
-
-    A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
-    between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    result, thousands = text, re.search(r"[0-9],[0-9]", text)
-    for mark in PUNCTUATION.intersection(text):
-        removed = thousands or f"{mark} " in text or f" {mark}" in text
-        result = result.replace(mark, "" if removed else " ")
-    # Full stops but for decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
-    result = re.sub(r"\.(?![0-9])", "", result, count=32)
-    words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words)
-
-
 # ---- Readers -------------------------------------------------------------------------------------
 MAX_ATTRIBUTES = 16   # per object (released config)
 MAX_CLASSES = 2 ** 15  # ids are kept as int16
-
-
-@dataclass
-class Sample:
-    """One example, before batching. What a data set or a split does not have is None."""
-
-    id: int                           # image id, question id or row number
-    image: Tensor | None = None       # (3, H, W) float, normalised
-    size: tuple | None = None         # height, width of the original picture
-    tokens: list | None = None        # S token ids
-    types: list | None = None         # S times 0 (first text) or 1 (second)
-    boxes: Tensor | None = None       # (n, 4) cx, cy, w, h in [0, 1]
-    labels: Tensor | None = None      # (n,) int64
-    attributes: Tensor | None = None  # (n, 16) int64, -1 pads
-    scores: Tensor | None = None      # (C,) float
-
-
-def padded(rows: list[list[int]], width: int) -> np.ndarray:
-    """-> (n, width) int32: rows that are shorter are filled up with -1, longer ones cut."""
-    return np.array([(row + [-1] * width)[:width] for row in rows], np.int32).reshape(-1, width)
+COCO_VAL = "coco/annotations/instances_val2017.json"
 
 
 class Dataset:
-    """What all readers share. `split` is train, val or test; `data` the folder of all data sets;
+    """The base of all readers. `split` is train, val or test; `data` the folder of all data sets;
     `image_size` and `augment` are the settings of those names.
 
-    A record that cannot be used is left out and counted (`skipped`) where official files have such
-    records: pictures that are not there, ids that occur again, boxes of no size, objects outside a
-    vocabulary, questions without answers, rows of too many columns, the label "-". Any other fault
-    is an InputError that names file, record and fix. Whether a picture can be used shows once it
-    is opened: `picture` raises UnusablePicture (`--check` opens all).
+    Records that cannot be used are left out and counted (`skipped`) where official files have such
+    records: absent pictures, repeated ids, empty boxes, objects outside a vocabulary, questions
+    without answers, rows of too many columns, the label "-". Any other fault is an InputError that
+    names file, record and fix. Whether a picture can be used shows when it is opened: `picture`
+    raises UnusablePicture (`--check` opens all).
 
     A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
@@ -467,33 +326,34 @@ class Dataset:
     def locate(self, names: list[str]) -> tuple[list[str], np.ndarray]:
         """-> the names on the disk, (n,) bool: is the picture in `self.folder`? An error if none
         is."""
-        found, folders = dict.fromkeys(names), set()
-        for name in found:
-            parts = re.split(r"[/\\]", name)
+        wanted, folders = set(names), set()
+        for name in wanted:
+            *parents, _ = parts = re.split(r"[/\\]", name)
             if os.path.isabs(name) or ".." in parts or re.match("[A-Za-z]:", name):
                 raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
-            folder = "/".join(parts[:-1])
-            folders.update({folder, unicodedata.normalize("NFD", folder)})
-        there = [os.path.join(folder, name) for folder in sorted(folders)
-                 for name in list_folder(self.folder / folder)]
-        # A file that is listed under its own name is no other picture's.
-        known = {spelling(name): name for name in reversed(there) if name not in found}
-        known.update(zip(there, there))
-        found = {name: known.get(name) or known.get(spelling(name)) for name in found}
-        odd = [name for name in found if found[name] not in (name, None)
-               or not name.endswith((".jpg", ".jpeg", ".png"))]
+            folder = "/".join(parents)
+            folders |= {folder, unicodedata.normalize("NFD", folder)}
+        listed = []
+        for folder in sorted(folders):
+            listed += [os.path.join(folder, name) for name in list_folder(self.folder / folder)]
+        # A file that is listed under its own name is no other picture's. Of two alike the first.
+        similar = {spelling(name): name for name in reversed(listed) if name not in wanted}
+        listed = set(listed)
+        found = [name if name in listed else similar.get(spelling(name)) for name in names]
+        odd = {name for name, there in zip(names, found)
+               if there not in (name, None) or not name.endswith((".jpg", ".jpeg", ".png"))}
         if odd:
             self.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, "
-                              f"endings or \\ in the annotations (the first: {odd[0]!r})")
-        present = np.array([found[name] is not None for name in names], bool)
-        if not present.all():
-            first = f"(the first: {repr(names[np.argmin(present)])[1:-1]})"  # escaped for printing
-            if not present.any():
-                raise bad(self.path, f"none of its pictures is under {self.folder} {first}",
-                          "unpack the pictures there")
-            self.missing = int((~present).sum())
-            self.skipped[f"without picture {first}"] = self.missing
-        return [found[name] for name in names], present
+                              f"endings or \\ in the annotations (as {min(odd)!r})")
+        present = np.array([name is not None for name in found], bool)
+        self.missing = int((~present).sum())
+        if self.missing:
+            first = repr(names[np.argmin(present)])[1:-1]  # escaped for printing
+            if self.missing == len(names):
+                raise bad(self.path, f"none of its pictures is under {self.folder} (the first: "
+                          f"{first})", "unpack the pictures there")
+            self.skipped[f"without picture (the first: {first})"] = self.missing
+        return found, present
 
     def picture_file(self, index: int) -> tuple[str, list[int] | None]:
         """Its path, and the height and width that the annotations state, if they do."""
@@ -502,16 +362,19 @@ class Dataset:
         return path, None if self.sizes is None else self.sizes[index].tolist()
 
     def picture(self, index: int) -> Tensor:
-        """(3, H, W) uint8; or UnusablePicture is raised."""
+        """(3, H, W) uint8. Raises UnusablePicture."""
         return read_image(*self.picture_file(index))
 
     @property
     def summary(self) -> str:
         line = f"{self.task.name:8}{self.split:6}{len(self):>9,} samples "
         line += f"{self.num_images:>9,} pictures" if self.task.image else " " * 18
-        skipped = counted(self.skipped)
-        notes = ["no samples"] * (not len(self)) + [f"skipped: {skipped}"] * bool(skipped)
-        return "; ".join([line, *notes, *self.notes]).rstrip()
+        notes = [line]
+        if not len(self):
+            notes.append("no samples")
+        if skipped := counted(self.skipped):
+            notes.append(f"skipped: {skipped}")
+        return "; ".join(notes + self.notes).rstrip()
 
 
 def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -522,120 +385,111 @@ def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def not_empty(boxes: np.ndarray) -> np.ndarray:
-    """(n, 4) corners -> (n,) bool. 1e-6 of a side: what rounding leaves of a box cut to nothing."""
+    """(n, 4) corners -> (n,) bool. Rounding may leave 1e-6 of a side of a box cut to nothing."""
     return (boxes[:, 2:] - boxes[:, :2] > 1e-6).all(1)
-
-
-def box_round(segmentation) -> list[float] | None:
-    """The bounding box x, y, w, h of polygons or of run lengths; None if they are neither."""
-    try:
-        if isinstance(segmentation, dict):
-            from pycocotools import mask
-            if isinstance(segmentation["counts"], list):
-                segmentation = mask.frPyObjects(segmentation, *segmentation["size"])
-            return mask.toBbox(segmentation).tolist()
-        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in segmentation])
-        low, high = points.min(0), points.max(0)
-        return [*low.tolist(), *(high - low).tolist()]
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 class Coco(Dataset):
     """COCO 2017. Category ids are used as they are: 1..90 with ten gaps, hence 91 classes; any
     other file with ids from 0 on does as well."""
 
-    files = {"train": ["coco/annotations/instances_train2017.json"],
-             "val": ["coco/annotations/instances_val2017.json"],
+    files = {"train": ["coco/annotations/instances_train2017.json"], "val": [COCO_VAL],
              "test": ["coco/annotations/image_info_test-dev2017.json"]}  # no boxes; for the server
     folders = {"train": "coco/train2017", "val": "coco/val2017", "test": "coco/test2017"}
 
     def read(self, content: dict | None = None) -> None:
         """From `content` in place of the file's, if given."""
-        content, path = content or read_json(self.path), self.path
+        content = content or read_json(self.path)
         self.folder = self.data / self.folders[self.split]
         self.class_names = self.names_by_id(content, "categories")
         if self.task.num_attributes:
             self.attribute_names = self.names_by_id(content, "attributes")
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
-        images = table(content, "images", path)
-        ids, names = ids_of(images, "id", path), column(images, "file_name", path, str)
-        sizes = np.stack([ids_of(images, side, path) for side in ("height", "width")], 1)
-        require((sizes > 0).all(1), "has an image of no size", path, images)
-        names, present = self.locate(names)
-        first = np.isin(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
-        self.skipped["repeated image ids"] = int((~first).sum())
-        keep = np.flatnonzero(first & present)
-        self.ids, self.sizes = ids[keep], sizes[keep]  # (n,), (n, 2) height, width
-        self.names, self.num_images = strings(names[n] for n in keep), len(keep)
-        self.read_boxes(table(content, "annotations", path) if self.split != "test" else [], ids)
+        images = {}
+
+        def read_image_row(row):
+            number = field(row, "id", int)
+            size = field(row, "height", int), field(row, "width", int)
+            if min(size) < 1:
+                raise ValueError("an image of no size")
+            if number in images:
+                self.skipped["repeated image ids"] += 1
+            images.setdefault(number, (field(row, "file_name", str), *size))
+        read_records(content, "images", self.path, read_image_row)
+        names, present = self.locate([name for name, _, _ in images.values()])
+        listed = np.array([*images], np.int64)
+        sizes = np.array([size for _, *size in images.values()], np.int64).reshape(-1, 2)
+        self.ids, self.sizes = listed[present], sizes[present]  # (n,), (n, 2) height, width
+        self.names, self.num_images = strings(compress(names, present)), len(self.ids)
+        self.read_boxes(content, listed)
 
     def names_by_id(self, content: dict, key: str) -> list[str]:
         """List `key` of ids and names -> names by id, up to the largest id; "" where there is none.
         The length is the number of classes: 91, 1601 and 401 on the official files."""
-        rows, path = table(content, key, self.path), self.path
-        ids = ids_of(rows, "id", path)
-        if len(set(ids.tolist())) < len(ids):
-            raise bad(path, f"an id occurs twice in {key}", "leave each id one name")
-        require((ids >= 0) & (ids < MAX_CLASSES),
-                f"of {key} has an id outside 0..{MAX_CLASSES - 1}", path, rows)
-        names = dict(zip(ids.tolist(), column(rows, "name", path, str)))
+        names = {}
+
+        def read(row):
+            number = field(row, "id", int)
+            if number in names:
+                raise ValueError(f"an id occurs twice in {key}")
+            if not 0 <= number < MAX_CLASSES:
+                raise ValueError(f"an id of {key} lies outside 0..{MAX_CLASSES - 1}")
+            names[number] = field(row, "name", str)
+        read_records(content, key, self.path, read)
         return [names.get(number, "") for number in range(max(names, default=0) + 1)]
 
-    def read_boxes(self, rows: list[dict], listed: np.ndarray) -> None:
+    def read_box(self, row: dict) -> tuple:
+        box, label = field(row, "bbox", list), field(row, "category_id", int)
+        if len(box) != 4 or not all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box):
+            raise ValueError("a bbox that is not 4 finite numbers")
+        if not 0 <= label < len(self.class_names) or not self.class_names[label]:
+            raise ValueError("a category_id that is not in its categories")
+        area, crowd = field(row, "area", float, box[2] * box[3]), field(row, "iscrowd", int, 0)
+        size, attributes = self.task.num_attributes, []
+        if size:
+            attributes = field(row, "attribute_ids", list)
+        if not all(type(n) is int and 0 <= n < size for n in attributes):
+            raise ValueError(f"attribute_ids outside 0..{size - 1}")
+        attributes = (attributes + [-1] * MAX_ATTRIBUTES)[:MAX_ATTRIBUTES]
+        return field(row, "image_id", int), label, box, area, crowd != 0, attributes
+
+    def read_boxes(self, content: dict, listed: np.ndarray) -> None:
         """Annotations, grouped by image. `listed`: ids of all images, those without picture too."""
-        path, owners = self.path, ids_of(rows, "image_id", self.path)
-        if rows and isinstance(rows[0]["image_id"], str):
-            self.notes.append("image_id is a text: read as a number")
-        self.skipped["boxes of images not listed"] = int((~np.isin(owners, listed)).sum())
+        rows = []
+        if self.split != "test":
+            rows = read_records(content, "annotations", self.path, self.read_box)
+        rows = np.array(rows, [
+            ("image", np.int64), ("label", np.int16), ("box", np.float64, 4), ("area", np.float64),
+            ("crowd", bool), ("attributes", np.int16, MAX_ATTRIBUTES)])
+        self.skipped["boxes of images not listed"] = int((~np.isin(rows["image"], listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
-        places = np.array([place.get(owner, -1) for owner in owners.tolist()], np.int64)
-        # Stable: in the file's order. -1 has no picture, and goes.
+        places = np.array([place.get(image, -1) for image in rows["image"].tolist()], np.int64)
+        # Stable: in the file's order. Those at -1 have no picture.
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
-        sizes, boxes = self.sizes[places[order]], self.given_boxes(rows)[order]
-        areas = np.array(column(rows, "area", path, float, default=np.nan))[order]
-        labels = ids_of(rows, "category_id", path)
-        used = np.flatnonzero([bool(name) for name in self.class_names])
-        require(np.isin(labels, used), "has a category_id not in its categories", path, rows)
-        self.starts = np.searchsorted(places[order], np.arange(len(self) + 1))
-        self.boxes, self.labels = boxes, labels[order].astype(np.int16)  # x, y, w, h in pixels
-        self.areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-        self.crowd = np.array(column(rows, "iscrowd", path, int, default=0), bool)[order]
-        self.check_boxes(boxes, sizes)
-        full = not_empty(clipped(boxes, sizes))
-        self.usable = full & ~self.crowd  # what is trained on
+        places, rows = places[order], rows[order]
+        self.starts = np.searchsorted(places, np.arange(len(self) + 1))
+        self.boxes, self.labels = rows["box"].copy(), rows["label"].copy()  # x, y, w, h in pixels
+        self.areas, self.crowd = rows["area"].copy(), rows["crowd"].copy()
+        if self.task.num_attributes:
+            self.attributes = rows["attributes"].copy()
+        self.check_boxes(self.boxes, self.sizes[places])
+        full = not_empty(clipped(self.boxes, self.sizes[places]))
+        self.usable = full & ~self.crowd  # for training
         self.skipped["empty boxes"] = int((~full).sum())
         self.skipped["crowd boxes (no training; the metric keeps them)"] = int(self.crowd.sum())
         if self.split == "train" and not self.usable.any():
-            raise bad(path, f"no box to learn from (left out: {counted(self.skipped)})")
-        if size := self.task.num_attributes:
-            lists = column(rows, "attribute_ids", path, list)
-            require([all(type(n) is int and 0 <= n < size for n in x) for x in lists],
-                    f"has attribute_ids outside 0..{size - 1}", path, rows)
-            self.attributes = padded(lists, MAX_ATTRIBUTES)[order].astype(np.int16)
-
-    def given_boxes(self, rows: list[dict]) -> np.ndarray:
-        """(n, 4) x, y, w, h as in the file; from a segmentation where it lacks."""
-        made = [row for row in rows if row.get("bbox") is None and row.get("segmentation")]
-        for row in made:
-            row["bbox"] = box_round(row["segmentation"])
-        if made:
-            self.notes.append(f"{len(made):,} boxes (bbox) made from segmentations")
-        boxes = column(rows, "bbox", self.path, list)
-        require([len(box) == 4 and all(isinstance(x, (int, float)) and abs(x) < 1e9 for x in box)
-                 for box in boxes], "has a bbox that is not 4 finite numbers", self.path, rows)
-        return np.array(boxes, np.float64).reshape(-1, 4)
+            raise bad(self.path, f"no box to learn from (left out: {counted(self.skipped)})")
 
     def check_boxes(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
         """Other conventions than x, y, w, h in pixels show in the whole file, and are refused.
         boxes (n, 4), sizes (n, 2) height, width."""
-        low, high, sides = boxes[:, :2], boxes[:, 2:], sizes[:, ::-1] + 1  # 1 pixel: rounding
-        beyond = (low + high > sides).any(1).sum()
-        corners = ((low <= high) & (high <= sides)).all(1).sum()
         fix = "COCO's are x, y, width, height in pixels: convert them"
         if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
             raise bad(self.path, "all boxes lie in 0..1, relative to their pictures", fix)
+        low, high, sides = boxes[:, :2], boxes[:, 2:], sizes[:, ::-1] + 1  # 1 pixel: rounding
+        beyond = np.count_nonzero((low + high > sides).any(1))
+        corners = np.count_nonzero(((low <= high) & (high <= sides)).all(1))
         if beyond > 0.1 * len(boxes) and corners > 0.99 * len(boxes):
             raise bad(self.path, f"{beyond:,} of {len(boxes):,} boxes go beyond their pictures, "
                       "and all look like corners x0, y0, x1, y1", fix)
@@ -643,7 +497,7 @@ class Coco(Dataset):
             self.notes.append(f"{beyond:,} boxes go beyond their pictures: clipped")
 
     def crowded(self, queries: int) -> int:
-        """How many pictures have more boxes to learn from than that: no query is left for some."""
+        """How many pictures have more boxes to learn from than there are queries."""
         before = np.concatenate([[0], np.cumsum(self.usable)])  # box by box
         return int((np.diff(before[self.starts]) > queries).sum())
 
@@ -671,15 +525,17 @@ class Coco(Dataset):
     def ground_truth(self):
         """A pycocotools COCO of the file's boxes, unchanged, crowds too; without the polygons."""
         from pycocotools.coco import COCO
-        truth, columns = COCO(), {
+        columns = {
             "image_id": np.repeat(self.ids, np.diff(self.starts)), "category_id": self.labels,
             "bbox": self.boxes, "area": self.areas, "iscrowd": self.crowd.astype(int)}
-        rows = zip(*(values.tolist() for values in columns.values()))
-        truth.dataset = {
-            "info": {}, "images": [{"id": number} for number in self.ids.tolist()],
-            "categories": [{"id": n, "name": x} for n, x in enumerate(self.class_names) if x],
-            # Numbered from 1: pycocotools takes a match with box 0 for none at all.
-            "annotations": [dict(zip(columns, row), id=n) for n, row in enumerate(rows, 1)]}
+        annotations = []
+        # Numbered from 1: pycocotools takes a match with box 0 for none at all.
+        for number, row in enumerate(zip(*(values.tolist() for values in columns.values())), 1):
+            annotations.append(dict(zip(columns, row), id=number))
+        truth, names = COCO(), enumerate(self.class_names)
+        truth.dataset = {"info": {}, "annotations": annotations}
+        truth.dataset["images"] = [{"id": number} for number in self.ids.tolist()]
+        truth.dataset["categories"] = [{"id": n, "name": name} for n, name in names if name]
         with contextlib.redirect_stdout(None):  # it prints
             truth.createIndex()
         return truth
@@ -691,7 +547,7 @@ class VisualGenome(Coco):
     files = {"train": ["vg/instances_train.json"], "val": ["vg/instances_val.json"]}
     folders = {"train": "vg", "val": "vg"}  # file names are VG_100K/2.jpg, VG_100K_2/1.jpg
     raw = ["vg/image_data.json", "vg/attributes.json", "vg/objects_vocab.txt",
-           "vg/attributes_vocab.txt", "coco/annotations/instances_val2017.json"]
+           "vg/attributes_vocab.txt", COCO_VAL]
 
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
@@ -702,86 +558,14 @@ class VisualGenome(Coco):
         if not self.path.exists():
             splits, dropped = prepare_vg(self.data)
             content = splits[self.split]
-            self.notes.append(f"{self.path.name} was made in memory: `python data.py --data "
-                              f"{self.data} --prepare vg` makes it once")
-            self.notes.append(f"dropped from train and val: {counted(dropped)}")
+            self.notes += [f"{self.path.name} was made in memory: `python data.py --data "
+                           f"{self.data} --prepare vg` makes it once",
+                           f"dropped from train and val: {counted(dropped)}"]
         super().read(content)
 
 
-def coco_val_ids(data: Path) -> set[int]:
-    """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
-    path = data / "coco/annotations/instances_val2017.json"
-    return set(column(table(read_json(path), "images", path), "id", path, int))
-
-
-def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
-    """A class per line, ids from 1, commas between aliases -> rows for the JSON, {alias: id}."""
-    lines = [[name.strip() for name in line.split(",")] for line in read_lines(path)]
-    return ([{"id": number, "name": names[0]} for number, names in enumerate(lines, 1)],
-            {name.lower(): number for number, names in enumerate(lines, 1) for name in names})
-
-
-def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
-    """Raw Visual Genome -> {"train": content, "val": content} in COCO's style, what was dropped.
-
-    Pictures in COCO val2017 (by `coco_id` in image_data.json; half are COCO's) go to val."""
-    objects, object_ids = read_classes(data / "vg/objects_vocab.txt")
-    attributes, attribute_ids = read_classes(data / "vg/attributes_vocab.txt")
-    held_out, dropped, images, row = coco_val_ids(data), Counter(), {}, None
-    splits = {split: {"categories": objects, "attributes": attributes, "images": [],
-                      "annotations": []} for split in ("train", "val")}
-    path = data / "vg/image_data.json"
-    try:
-        for row in read_json(path):
-            number = row["image_id"]
-            if number in images:
-                dropped["repeated image ids"] += 1
-                continue
-            name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
-            image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
-            images[number] = image, splits["val" if row["coco_id"] in held_out else "train"]
-            images[number][1]["images"].append(image)
-        path = data / "vg/attributes.json"
-        for row in read_json(path):
-            image, split = images.pop(row["image_id"], (None, None))  # a second row is unknown
-            if image is None:
-                dropped["rows of unknown or repeated images"] += 1
-                continue
-            for thing in row["attributes"]:
-                if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
-                    split["annotations"].append({"id": len(split["annotations"]) + 1, **found})
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise bad(path, f"a row lacks {error} ({row!r:.120})") from None
-    if splits["train"]["images"] and not splits["train"]["annotations"]:
-        raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
-                  "take the vocabulary that fits these objects")
-    return splits, dropped
-
-
-def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: dict,
-                   dropped: Counter) -> dict | None:
-    """One object of attributes.json as a COCO-style annotation; None (counted) if it is no use."""
-    names = [name.lower().strip() for name in thing["names"]]
-    label = next((object_ids[name] for name in names if name in object_ids), None)
-    x, y = max(thing["x"], 0), max(thing["y"], 0)  # 1 in 200 overshoots by a pixel or two
-    w = min(thing["x"] + thing["w"], image["width"]) - x
-    h = min(thing["y"] + thing["h"], image["height"]) - y
-    if label is None:
-        dropped["objects outside the vocabulary" if any(names) else "objects without a name"] += 1
-        return None
-    if w <= 0 or h <= 0:
-        dropped["empty boxes"] += 1
-        return None
-    words = [word.lower().strip() for word in thing.get("attributes", ())]
-    known = list(dict.fromkeys(attribute_ids[word] for word in words if word in attribute_ids))
-    dropped["attributes outside the vocabulary"] += sum(word not in attribute_ids for word in words)
-    dropped["attributes beyond 16 an object"] += len(known[MAX_ATTRIBUTES:])
-    return {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h], "area": w * h,
-            "iscrowd": 0, "attribute_ids": known[:MAX_ATTRIBUTES]}
-
-
 class Classification(Dataset):
-    """What the readers below share: one or two texts, perhaps a picture, and a class."""
+    """The base of the readers below: one or two texts, perhaps a picture, and a class."""
 
     words: list[str] = []  # the labels in the files, by class id
 
@@ -798,14 +582,20 @@ class Classification(Dataset):
                       f"it is one of {', '.join(self.words)}")
         return self.words.index(label)
 
-    def fill(self, rows: list[tuple]) -> None:
-        """(id, class id, picture or "", up to two texts, ...) -> flat arrays. Of the classes -1 is
-        for not known, and None for rows that go."""
+    def fill(self, rows: list[tuple]) -> list[tuple]:
+        """(id, class id, picture or "", up to two texts, ...) -> flat arrays; returns the rows that
+        are in them. The class is -1 where it is not known, and None for rows to leave out; rows
+        whose picture is absent are left out, too."""
         rows = [row for row in rows if row[1] is not None]
-        ids, labels, names, texts, *_ = zip(*rows) if rows else [()] * 4
+        names = [row[2] for row in rows]
+        if self.task.image:
+            names, present = self.locate(names)
+            rows, names = list(compress(rows, present)), list(compress(names, present))
+        ids, labels, _, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
         self.names, self.num_images = strings(names), len({*names} - {""})
         self.columns = [strings(part) for part in zip(*texts)]  # all first texts, all second ones
+        return rows
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -848,14 +638,16 @@ class Vqa2(Classification):
     @classmethod
     def sources(cls, data: Path, split: str) -> tuple[dict[str, str], dict[str, str]]:
         """{part: file} of the questions, {part: file} of the annotations."""
-        parts, development = cls.parts[split], cls.questions.format("test-dev2015")
-        if not (data / cls.files[split][0]).exists() and (data / development).exists():
-            parts = ["test-dev2015"] if split == "test" else parts
-        answered = [] if split == "test" else parts
+        asked = answered = cls.parts[split]
+        if split == "test":
+            answered = []
+            development = (data / cls.questions.format("test-dev2015")).exists()
+            if development and not (data / cls.files["test"][0]).exists():
+                asked = ["test-dev2015"]
         if not (data / cls.vocabulary).exists():  # then it is made of the answers of both parts
             answered = cls.parts["train"]
-        return ({part: cls.questions.format(part) for part in parts},
-                {part: cls.annotations.format(part) for part in answered})
+        questions = {part: cls.questions.format(part) for part in asked}
+        return questions, {part: cls.annotations.format(part) for part in answered}
 
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
@@ -873,61 +665,57 @@ class Vqa2(Classification):
         self.task = replace(self.task, num_classes=len(self.class_names))
         held_out = self.held_out() if self.split != "test" else set()
         pictures = pictures_by_id(self.data, *self.folders[self.split])
-        rows, answers, both = [], [], Counter()
+        rows, shared = [], 0
         for part, file in questions.items():
             for number, image, text in self.read_questions(self.data / file):
                 name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
                 if held and part == "train2014":  # own data, where ids occur in both splits
                     held = not name.startswith("coco/train")
-                    both[held] += 1
+                    shared += 1
                 if held == (self.split == "val"):
-                    rows.append((number, -1, name, [text]))
-                    answers.append(given[part].get(number, []))
-        self.skipped["training questions on pictures of val2017"] = both[True]
-        if both[False]:
-            self.notes.append(f"{both[False]:,} training questions have image ids that are in "
-                              "val2017, too, and are asked about train2017's pictures")
-        if few := sum(0 < len(texts) < 10 for texts in answers):
-            self.notes.append(f"{few:,} questions have fewer than ten answers")
+                    rows.append((number, -1, name, [text], given[part].get(number, [])))
+        if shared:
+            self.notes.append(f"{shared:,} training questions have image ids that are in val2017, "
+                              "too: asked about train2017's pictures, or left out")
         if self.split == "train":
-            for row, answer in self.genome_questions(held_out):
-                rows.append(row)
-                answers.append([answer])
-        _, present = self.locate([row[2] for row in rows])  # these names are the disk's already
-        self.encode(list(compress(rows, present)), list(compress(answers, present)))
+            rows += self.genome_questions(held_out)
+        self.encode(rows)
 
-    def read_questions(self, path: Path):
+    def read_questions(self, path: Path) -> list[tuple[int, int, str]]:
         """(question id, image id, question) of each."""
-        rows = table(read_json(path), "questions", path)
-        return zip(column(rows, "question_id", path, int), column(rows, "image_id", path, int),
-                   column(rows, "question", path, str))
+        return read_records(read_json(path), "questions", path, lambda row: (
+            field(row, "question_id", int), field(row, "image_id", int),
+            field(row, "question", str)))
 
     def read_annotations(self, path: Path) -> tuple[dict[int, list[str]], list[str]]:
         """{question id: answers}, the most common answer of each question."""
+        answers, common = {}, []
+
         def shorten(row: dict):
             # Of 6.6 million {"answer": text, ...} the text stays, one object for equal ones.
             return sys.intern(str(row["answer"])) if "answer" in row else row
 
-        rows = table(read_json(path, shorten), "annotations", path)
-        answers, ids = column(rows, "answers", path, list), column(rows, "question_id", path, int)
-        good = [set(map(type, texts)) <= {str} for texts in answers]
-        require(good, "has a bad answer", path, rows)
-        common = column(rows, "multiple_choice_answer", path, str, default="")
-        common = [text or max(texts, key=texts.count, default="")
-                  for text, texts in zip(common, answers)]
-        return dict(zip(ids, answers)), common
+        def read(row):
+            texts = field(row, "answers", list)
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("a bad answer")
+            answers[field(row, "question_id", int)] = texts
+            chosen = field(row, "multiple_choice_answer", str, "")
+            common.append(chosen or max(texts, key=texts.count, default=""))
+        read_records(read_json(path, shorten), "annotations", path, read)
+        return answers, common
 
     def held_out(self) -> set[int]:
         """val2017's images; without COCO's file those of val2014's questions."""
-        if (self.data / VisualGenome.raw[-1]).exists():
+        if (self.data / COCO_VAL).exists():
             return coco_val_ids(self.data)
-        self.notes.append(f"without {VisualGenome.raw[-1]} train2014 trains, val2014 evaluates")
+        self.notes.append(f"without {COCO_VAL} train2014 trains, val2014 evaluates")
         path = self.data / self.files["val"][0]
         return {image for _, image, _ in self.read_questions(path)}
 
     def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
-        nine questions. Of those 3,129 the empty one gives its place to <unk>, as in that file."""
+        nine questions. Of those 3,129 the empty one makes room for <unk>, as in that file."""
         path = self.data / self.vocabulary
         if path.exists():
             words = read_lines(path)
@@ -938,65 +726,76 @@ class Vqa2(Classification):
         return ["<unk>"] + sorted(word for word, count in normal.items() if count >= 9 and word)
 
     def genome_questions(self, held_out: set[int]) -> list[tuple]:
-        """VG's questions whose picture is not in val2017, as (row for `fill`, its one answer)."""
-        paths = [self.data / "vg" / name for name in ("question_answers.json", "image_data.json")]
+        """Rows for `encode` of VG's questions whose picture is not in val2017."""
+        paths = [self.data / "vg/image_data.json", self.data / "vg/question_answers.json"]
         if missing := [str(path) for path in paths if not path.exists()]:
             self.notes.append(f"without Visual Genome's questions: {', '.join(missing)} missing")
             return []
-        pictures, found = pictures_by_id(self.data, "vg/VG_100K", "vg/VG_100K_2"), []
-        try:
-            coco_ids = {row["image_id"]: row["coco_id"] for row in read_json(paths[1])}
-            for qa in chain.from_iterable(row["qas"] for row in read_json(paths[0])):
-                image = qa["image_id"]
-                if image not in coco_ids:  # nothing tells whether it is in val2017
-                    self.skipped["VG questions on unknown images"] += 1
-                elif coco_ids[image] not in held_out:
-                    name = pictures.get(image) or f"vg/*/{image}.jpg"
-                    row = np.int64(int(qa["qa_id"])), -1, name, [qa["question"]]
-                    found.append((row, str(qa["answer"])))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise bad(" or ".join(map(str, paths)), f"a row lacks {error}") from None
-        return found
+        pictures = pictures_by_id(self.data, "vg/VG_100K", "vg/VG_100K_2")
+        training, rows = {}, []  # {image id: is it outside val2017?}
 
-    def encode(self, rows: list[tuple], answers: list[list[str]]) -> None:
-        """rows as for `fill`, and the answers to each -> flat arrays."""
-        if self.split != "test":
-            answered = [len(texts) > 0 for texts in answers]
-            self.skipped["without answers"] = answered.count(False)
-            rows, answers = list(compress(rows, answered)), list(compress(answers, answered))
-        different = {text: n for n, text in enumerate(dict.fromkeys(chain.from_iterable(answers)))}
-        # The class of each, by the normal form that the scorer compares; -1: not in the vocabulary.
-        # Of two classes with one normal form ("none" and "0") the one in that form counts.
+        def read_image(row):
+            training[row["image_id"]] = row["coco_id"] not in held_out
+
+        def read_questions(row):
+            for qa in row["qas"]:
+                image = qa["image_id"]
+                if image not in training:
+                    self.skipped["VG questions on unknown images"] += 1
+                elif training[image]:
+                    name = pictures.get(image) or f"vg/*/{image}.jpg"
+                    text, answer = field(qa, "question", str), field(qa, "answer", str)
+                    rows.append((field(qa, "qa_id", int), -1, name, [text], [answer]))
+        for path, read in zip(paths, (read_image, read_questions)):
+            read_records(read_json(path), "records", path, read)
+        return rows
+
+    def encode(self, rows: list[tuple]) -> None:
+        """Rows as for `fill`, with the list of answers as a fifth value -> flat arrays."""
+        # The class of each by the normal form that the scorer compares. Of two classes with one
+        # normal form ("none" and "0") the one in that form counts.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
-        forms = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-        classes = np.array([forms.get(normalise_answer(text), -1) for text in different], np.int32)
-        lengths = np.array([len(texts) for texts in answers], np.int64)
-        # One after the other, those of question i from starts[i] to starts[i + 1].
-        places = np.fromiter(map(different.__getitem__, chain.from_iterable(answers)), np.int32)
-        if self.split == "train":
-            owners = np.repeat(np.arange(len(rows)), lengths)
-            known = np.bincount(owners, classes[places] >= 0, len(rows)) > 0  # else no loss
-            self.skipped["without an answer in the vocabulary"] = int((~known).sum())
-            rows, lengths = list(compress(rows, known)), lengths[known]
-            places = places[known[owners]]
-        self.fill(rows)
-        self.classes, self.answer_texts, self.answer_places = classes, strings(different), places
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        classes = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
+
+        @functools.cache
+        def class_of(text: str) -> int:
+            return classes.get(normalise_answer(text), -1)
+
+        kept = []
+        for row in rows:
+            if self.split != "test" and not row[4]:
+                self.skipped["without answers"] += 1
+            elif self.split == "train" and all(class_of(text) < 0 for text in row[4]):
+                self.skipped["without an answer in the vocabulary"] += 1  # they have no loss
+            else:
+                kept.append(row)
+        answers = [row[4] for row in self.fill(kept)]
+        different = {}
+        for text in chain.from_iterable(answers):
+            different.setdefault(text, len(different))
+        # Those of question i stand from starts[i] to starts[i + 1].
+        self.starts = np.cumsum([0, *map(len, answers)])
+        numbers = map(different.get, chain.from_iterable(answers))
+        self.answer_places = np.fromiter(numbers, np.int32)
+        self.answer_texts = strings(different)
+        self.classes = np.array([class_of(text) for text in different], np.int32)
+
+    def places(self, index: int) -> np.ndarray:
+        """Where a question's answers are in `answer_texts` and `classes`."""
+        return self.answer_places[self.starts[index]:self.starts[index + 1]]
 
     def answers(self, index: int) -> list[str]:
         """As given, ten in the official files; none on a test split."""
-        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
-        return [self.answer_texts[place] for place in own]
+        return [self.answer_texts[place] for place in self.places(index)]
 
     def scores(self, index: int) -> Tensor | None:
         """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy.
         Of n it is 3 n_agreeing / n, at most 1 (ours): one answer alone scores 1."""
         if self.split == "test":
             return None
-        own = self.answer_places[self.starts[index]:self.starts[index + 1]]
-        classes = torch.from_numpy(self.classes[own]).long()
+        classes = torch.from_numpy(self.classes[self.places(index)]).long()
         counts = torch.bincount(classes[classes >= 0], minlength=self.task.num_classes)
-        return (3 * counts / len(own)).clamp(max=1)
+        return (3 * counts / len(classes)).clamp(max=1)
 
 
 class SnliVe(Classification):
@@ -1015,16 +814,12 @@ class SnliVe(Classification):
                 row = json.loads(line)
                 # The first release spelt the key otherwise, and had ".jpg" in the value.
                 name = row["Flickr30K_ID"] if "Flickr30K_ID" in row else row["Flikr30kID"]
-                text, label = row["sentence2"], row["gold_label"]
-                if not isinstance(text, str):
-                    raise TypeError("sentence2 is not a text")
+                text, label = field(row, "sentence2", str), row["gold_label"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise bad(self.path, f"line {number + 1}: {error!r} in {line[:80]!r}") from None
             name = str(name).removesuffix(".jpg") + ".jpg"
             rows.append((number, self.class_id(label, number + 1), name, [text]))
-        names, present = self.locate([row[2] for row in rows])
-        rows = [(n, label, name, texts) for (n, label, _, texts), name in zip(rows, names)]
-        self.fill(list(compress(rows, present)))
+        self.fill(rows)
 
 
 class Glue(Classification):
@@ -1037,14 +832,14 @@ class Glue(Classification):
         names = self.fields[:-1] if test else self.fields  # test files have no label
         if lost := [name for name in names if name not in header]:
             raise bad(self.path, f"line 1: no column {lost[0]!r}", "take the official file")
-        places = [header.index(name) for name in names]
-        for number, fields in enumerate(lines):
-            if len(fields) == len(header):
-                texts = [fields[place].strip() for place in places]
+        for number, cells in enumerate(lines):
+            if len(cells) == len(header):
+                row = dict(zip(header, cells))
+                texts = [row[name].strip() for name in names]
                 label = -1 if test else self.class_id(texts.pop(), number + 2)
                 rows.append((number, label, "", texts))
             elif test:
-                raise bad(self.path, f"line {number + 2}: {len(fields)} columns, not {len(header)}",
+                raise bad(self.path, f"line {number + 2}: {len(cells)} columns, not {len(header)}",
                           "the server wants every row: take the official file")
             else:  # QQP has questions broken over two lines
                 self.skipped["rows of too few or too many columns"] += 1
@@ -1052,8 +847,8 @@ class Glue(Classification):
 
 
 def tsv(folder: str, ending: str = "") -> dict[str, list[str]]:
-    return {split: [f"glue/{folder}/{name}.tsv"] for split, name in
-            [("train", "train"), ("val", "dev" + ending), ("test", "test" + ending)]}
+    names = {"train": "train", "val": f"dev{ending}", "test": f"test{ending}"}
+    return {split: [f"glue/{folder}/{name}.tsv"] for split, name in names.items()}
 
 
 class Qnli(Glue):
@@ -1078,7 +873,8 @@ class Sst2(Glue):
     words, class_names = ["0", "1"], ["negative", "positive"]
 
 
-# The eight data sets of Section 1 and Figure 1, with the released configuration's numbers.
+# ---- The eight data sets of Section 1 and Figure 1 -----------------------------------------------
+# The numbers are the released configuration's.
 PAIR = dict(kind="classification", image=False, text=True)
 BOTH = dict(kind="classification", image=True, text=True, max_tokens=25)
 BOXES = dict(kind="detection", image=True, text=False)
@@ -1094,7 +890,7 @@ TASKS = [
 
 
 def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augment: str = "full"):
-    """-> the named tasks, with as many classes as the files have, {name: Dataset}."""
+    """-> the named tasks, with as many classes as the files have; {name: Dataset}."""
     data, tasks = Path(data), tasks_named(names)
     require_folder(data)
     tokenizer = Tokenizer(data / "bert/vocab.txt") if any(task.text for task in tasks) else None
@@ -1111,54 +907,13 @@ def tasks_named(names) -> list[Task]:
     return [by_name[name] for name in names]
 
 
-def require_folder(data: Path) -> None:
-    if not data.is_dir():
-        raise bad(data, "no such folder", "name the data sets' folder with --data (layout: README)")
-
-
-# ---- Batches and their order ---------------------------------------------------------------------
-def collate(task: Task, samples: list[Sample]) -> Batch:
-    def every(field):  # None: the task, or the split, has none
-        values = [getattr(sample, field) for sample in samples]
-        return None if values[0] is None else values
-
-    batch = Batch(task.name, every("id"), boxes=every("boxes"), labels=every("labels"),
-                  attributes=every("attributes"))
-    if task.image:
-        batch.images, batch.image_mask = pad(every("image"))
-        batch.sizes = torch.tensor(every("size"))                       # (B, 2)
-    if task.text:  # (B, S); 0 is [PAD]
-        batch.tokens, batch.text_mask = pad([torch.tensor(x) for x in every("tokens")])
-        batch.token_types, _ = pad([torch.tensor(x) for x in every("types")])
-    if scores := every("scores"):
-        batch.scores = torch.stack(scores)                              # (B, C)
-    return batch
-
-
-def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends,
-    and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
-
-    As in DETR, features near the padding differ from those of the picture alone (convolutions see
-    it): so the results do, a little, with the batch size. One picture a batch is exact."""
-    sizes = np.array([tensor.shape for tensor in tensors])
-    if (sizes == sizes[0]).all():
-        return torch.stack(tensors), None
-    result = tensors[0].new_zeros(len(tensors), *sizes.max(0))
-    mask = torch.ones(len(tensors), *sizes.max(0)[-2:], dtype=torch.bool)
-    for row, hidden, tensor in zip(result, mask, tensors):
-        place = tuple(map(slice, tensor.shape))
-        row[place] = tensor
-        hidden[place[-2:]] = False
-    return result, mask
-
-
+# ---- The order of samples, and loaders -----------------------------------------------------------
 class Schedule:
     """Which task and which samples an iteration takes: a pure function of (seed, iteration).
 
-    So all processes agree without a word, and a run resumed at i is the run that never stopped. The
-    task is drawn (Section 3.5); how often it was drawn before tells how far its data set has been
-    read; each pass through a data set is a shuffle of its own."""
+    All processes therefore agree without communicating, and a run resumed at i is identical to one
+    that was never interrupted. The task is drawn (Section 3.5); how often it was drawn before says
+    how far its data set has been read; each pass through a data set is a shuffle of its own."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
                  iterations: int, seed: int, coco_first: int = 0):
@@ -1203,15 +958,18 @@ class Schedule:
         return rng.permutation(self.sizes[name])
 
 
+FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
+
+
 def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str) -> InputError:
     return InputError(f"{task}: {len(reasons)} pictures of {met} samples cannot be used: "
                       f"{'; '.join(reasons[:3])}; `python data.py --data {data} --check --tasks "
                       f"{task}` lists all")
 
 
-class Fetcher(torch.utils.data.Dataset):
-    """Makes a batch of a request (iteration, task, [(position, index), ...]): `fetch` in this
-    process, `[]` in a data worker. Without a schedule it is evaluation."""
+class Fetcher:
+    """Makes the batch of a request (iteration, task, [(position, index), ...]). Without a schedule
+    it is evaluation."""
 
     def __init__(self, datasets: dict[str, Dataset], schedule: Schedule | None = None):
         self.datasets, self.schedule = datasets, schedule
@@ -1224,7 +982,8 @@ class Fetcher(torch.utils.data.Dataset):
         for position, index in places:
             for candidate in self.candidates(iteration, position, index):
                 if self.schedule is not None:
-                    # Keyed by the position in the global batch: no worker and no rank shows in it.
+                    # The position is that in the whole batch, so that the result depends on
+                    # neither the worker nor the rank.
                     rng = np.random.default_rng([self.schedule.seed, 2, iteration, position])
                 try:
                     samples.append(dataset.sample(candidate, rng))
@@ -1236,51 +995,48 @@ class Fetcher(torch.utils.data.Dataset):
         return collate(dataset.task, samples) if samples else None, reasons
 
     def candidates(self, iteration: int, position: int, index: int):
-        """What is tried for a place in the batch: a pure function of the data, so no state is
-        shared among workers and processes, and none is saved."""
+        """The samples to try for a place in the batch. They follow from the data alone, so
+        processes share no state, and none is saved."""
         yield index
         if self.schedule is not None:
             yield from self.schedule.following(iteration, position)[:FEWEST_UNUSABLE].tolist()
 
-    def __getitem__(self, request) -> bytes:
-        batch, reasons = self.fetch(request)
-        # Packed here and not by the loader, in whose threads an error is only printed: the batch is
-        # lost, and waited for without end. So there is room for the files that they will open, too.
-        try:
-            with contextlib.ExitStack() as room:
-                for _ in range(20):
-                    room.enter_context(open(os.devnull))
-            return bytes(ForkingPickler.dumps((convert_lists(batch, Tensor.numpy), reasons)))
-        except RuntimeError as error:  # of shared memory
-            raise OSError(str(error)) from None
 
-
-def unpack(message: bytes) -> tuple[Batch | None, dict[int, str]]:
-    try:
-        batch, reasons = pickle.loads(message)
-    except RuntimeError as error:  # "received 0 items of ancdata" is one open file too many
-        raise OSError(f"too many open files? {error}") from None
-    return convert_lists(batch, torch.from_numpy), reasons
-
-
-def convert_lists(batch: Batch | None, convert) -> Batch | None:
-    """Tensors in lists travel as arrays, inside the message: each tensor costs an open file."""
-    if batch is None:
-        return None
-    lists = {name: getattr(batch, name) for name in ("boxes", "labels", "attributes")}
-    return replace(batch, **{name: xs and [convert(x) for x in xs] for name, xs in lists.items()})
-
-
-# They end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a cluster's
-# warning. (Windows lacks two.)
+# Signals that end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a
+# cluster's warning. (Windows lacks two.)
 STOPPING = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
-def start_worker(number: int) -> None:
-    """Signals may go to all processes, but the parent needs its workers to finish what is in hand.
-    Workers without a parent end by themselves."""
+def start_worker(fetcher: Fetcher) -> None:
+    """Signals may go to all processes, but the parent needs its workers to finish the iteration in
+    hand. Workers without a parent end by themselves."""
+    global worker_fetcher
+    worker_fetcher = fetcher
+    torch.set_num_threads(1)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_IGN)
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def fetch_in_worker(request):
+    batch, reasons = worker_fetcher.fetch(request)
+    return convert(batch, Tensor, Tensor.numpy), reasons
+
+
+def convert(batch: Batch | None, kind: type, function) -> Batch | None:
+    """The batch with function(x) for each x of that kind. Between processes tensors travel as
+    arrays: PyTorch would put each into shared memory, which runs out, as do open files."""
+    def converted(value):
+        if isinstance(value, list):
+            return [converted(x) for x in value]
+        return function(value) if isinstance(value, kind) else value
+    return batch and Batch(**{name: converted(value) for name, value in vars(batch).items()})
 
 
 def run_loader(fetcher: Fetcher, requests, num_workers: int):
@@ -1289,55 +1045,28 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
     if not num_workers:
         yield from map(fetcher.fetch, requests)
         return
-    waiting, workers, handler = True, [], signal.getsignal(signal.SIGCHLD)
-    others = multiprocessing.active_children()
-
-    def ended() -> list[int]:
-        return [worker.exitcode for worker in workers if worker.exitcode]
-
-    def look(*_):  # in place of PyTorch's handler, which raises in the middle of an update, too
-        if waiting and ended():
-            raise OSError
+    # Fork shares the annotations; where there is none they are copied.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(num_workers, context, start_worker, [fetcher])
+    submitted = (pool.submit(fetch_in_worker, request) for request in requests)
     try:
-        # Fork shares the annotations; where there is none they are copied. A generator of its own:
-        # the loader draws a seed, which must not disturb dropout's draws.
-        loader = iter(torch.utils.data.DataLoader(
-            fetcher, batch_size=None, sampler=requests, num_workers=num_workers, prefetch_factor=4,
-            worker_init_fn=start_worker, generator=torch.Generator(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None))
-        workers += loader._workers  # there is no public name
-        for worker in workers:  # the SIGTERM of a program that ends, and waits for them, is ignored
-            multiprocessing.util.Finalize(fetcher, worker.kill, exitpriority=0)
-        signal.signal(signal.SIGCHLD, look)
-        look()
-        for message in loader:
-            batch, reasons = unpack(message)
-            waiting = False
-            yield batch, reasons
-            waiting = True
-            look()  # one may have died meanwhile
-    except InputError as error:  # a worker's comes with its traceback, of which it is the last line
-        raise InputError(last_line(error).removeprefix("unit.InputError: ")) from None
-    except (OSError, EOFError, RuntimeError) as error:
-        waiting = False
-        if not workers:  # some were started, perhaps
-            for child in multiprocessing.active_children():
-                if child not in others:
-                    child.kill()
-        for worker in workers:  # "connection reset", say: one is just dying
-            worker.join(0.2)
-        if isinstance(error, RuntimeError) and not ended():
-            raise  # a fault of the program
-        reason = f"one has ended, exit status {ended()[0]}" if ended() else last_line(error)
+        waiting = deque(islice(submitted, 4 * num_workers))
+        while waiting:
+            batch, reasons = waiting.popleft().result()
+            waiting.extend(islice(submitted, 1))
+            yield convert(batch, np.ndarray, torch.from_numpy), reasons
+    except (BrokenProcessPool, OSError) as error:
+        workers = list(pool._processes.values())  # there is no public name
+        for worker in workers:
+            worker.join(0.1)
+        ended = [worker.exitcode for worker in workers if worker.exitcode]
+        reason = f"one has ended, exit status {ended[0]}" if ended else error
+        for worker in workers:
+            worker.kill()  # they ignore the SIGTERM that the pool sends them
         raise InputError(f"the data workers failed ({reason}); fewer --num_workers (0: none), more "
-                         "memory, a larger /dev/shm (Docker: --shm-size) or more open files "
-                         "(ulimit -n) help") from None
+                         "memory or more open files (ulimit -n) help") from None
     finally:
-        signal.signal(signal.SIGCHLD, handler)
-
-
-def last_line(error: Exception) -> str:
-    return str(error).strip().rpartition("\n")[2] or type(error).__name__
+        pool.shutdown(cancel_futures=True)
 
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
@@ -1352,13 +1081,14 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
                  world_size: int = 1, micro_batch: int = 0, num_workers: int = 0):
     """Yields for each iteration from `start` on: this process's micro-batches, a list of Batch, and
     the reasons why pictures were replaced by others."""
-    each = schedule.batch_size // world_size  # without a rest: train.check
+    each = schedule.batch_size // world_size  # without a remainder: train.check
 
     def requests():
         for iteration in range(start, schedule.iterations):
-            places = list(enumerate(schedule.samples(iteration).tolist()))
-            yield from micro_batches(datasets[schedule.task(iteration)], iteration,
-                                     places[rank * each:(rank + 1) * each], micro_batch, each)
+            samples = schedule.samples(iteration).tolist()
+            own = list(enumerate(samples))[rank * each:(rank + 1) * each]
+            dataset = datasets[schedule.task(iteration)]
+            yield from micro_batches(dataset, iteration, own, micro_batch, each)
     batches, reasons = [], []
     for batch, why in run_loader(Fetcher(datasets, schedule), requests(), num_workers):
         batches.append(batch)
@@ -1371,8 +1101,254 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
 def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
     """Yields for every `micro_batch` of `indices`, in order (0: 1 picture, or 32 texts), a Batch of
     those that can be used, or None, and {index: why its picture cannot be used}."""
-    requests = micro_batches(dataset, 0, list(enumerate(map(int, indices))), micro_batch, 32)
+    places = [(position, int(index)) for position, index in enumerate(indices)]
+    requests = micro_batches(dataset, 0, places, micro_batch, 32)
     yield from run_loader(Fetcher({dataset.task.name: dataset}), requests, num_workers)
+
+
+# ---- What official files need --------------------------------------------------------------------
+def coco_val_ids(data: Path) -> set[int]:
+    """COCO val2017's images: in no training set, evaluated on by VG and VQAv2 (Section 4.1)."""
+    path = data / COCO_VAL
+    return set(read_records(read_json(path), "images", path, lambda row: field(row, "id", int)))
+
+
+def read_classes(path: Path) -> tuple[list[dict], dict[str, int]]:
+    """A class per line, ids from 1, commas between aliases -> rows for the JSON, {alias: id}."""
+    rows, ids = [], {}
+    for number, line in enumerate(read_lines(path), 1):
+        aliases = [name.strip() for name in line.split(",")]
+        rows.append({"id": number, "name": aliases[0]})
+        ids.update({alias.lower(): number for alias in aliases})
+    return rows, ids
+
+
+def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
+    """Raw Visual Genome -> {"train": content, "val": content} in COCO's style, what was dropped.
+
+    Pictures in COCO val2017 (by `coco_id` in image_data.json; half are COCO's) go to val."""
+    objects, object_ids = read_classes(data / "vg/objects_vocab.txt")
+    attributes, attribute_ids = read_classes(data / "vg/attributes_vocab.txt")
+    held_out, dropped, images = coco_val_ids(data), Counter(), {}
+    splits = {split: {"categories": objects, "attributes": attributes, "images": [],
+                      "annotations": []} for split in ("train", "val")}
+
+    def read_image(row):
+        number, split = row["image_id"], splits["val" if row["coco_id"] in held_out else "train"]
+        if number in images:
+            dropped["repeated image ids"] += 1
+            return
+        name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
+        image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
+        images[number] = image, split["annotations"]
+        split["images"].append(image)
+
+    def read_objects(row):
+        image, annotations = images.pop(row["image_id"], (None, None))  # a second row is unknown
+        if image is None:
+            dropped["rows of unknown or repeated images"] += 1
+            return
+        for thing in row["attributes"]:
+            if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
+                annotations.append({"id": len(annotations) + 1, **found})
+
+    for name, read in (("image_data.json", read_image), ("attributes.json", read_objects)):
+        read_records(read_json(data / "vg" / name), "records", data / "vg" / name, read)
+    if splits["train"]["images"] and not splits["train"]["annotations"]:
+        raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
+                  "take the vocabulary that fits these objects")
+    return splits, dropped
+
+
+def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: dict,
+                   dropped: Counter) -> dict | None:
+    """One object of attributes.json as a COCO-style annotation; None (counted) if it is no use."""
+    names = [name.lower().strip() for name in thing["names"]]
+    label = next((object_ids[name] for name in names if name in object_ids), None)
+    x, y = max(thing["x"], 0), max(thing["y"], 0)  # 1 in 200 overshoots by a pixel or two
+    w = min(thing["x"] + thing["w"], image["width"]) - x
+    h = min(thing["y"] + thing["h"], image["height"]) - y
+    if label is None:
+        dropped["objects outside the vocabulary" if any(names) else "objects without a name"] += 1
+        return None
+    if w <= 0 or h <= 0:
+        dropped["empty boxes"] += 1
+        return None
+    words = [word.lower().strip() for word in thing.get("attributes", ())]
+    known = list(dict.fromkeys(attribute_ids[word] for word in words if word in attribute_ids))
+    dropped["attributes outside the vocabulary"] += sum(word not in attribute_ids for word in words)
+    dropped["attributes beyond 16 an object"] += len(known[MAX_ATTRIBUTES:])
+    return {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h], "area": w * h,
+            "iscrowd": 0, "attribute_ids": known[:MAX_ATTRIBUTES]}
+
+
+# The official VQA scorer's contractions: each of these words with any one apostrophe left out
+# becomes the word. Three entries of its table are odd, and kept: a score must be the official one.
+CONTRACTIONS = {
+    word[:i] + word[i + 1:]: word for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am
+    mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+    she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
+    weren't we've what'll what're what's what've when's where'd where's where've who'd who'd've
+    who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've
+    """.split() for i, letter in enumerate(word) if letter == "'"}
+CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
+    "zero one two three four five six seven eight nine ten".split())}
+PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
+
+
+def normalise_answer(text: str) -> str:
+    """The official VQA scorer's processing of an answer, slips included, as scores would differ.
+
+    A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
+    between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    result, thousands = text, re.search(r"[0-9],[0-9]", text)
+    for mark in PUNCTUATION.intersection(text):
+        removed = thousands or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if removed else " ")
+    # Full stops except decimal points. 32: the scorer passes re.UNICODE where `count` belongs.
+    result = re.sub(r"\.(?![0-9])", "", result, count=32)
+    words = [NUMBERS.get(x, x) for x in result.lower().split() if x not in ("a", "an", "the")]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words)
+
+
+# ---- Files, flat arrays, checks ------------------------------------------------------------------
+# A forked worker shares memory with its parent until one of them writes to a page, and merely
+# reading a Python object writes to it (its reference count). Millions of small objects are thus
+# copied, worker by worker, page by page. Arrays are not, so after loading only NumPy arrays remain.
+
+def strings(texts) -> np.ndarray:
+    """(n,) in NumPy's own string type: UTF-8 bytes in one buffer rather than an object for each."""
+    texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's lone surrogates: ?
+    return np.array(texts, np.dtypes.StringDType())
+
+
+LAYOUT = "the README says where each file belongs"
+
+
+def bad(path, problem: str, fix: str = "mend or remove the record") -> InputError:
+    return InputError(f"{path}: {problem}; {fix}")
+
+
+def require_folder(data: Path) -> None:
+    if not data.is_dir():
+        raise bad(data, "no such folder", "name the data sets' folder with --data (layout: README)")
+
+
+def parse_file(path: Path, parse, kind: str):
+    """parse(the file's bytes); `kind` is what the error calls their format."""
+    try:
+        return parse(path.read_bytes())
+    except OSError as error:
+        raise bad(path, error.strerror, LAYOUT) from None
+    except (ValueError, RecursionError) as error:
+        problem = what_is_wrong(path, text=True) or f"not valid {kind} ({error})"
+        raise bad(path, problem, "cut short? unpack it again") from None
+
+
+def read_json(path: Path, hook=None):
+    """The file's content, each object in it replaced by hook(object) as soon as it is parsed."""
+    # From bytes, not text: a byte order mark is understood.
+    return parse_file(path, functools.partial(json.loads, object_hook=hook), "JSON")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines without their ends (LF or CRLF), a byte order mark, or empty lines at the end."""
+    text = parse_file(path, lambda raw: raw.decode("utf-8-sig"), "UTF-8").rstrip("\r\n")
+    # str.splitlines would also split at U+2028 and others, which occur inside sentences.
+    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+
+def read_records(content, key: str, path: Path, read) -> list:
+    """read(record) for each record of the list content[key], or of `content` if it is the list. If
+    `read` cannot use a record (a KeyError, ValueError, ...), the error names file and record."""
+    rows = content.get(key) if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise bad(path, f"no list {key!r} in it", "take the official file")
+    results = []
+    try:
+        for row in rows:
+            results.append(read(row))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise bad(path, f"record {len(results)}: {problem} ({row!r:.120})") from None
+    return results
+
+
+KINDS = {int: "one whole number of at most 64 bits", float: "one finite number", str: "a text",
+         list: "a list"}
+
+
+def field(row: dict, key: str, kind: type, default=None):
+    """row[key] as one of KINDS. null counts as absent; then it is `default`, if there is one."""
+    value = row.get(key)
+    if value is None:
+        value = default
+    try:
+        result = kind(value)
+        if result == value and (kind in (str, list) or abs(result) < 2 ** 63):
+            return result
+    except (OverflowError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{key!r} is not {KINDS[kind]}")
+
+
+def counted(reasons: Counter) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "w"):
+    """A file to write to that gets its name once it is complete: a crash leaves no half of one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"{path} could not be written ({error}); is the disk full? What was there "
+                         "is intact: make room, repeat (a training: with --resume)") from error
+
+
+PICTURE = re.compile(r"(\d*)\.(?:jpe?g|png)$", re.IGNORECASE)  # the end of a name; its number
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The names in it, in order. One listing, where a stat for each picture takes minutes.
+    `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture: names with a dot first go."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except (OSError, ValueError):  # not there, or no name that a folder can have
+        return []
+
+
+def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
+    """{number at the end of the name: name}; where folders share a number, the first one's."""
+    pictures = {}
+    for folder in folders:
+        for name in list_folder(root / folder):
+            match = PICTURE.search(name)
+            if match and match[1]:
+                pictures.setdefault(int(match[1]), f"{folder}/{name}")
+    return pictures
+
+
+def spelling(name: str) -> str:
+    """The same for two names of one picture: Windows has backslashes in paths, a Mac writes
+    accents in two characters, and tools write jpg, JPG, jpeg or convert to png."""
+    path, number = name.replace("\\", "/"), PICTURE.search(name)
+    return unicodedata.normalize("NFC", path[:number.end(1)] if number else path)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1382,8 +1358,8 @@ PRETRAINED = {"bert/vocab.txt": "all tasks with text",
 
 
 def splits(data: Path, names: list[str]):
-    """Yields the Dataset of each split of these tasks, having printed a line for each: how much is
-    there, what was skipped and why, or which files are missing. No names: all that have files."""
+    """Yields the Dataset of each split of these tasks (no names: of all that have files), having
+    printed its summary, or which files are missing."""
     for task in tasks_named(names) or TASKS:
         if not names and not (data / task.dataset.files["train"][0]).parent.exists():
             print(f"{task.name:8}nothing is there")
@@ -1420,28 +1396,23 @@ def problem_of(path: str, size) -> str:
 
 def check_pictures(data: Path, names: list[str]) -> int:
     """--check: opens every picture once, on all cores -> how many cannot be used."""
-    opened, unusable = set(), 0
+    sizes = {}  # by path; None where no annotations state it
     for dataset in splits(data, names):
-        files = {}
-        if dataset.task.image:
-            files = dict(map(dataset.picture_file, range(len(dataset))))
-        files = {path: size for path, size in files.items() if path not in opened}
-        opened.update(files)
-        with ProcessPoolExecutor() as pool:
-            found = pool.map(problem_of, files, files.values(), chunksize=16)
-            problems = [x for x in progress(dataset.task.name, found, len(files)) if x]
-        unusable += len(problems)
-        if problems:
-            first = "".join(f"\n    {problem}" for problem in problems[:10])
-            print(f"    {len(problems):,} of {len(files):,} pictures cannot be used:{first}")
-    print(f"{len(opened):,} pictures opened, {unusable:,} cannot be used")
-    return unusable
+        for index in range(len(dataset) if dataset.task.image else 0):
+            path, size = dataset.picture_file(index)
+            sizes[path] = size or sizes.get(path)
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(problem_of, sizes, sizes.values(), chunksize=16)
+        problems = [problem for problem in progress("pictures", found, len(sizes)) if problem]
+    print(*problems, f"{len(sizes):,} pictures opened, {len(problems):,} cannot be used", sep="\n")
+    return len(problems)
 
 
 def progress(name: str, items, total: int, size=lambda item: 1):
-    """Passes items on, and prints every ten seconds how far it is and how long it will take.
-    size(item): how many of `total` it is."""
-    start, shown, done = time.time(), time.time(), 0
+    """Passes items on, and prints every ten seconds how many are done and how long the rest will
+    take. size(item): how many of `total` an item is."""
+    start = shown = time.time()
+    done = 0
     for item in items:
         yield item
         done += size(item)
@@ -1475,8 +1446,8 @@ def write_vocabulary(data: Path) -> None:
     if not texts:
         raise bad(data, "no training texts of any task are in it", LAYOUT)
     wordpiece = BertWordPieceTokenizer(lowercase=True)
-    wordpiece.train_from_iterator(map(str, texts), PIECES, special_tokens=SPECIAL,
-                                  show_progress=False)
+    wordpiece.train_from_iterator(map(str, texts), vocab_size=8000, special_tokens=SPECIAL,
+                                  show_progress=False)  # 8,000 pieces: ours
     pieces = wordpiece.get_vocab()
     with whole_file(path) as file:
         file.writelines(f"{piece}\n" for piece in sorted(pieces, key=pieces.get))
@@ -1484,7 +1455,7 @@ def write_vocabulary(data: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """What the three programs share."""
+    """The command line of the three programs."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -1539,7 +1510,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=(
-        "Says what is in the folder of the data sets (layout: README), and what is missing."))
+        "Lists the data sets in a folder (layout: README), and which files are missing."))
     parser.add_argument("--data", type=os.path.expanduser, default="data", metavar="DIR",
                         help="the folder of the data sets (default: data)")
     parser.add_argument("--tasks", metavar="A,B", help="these alone (default: all that are there)")
@@ -1552,10 +1523,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ---- The tiny data sets --------------------------------------------------------------------------
-# What eight real data sets ask of a model, in a size that a laptop learns in minutes: pictures of
-# 32 x 32 pixels with one to three coloured shapes, and sentences made of templates. They are
-# written as the official files are, and read by the readers above. Ours throughout.
-# What keeps them honest:
+# The eight tasks in a size that a laptop learns in minutes (ours): pictures of 32 x 32 pixels with
+# one to three coloured shapes, and sentences made of templates, in the official files' formats.
+# These rules keep them honest:
 # * No part of the input gives the answer away. A label is a relation between two things (two
 #   sentences, a picture and a text, a word and its scope), and each of the two is about equally
 #   likely under every label: tests/baselines.py measures what is left.
@@ -1597,7 +1567,8 @@ def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
     """-> pixels (32, 32, 3) uint8 with 1 to `most` (1 or 3) shapes; of each (shape, colour,
     [x, y, w, h]). The boxes do not overlap. sides: of a shape, from and below."""
     number = int(rng.choice(most, p=[0.4, 0.4, 0.2] if most == 3 else [1])) + 1
-    names = zip(rng.choice(SHAPES, number).tolist(), rng.choice(list(COLOURS), number).tolist())
+    shapes = rng.choice(SHAPES, number).tolist()
+    names = zip(shapes, rng.choice(list(COLOURS), number).tolist())
     pixels = rng.normal(rng.uniform(60, 120), 5, (SIDE, SIDE, 3))
     taken, things = np.zeros((SIDE, SIDE), bool), []
     while len(things) < number:
@@ -1633,8 +1604,10 @@ def write_tiny(folder: Path | str, seed: int = 0) -> None:
         texts += tiny_snli_ve(folder, split, number, rng)
     for reader in TINY_GLUE:
         texts += tiny_glue(folder, reader, rng)
-    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())})
-    write(folder / "bert/vocab.txt", "\n".join(SPECIAL + words) + "\n")
+    words = set()
+    for text in texts:
+        words.update(re.findall(r"\w+|[^\w\s]", text.lower()))
+    write(folder / "bert/vocab.txt", "\n".join(SPECIAL + sorted(words)) + "\n")
 
 
 def tiny_coco(folder: Path, split: str, number: int, rng) -> dict[int, tuple]:
@@ -1797,7 +1770,7 @@ REVIEWS = ["the {n} is {x}./the {n} seems {x}.",
 
 
 def tiny_qnli(label: int, n: str, rng) -> tuple:
-    """Does the sentence tell what the question wants to know?"""
+    """Does the sentence answer the question?"""
     topic = pick(rng, TOPICS)
     told = topic if label == 0 else another(rng, TOPICS, topic)
     return pick(rng, topic[0]).format(n=n), pick(rng, told[1]).format(n=n, v=pick(rng, told[2]))
@@ -1855,7 +1828,8 @@ def tiny_glue(folder: Path, reader: type[Glue], rng) -> list[str]:
             label = reader.words[label]
             fields = {"genre": "tiny"} | {f"label{k}": label for k in range(1, 6)}
             fields |= dict(zip(reader.fields, (*sentences, label)))
-            lines.append("\t".join(fields.get(name, str(n)) for name in header.split()))
+            cells = [fields.get(name, str(n)) for name in header.split()]
+            lines.append("\t".join(cells))
             texts += sentences
         write(folder / reader.files[split][0], "\n".join(lines) + "\n")
     return texts

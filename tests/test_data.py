@@ -4,13 +4,13 @@ import json
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -23,10 +23,6 @@ from PIL import Image, ImageOps
 import unit  # noqa: F401  first: makes torchvision importable
 import data
 from unit import InputError
-
-from torchvision.transforms.v2 import functional as tvF
-
-REALDATA = ROOT.parent / "shared" / "realdata"
 
 REAL = ROOT.parent / "shared" / "realdata"
 CONTRACTIONS = ROOT.parent / "shared" / "vqa_contractions.json"
@@ -116,21 +112,21 @@ def test_strings():
     assert len(data.strings([])) == 0
 
 
-def test_lines_of_any_ending(tmp_path):
-    expected = ["ä b", "", "c\u2028d"]
+def test_lines_and_json(tmp_path):
+    expected, path = ["ä b", "", "c\u2028d"], tmp_path / "x.json"
     for raw in ("ä b\n\nc\u2028d", "ä b\n\nc\u2028d\n\n", "\ufeffä b\r\n\r\nc\u2028d\r\n"):
-        assert data.read_lines(write(tmp_path / "x.txt", raw.encode())) == expected
-    assert data.read_lines(write(tmp_path / "x.txt", b"")) == []
-    with pytest.raises(InputError, match="not valid UTF-8 .* in position 1"):
-        data.read_lines(write(tmp_path / "x.txt", b"a\xff"))
-
-
-def test_json_errors(tmp_path):
-    assert data.read_json(write(tmp_path / "a.json", b"\xef\xbb\xbf{}")) == {}
-    with pytest.raises(InputError, match=r"a\.json: not valid JSON .* unpack it again"):
-        data.read_json(write(tmp_path / "a.json", '{"images": [{"id": 1}'))
-    with pytest.raises(InputError, match=r"b\.json: No such file"):
-        data.read_json(tmp_path / "b.json")
+        assert data.read_lines(write(path, raw.encode())) == expected
+    assert data.read_lines(write(path, b"")) == []
+    assert data.read_json(write(path, b"\xef\xbb\xbf{}")) == {}
+    for read_file, content, message in [
+            (data.read_lines, b"a\xff", "not valid UTF-8 .* in position 1"),
+            (data.read_json, '{"images": [{"id": 1}', "not valid JSON .* unpack it again"),
+            (data.read_json, None, "No such file")]:
+        path.unlink()
+        if content:
+            write(path, content)
+        with pytest.raises(InputError, match=rf"x\.json: {message}"):
+            read_file(path)
 
 
 @pytest.mark.skipif(not CONTRACTIONS.exists(), reason="no table beside the project")
@@ -198,26 +194,28 @@ def test_any_mode_comes_out_as_rgb(tmp_path, mode, ending):
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
     if mode != "1":  # black and white: dithered
         assert np.abs(image.numpy().astype(int) - grey).max() <= (12 if ending == "jpg" else 6)
+    if mode == "P":
+        Image.open(path).save(path, transparency=bytes([0] * 256))
+        assert torch.equal(data.read_image(path), image)
 
 
-def test_transparent_palette(tmp_path):
-    image = Image.fromarray(np.full((4, 5), 200, np.uint8)).convert("P")
-    image.save(tmp_path / "x.png", transparency=bytes([0] * 256))
-    assert (data.read_image(tmp_path / "x.png") == 200).all()
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture", None])
-def test_broken_pictures_name_the_file(tmp_path, content):
+@pytest.mark.parametrize("name", ["missing", "folder", "empty", "html", "torn", "bomb"])
+def test_what_is_no_picture(tmp_path, name):
+    """A "bomb" is a small file that says it is 100,000 pixels wide and high."""
     path = picture(tmp_path / "x.jpg")
-    path.write_bytes(path.read_bytes()[:400] if content is None else content)
+    raw = path.read_bytes()
+    path.unlink()
+    if name == "folder":
+        path.mkdir()
+    elif name == "bomb":
+        Image.new("1", (20, 20)).save(path, "png")
+        raw = bytearray(path.read_bytes())
+        raw[16:24] = (100_000).to_bytes(4, "big") * 2
+        raw[29:33] = zlib.crc32(raw[12:29]).to_bytes(4, "big")
+        path.write_bytes(raw)
+    elif name != "missing":
+        path.write_bytes({"empty": b"", "html": b"<html>not found</html>", "torn": raw[:400]}[name])
     with pytest.raises(data.UnusablePicture, match=r"x\.jpg: cannot be read as a picture \(.+\)"):
-        data.read_image(path)
-
-
-def test_more_pixels_than_pillow_takes(tmp_path, monkeypatch):
-    path = picture(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 // 2 - 1)
-    with pytest.raises(data.UnusablePicture, match="1200 pixels.* exceeds limit"):
         data.read_image(path)
 
 
@@ -250,25 +248,19 @@ def test_exif_orientation(tmp_path, orientation):
     assert np.array_equal(data.read_image(path, (25, 25)), turned)
 
 
-def test_damaged_exif_turns_nothing(tmp_path):
+def test_damaged_exif(tmp_path):
+    """It turns nothing; another damaged tag, at which ImageOps.exif_transpose gives up, does not
+    hide the orientation."""
     path = picture(tmp_path / "x.jpg")
-    expected = data.read_image(path)
-    raw = path.read_bytes()
+    expected, raw = data.read_image(path), path.read_bytes()
     junk = b"\xff\xe1\x00\x10Exif\0\0MM\0\x2a\xff\xff\xff\xff"
     path.write_bytes(raw[:2] + junk + raw[2:])
     assert torch.equal(data.read_image(path, (30, 40)), expected)
-
-
-def test_another_damaged_tag_does_not_hide_the_orientation(tmp_path):
-    """ImageOps.exif_transpose gives up here."""
-    path = picture(tmp_path / "x.jpg")
     exif = Image.Exif()
     exif[0x0112], exif[0x0132] = 6, "2020:01:01 00:00:00"
-    with Image.open(path) as stored:
-        stored.save(path, exif=exif)
+    Image.new("RGB", (40, 30)).save(path, exif=exif)
     entry = bytes([1, 0x32, 0, 2])  # 0x0132, of type text; 0x0100 is the width, a number
-    assert (raw := path.read_bytes()).count(entry) == 1
-    path.write_bytes(raw.replace(entry, bytes([1, 0x00, 0, 2])))
+    path.write_bytes(path.read_bytes().replace(entry, bytes([1, 0x00, 0, 2])))
     with Image.open(path) as stored, pytest.raises(struct.error):
         ImageOps.exif_transpose(stored)
     assert data.read_image(path, (40, 30)).shape == (3, 40, 30)
@@ -306,9 +298,6 @@ def test_sizes(size, expected, floored):
     """Shortest side 800, longest at most 1333; detection rounds, vision and language floors."""
     assert tuple(data.fitted_size(*size, 800, 1333, False)) == expected
     assert tuple(data.fitted_size(*size, 800, 1333, True)) == floored
-
-
-def test_shortest_side_is_exact():
     for side in range(1, 1200):
         assert min(data.fitted_size(side, side + 3, 800, 10**9, True)) == 800
 
@@ -339,39 +328,22 @@ class Fixed:
         return value
 
 
-def test_augmentation_against_pixels():
-    """A bright rectangle must stay where its box says, through flip, crop and resizes."""
+@pytest.mark.parametrize("flip, x", [(0.9, 20), (0.9, 100), (0.1, 20), (0.1, 100)])
+def test_augmentation_against_pixels(flip, x):
+    """A bright rectangle stays where its box says, through flip, crop (which cuts a part of it off,
+    unless flipped, at x 100) and resizes, in DETR's order."""
     image = torch.zeros(3, 300, 400, dtype=torch.uint8)
-    image[:, 90:210, 120:200] = 255
-    boxes = np.array([[120 / 400, 90 / 300, 200 / 400, 210 / 300]])
-    for flip in (0.9, 0.1):
-        # Resized to 533 x 400; crop of 500 x 390 at x 20, y 5; then shortest side 480.
-        rng = Fixed([flip, 0.1], [400, 480], [(390, 500), (5, 20)])
-        out, found = data.augment(image, boxes, rng)
-        assert out.shape == (3, 480, 615)
-        height, width = out.shape[1:]
-        rows, columns = torch.where(out[0] > 127)
-        seen = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width,
-                (rows.max() + 1) / height]
-        assert np.abs(np.array(seen) - found[0]).max() < 3 / 480
-
-
-def test_augmentation_against_a_slow_computation():
-    """Boxes in pixels, step by step, as DETR moves them."""
-    image, rng = torch.zeros(3, 427, 640, dtype=torch.uint8), np.random.default_rng(0)
-    boxes = np.array([[10, 20, 300, 400], [500, 300, 640, 427], [0, 0, 640, 427], [3, 3, 9, 9.0]])
-    for crop, y, x, h, w, side in [(500, 0, 0, 384, 600, 800), (600, 200, 250, 400, 400, 480)]:
-        out, found = data.augment(image, boxes / (640, 427, 640, 427),
-                                  Fixed([0.2, 0.3], [crop, side], [(h, w), (y, x)]))
-        big_h, big_w = data.fitted_size(427, 640, crop, 10**6, False)
-        for box, relative in zip(boxes, found):
-            x0, x1 = sorted((640 - box[0], 640 - box[2]))
-            x0, x1 = (min(max(v / 640 * big_w - x, 0), w) for v in (x0, x1))
-            y0, y1 = (min(max(v / 427 * big_h - y, 0), h) for v in box[[1, 3]])
-            np.testing.assert_allclose(relative, [x0 / w, y0 / h, x1 / w, y1 / h], atol=1e-12)
-        assert list(out.shape[1:]) == data.fitted_size(h, w, side, 1333, False)
-    shapes = [data.augment(image, boxes, rng)[0].shape for _ in range(60)]
-    assert {min(s[1:]) for s in shapes} <= set(range(480, 801, 32)) and len(set(shapes)) > 20
+    image[:, 90:210, 50:200] = 255
+    boxes = np.array([[50 / 400, 90 / 300, 200 / 400, 210 / 300]])
+    # Resized to 533 x 400; crop of 400 x 390 at x, 5; then shortest side 480.
+    out, found = data.augment(image, boxes, Fixed([flip, 0.1], [400, 480], [(390, 400), (5, x)]))
+    assert out.shape == (3, 480, 492)
+    height, width = out.shape[1:]
+    rows, columns = torch.where(out[0] > 127)
+    seen = [columns.min() / width, rows.min() / height, (columns.max() + 1) / width,
+            (rows.max() + 1) / height]
+    assert np.abs(np.array(seen) - found[0]).max() < 3 / 480
+    assert (columns.min() == 0) == (flip > 0.5 and x == 100)
 
 
 @pytest.mark.parametrize("image_size, scales, crops, sides, longest", [
@@ -389,28 +361,16 @@ def test_sizes_keep_their_ratio_to_image_size(image_size, scales, crops, sides, 
         2] <= longest
 
 
-@pytest.mark.skipif(not (REALDATA / "coco").exists(), reason="no folder of real rows")
-def test_real_pictures_at_the_paper_s_size():
-    """At 800, pixel for pixel, the resizing of Section 3.5; at their own size pictures stay."""
-    _, datasets = data.load(REALDATA, ["coco"], "val", 800)
-    for index in range(0, 50, 7):
-        picture = datasets["coco"].picture(index)
-        height, width = picture.shape[1:]
-        scale = min(800 / min(height, width), 1333 / max(height, width))
-        by_hand = tvF.resize(picture, [round(height * scale), round(width * scale)])
-        assert torch.equal(datasets["coco"].sample(index).image, data.normalise(by_hand))
-        if max(height, width) * 3 <= min(height, width) * 5:  # beyond that the longest side rules
-            same = data.resize_for_evaluation(picture, min(height, width))
-            assert torch.equal(same, picture)
-
-
-@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (1, 1), (9, 10_000)])
-def test_augmentation_of_odd_sizes(size):
-    image = torch.zeros(3, *size, dtype=torch.uint8)
-    for seed in range(6):
+@pytest.mark.parametrize("size", [(427, 640), (1, 10_000), (10_000, 1), (1, 1), (9, 10_000)])
+def test_augmentation_of_any_size(size):
+    image, shapes = torch.zeros(3, *size, dtype=torch.uint8), set()
+    for seed in range(30 if size[0] == 427 else 6):
         out, boxes = data.augment(image, np.array([[0, 0, 1, 1.0]]), np.random.default_rng(seed))
         assert min(out.shape) >= 1 and max(out.shape[1:]) <= 1333
         assert (boxes >= 0).all() and (boxes <= 1).all()
+        shapes.add(tuple(out.shape[1:]))
+    if size == (427, 640):
+        assert {min(shape) for shape in shapes} <= set(range(480, 801, 32)) and len(shapes) > 15
 
 
 # -------------------------------------------------------------------------------------------- COCO
@@ -446,6 +406,8 @@ def test_coco_oddities(tmp_path):
     dataset = read("coco", tmp_path)
     assert dataset.ids.tolist() == [7, 900100217285, 9] and dataset.names[1] == "1.jpg"
     assert [dataset.sample(n).boxes.shape for n in range(3)] == [(0, 4), (1, 4), (0, 4)]
+    truth = dataset.ground_truth().anns.values()
+    assert [(a["image_id"], a["category_id"]) for a in truth] == [(900100217285, 1)]
     for text in ("1 without picture (the first: 3.jpg)", "1 repeated image ids",
                  "1 boxes of images not listed"):
         assert text in dataset.summary
@@ -457,80 +419,48 @@ def test_coco_oddities(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.pop("annotations"), "no list 'annotations'"),
-    (lambda c: c["images"][0].pop("width"), "record 0: 'width'"),
-    (lambda c: c["images"][0].update(width=0), "record 0 has an image of no size"),
+    (lambda c: c["images"].insert(0, None), "record 0: .*NoneType"),
+    (lambda c: c["images"][0].pop("width"), "record 0: 'width' is not one whole"),
+    (lambda c: c["images"][0].update(width=0), "record 0: an image of no size"),
+    (lambda c: c["images"][0].update(id=2**63), "record 0: 'id' is not one whole number of at"),
     (lambda c: c["annotations"][1].pop("bbox"), "record 1: 'bbox' is not a list"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "record 1 has a bbox that is not 4"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None]), "record 1 has a bbox that is"),
-    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 1e999]), "record 1 has a bbox that is"),
+    (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "record 0: a bbox that is not 4"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, None]), "record 1: a bbox that is"),
+    (lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 1e999]), "record 1: a bbox that is"),
     (lambda c: c["annotations"][1].update(area="large"), "record 1: 'area'"),
     (lambda c: c["annotations"][1].update(iscrowd="no"), "record 1: 'iscrowd'"),
-    (lambda c: c["images"][0].update(id=2**63), "record 0: 'id' is not one whole number of at"),
-    (lambda c: c["annotations"][1].update(image_id="1x"), "record 1: 'image_id'"),
-    (lambda c: c["annotations"][1].update(bbox=None, segmentation=[["a"]]), "record 1: 'bbox'"),
+    (lambda c: c["annotations"][1].update(image_id="1"), "record 1: 'image_id'"),
+    (lambda c: c["annotations"][1].update(category_id=91), "record 1: a category_id that is not"),
+    (lambda c: c["annotations"][1].update(category_id=2), "record 1: a category_id that is not"),
     (lambda c: c["categories"].append(c["categories"][0]), "an id occurs twice in categories"),
-    (lambda c: c["images"][0].update(file_name="C:\\x\\1.jpg"), "leads out of"),
-    (lambda c: c["annotations"][1].update(category_id=91), "record 1 has a category_id not in"),
-    (lambda c: c["annotations"][1].update(category_id=2), "record 1 has a category_id not in"),
-    (lambda c: c["categories"][1].update(id=2**15), "1 of categories has an id outside 0..32767"),
-    (lambda c: c["images"][0].update(file_name="../../etc/passwd"), "leads out of"),
-    (lambda c: c["images"][0].update(file_name="/etc/passwd"), "leads out of"),
-    (lambda c: c["images"][0].update(file_name="a\\..\\b.jpg"), "leads out of"),
-    (lambda c: c["images"].insert(0, None), "record 0: 'id'")])
+    (lambda c: c["categories"][1].update(id=2**15), "record 1: an id of categories lies outside"),
+    *[(lambda c, name=name: c["images"][0].update(file_name=name), "leads out of") for name in (
+        "../../etc/passwd", "/etc/passwd", "a/../../b.jpg", "a\\..\\b.jpg", "C:\\x\\1.jpg")]])
 def test_coco_bad_records(tmp_path, change, message):
-    content = make_coco(tmp_path, [(1, 1, [4, 3, 8, 6], 0), (1, 3, [4, 3, 8, 6], 0)])
+    """The record's number is the file's, whose boxes are not in the order of its images here."""
+    content = make_coco(tmp_path, [(2, 1, [4, 3, 8, 6], 0), (1, 3, [4, 3, 8, 6], 0)])
     change(content)
     path = write(tmp_path / "coco/annotations/instances_val2017.json", content)
     with pytest.raises(InputError, match=f"{path.name}: .*{message}.*; ."):
         read("coco", tmp_path)
 
 
-def without(*keys):
-    def change(content):
-        for row in content["annotations"]:
-            for key in keys:
-                row.pop(key, None)
-    return change
-
-
-def every(**fields):
-    def change(content):
-        for row in content["annotations"]:
-            row.update({key: value(row) for key, value in fields.items()})
-    return change
-
-
-def round_box(row):
-    x, y, w, h = row["bbox"]
-    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
-
-
-def run_lengths(row):
-    """Of a mask of 40 x 30 pixels, column by column, that fills the box."""
-    x, y, w, h = row["bbox"]
-    mask = np.zeros((30, 40), bool)
-    mask[y:y + h, x:x + w] = True
-    edges = np.flatnonzero(np.diff(mask.ravel("F"), prepend=False, append=False))
-    return dict(size=[30, 40], counts=np.diff([0, *edges, 1200]).tolist())
-
-
-@pytest.mark.parametrize("change, note", [
-    (lambda c: None, ""), (without("iscrowd", "area"), ""),
-    (every(iscrowd=lambda row: None, area=lambda row: None), ""),
-    (every(image_id=lambda row: f"{row['image_id']}"), "image_id is a text"),
-    (every(image_id=lambda row: float(row["image_id"]), category_id=lambda row: 3.0), ""),
-    (every(segmentation=round_box, bbox=lambda row: None), "3 boxes (bbox) made from"),
-    (every(segmentation=run_lengths, bbox=lambda row: None), "3 boxes (bbox) made from")])
-def test_own_exports(tmp_path, change, note):
-    """Whatever other tools leave out or write otherwise: the same boxes, said where it matters."""
+@pytest.mark.parametrize("change", [
+    {}, dict(iscrowd=None, area=None), dict(image_id=float, category_id=float)])
+def test_own_exports(tmp_path, change):
+    """Whatever other tools leave out or write otherwise: the same boxes."""
     content = make_coco(tmp_path, [(1, 3, [4, 3, 8, 6], 0), (2, 3, [20, 10, 20, 20], 0),
                                    (2, 3, [0, 5, 7, 9], 0)])
-    change(content)
+    for number, row in enumerate(content["annotations"]):
+        for key, kind in change.items():
+            row[key] = kind and kind(row[key])
+            if number and not kind:  # null in the first, absent in the others
+                del row[key]
     write(tmp_path / "coco/annotations/instances_val2017.json", content)
     dataset = read("coco", tmp_path)
     assert dataset.boxes.tolist() == [[4, 3, 8, 6], [20, 10, 20, 20], [0, 5, 7, 9]]
     assert dataset.areas.tolist() == [48, 400, 63] and not dataset.crowd.any()
-    assert dataset.labels.tolist() == [3, 3, 3] and note in dataset.summary
+    assert dataset.labels.tolist() == [3, 3, 3]
     assert [dataset.crowded(n) for n in (0, 1, 2)] == [2, 1, 0]
 
 
@@ -555,18 +485,16 @@ def test_ids_of_any_size_are_exact(tmp_path):
 
 @pytest.mark.parametrize("boxes, message", [
     ([[4, 3, 12, 9], [20, 10, 38, 30], [30, 5, 37, 14]], "2 of 3 boxes go beyond .* corners x0"),
-    ([[.1, .2, .3, .4], [0, 0, 1, 1]], "all boxes lie in 0..1, relative")])
+    ([[.1, .2, .3, .4], [0, 0, 1, 1]], "all boxes lie in 0..1, relative"),
+    # Not corners, as one of the three has more width than its right side would be.
+    ([[10, 10, 35, 20], [0, 0, 40.4, 30], [20, 20, 10, 5]], None)])
 def test_other_conventions_of_boxes_are_refused(tmp_path, boxes, message):
     make_coco(tmp_path, [(1, 1, box, 0) for box in boxes])
-    with pytest.raises(InputError, match=f"val2017.json: {message}.*convert them"):
-        read("coco", tmp_path)
-
-
-def test_boxes_beyond_their_pictures_are_counted(tmp_path):
-    """Not corners, as one of four has more width than its right side would be."""
-    make_coco(tmp_path, [(1, 1, [10, 10, 35, 20], 0), (1, 1, [0, 0, 40.4, 30], 0),
-                         (1, 1, [20, 20, 10, 5], 0)])
-    assert "1 boxes go beyond their pictures: clipped" in read("coco", tmp_path).summary
+    if message is None:
+        assert "1 boxes go beyond their pictures: clipped" in read("coco", tmp_path).summary
+    else:
+        with pytest.raises(InputError, match=f"val2017.json: {message}.*convert them"):
+            read("coco", tmp_path)
 
 
 def test_a_training_set_without_boxes_is_refused(tmp_path):
@@ -594,57 +522,27 @@ def test_names_in_another_spelling(tmp_path, listed, stored):
     assert read("coco", tmp_path).names.tolist() == [stored]
 
 
-def test_coco_record_numbers_are_the_files(tmp_path):
-    """Also where the file's boxes are not in the order of its images."""
-    content = make_coco(tmp_path, [(2, 1, [4, 3, 8, 6], 0), (1, 3, [4, 3, 8, 6], 0)])
-    content["annotations"][0]["bbox"] = [1, 2, 3]
-    write(tmp_path / "coco/annotations/instances_val2017.json", content)
-    with pytest.raises(InputError, match="record 0 has a bbox that is not 4 finite number"):
-        read("coco", tmp_path)
-
-
 def test_coco_test_split_has_no_boxes(tmp_path):
     content = coco_file([], images=[dict(id=5, file_name="5.jpg", width=40, height=30)])
     del content["annotations"]
-    write(tmp_path / "coco/annotations/image_info_test-dev2017.json", content)
+    path = write(tmp_path / "coco/annotations/image_info_test-dev2017.json", content)
     picture(tmp_path / "coco/test2017/5.jpg")
     dataset = read("coco", tmp_path, "test")
     batch = data.collate(dataset.task, [dataset.sample(0)])
     assert batch.boxes is None and batch.labels is None and batch.sizes.tolist() == [[30, 40]]
-
-
-def test_empty_split(tmp_path):
-    write(tmp_path / "coco/annotations/instances_val2017.json", coco_file([]) | {"images": []})
-    assert len(read("coco", tmp_path)) == 0 and "no samples" in read("coco", tmp_path).summary
-
-
-def test_generated_annotations(tmp_path):
-    """Random boxes, some absurd: those that reach training lie inside [0, 1] and are not empty."""
-    rng, boxes = np.random.default_rng(0), []
-    for _ in range(2000):
-        x, y, w, h = rng.normal(20, 30, 4).round(int(rng.integers(0, 3))).tolist()
-        crowd = int(rng.random() < 0.1)
-        boxes.append((int(rng.integers(1, 9)), int(rng.choice([1, 3])), [x, y, w, h], crowd))
-    make_coco(tmp_path, boxes, "train")
-    dataset = read("coco", tmp_path, "train")
-    for index in range(len(dataset)):
-        sample = dataset.sample(index, np.random.default_rng(index))
-        centre, half = sample.boxes[:, :2], sample.boxes[:, 2:] / 2
-        low, high = centre - half, centre + half
-        assert (sample.boxes[:, 2:] > 0).all() and len(sample.boxes) == len(sample.labels)
-        assert (low >= -1e-6).all() and (high <= 1 + 1e-6).all()
+    write(path, content | {"images": []})
+    empty = read("coco", tmp_path, "test")
+    assert len(empty) == 0 and "no samples" in empty.summary
 
 
 @real
 def test_real_coco():
     dataset = read("coco", REAL)
     assert len(dataset) == 50 and "11 crowd boxes" in dataset.summary
-    truth, official = dataset.ground_truth(), json.loads(
-        (REAL / "coco/annotations/instances_val2017.json").read_text())
-    assert sorted(a["bbox"] for a in truth.anns.values()) == sorted(
-        a["bbox"] for a in official["annotations"])
-    assert sorted(a["area"] for a in truth.anns.values()) == sorted(
-        a["area"] for a in official["annotations"])
+    truth = dataset.ground_truth().anns.values()
+    official = json.loads((REAL / "coco/annotations/instances_val2017.json").read_text())
+    for key in ("bbox", "area"):
+        assert sorted(a[key] for a in truth) == sorted(a[key] for a in official["annotations"])
     index = dataset.ids.tolist().index(58636)  # has no annotation
     assert dataset.sample(index).boxes.shape == (0, 4)
 
@@ -712,8 +610,7 @@ def test_a_vocabulary_of_the_training_texts(tmp_path, capsys):
 def test_no_vocabulary_of_no_texts(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.main(["--data", str(tmp_path), "--prepare", "vocab"])
-    assert "no training texts" in capsys.readouterr().err
-    assert not (tmp_path / "bert").exists()
+    assert "no training texts" in capsys.readouterr().err and not (tmp_path / "bert").exists()
 
 
 def test_prepare_vg(tmp_path):
@@ -749,35 +646,24 @@ def test_vg_reader(tmp_path, capsys):
     assert (prepared.task.num_classes, prepared.task.num_attributes) == (4, 23)
 
 
-def test_vg_vocabulary_of_another_case(tmp_path):
+def test_vg_vocabularies(tmp_path):
+    """One in another case fits; one of other things, and none of COCO's val2017, are refused."""
     make_vg(tmp_path)
-    write(tmp_path / "vg/objects_vocab.txt", "Man\nSTOP SIGN,StopSign\ndog\n")
+    path = write(tmp_path / "vg/objects_vocab.txt", "Man\nSTOP SIGN,StopSign\ndog\n")
     dataset = read("vg", tmp_path, "train")
     assert dataset.labels.tolist() == [1, 2] and dataset.class_names[2] == "STOP SIGN"
     assert "dropped from train and val: 1 repeated image ids, 1 attributes" in dataset.summary
-
-
-def test_vg_vocabulary_that_fits_nothing(tmp_path):
-    make_vg(tmp_path)
-    write(tmp_path / "vg/objects_vocab.txt", "zebra\n")
+    write(path, "zebra\n")
     with pytest.raises(InputError, match="objects_vocab.txt: no box is left to train on .*"
                                          "5 objects outside the vocabulary"):
         read("vg", tmp_path, "train")
-
-
-def test_vg_without_coco_names_the_file(tmp_path):
-    make_vg(tmp_path)
+    thing = dict(names=["man"], y=1)
+    write(tmp_path / "vg/attributes.json", [dict(image_id=1, attributes=[thing])])
+    with pytest.raises(InputError, match="attributes.json: record 0: lacks 'x'"):
+        read("vg", tmp_path, "train")
     (tmp_path / "coco/annotations/instances_val2017.json").unlink()
     with pytest.raises(InputError, match="instances_val2017.json: missing"):
         read("vg", tmp_path, "train")
-
-
-def test_vg_bad_rows(tmp_path):
-    make_vg(tmp_path)
-    row = dict(image_id=1, attributes=[dict(names=["man"], y=1)])
-    write(tmp_path / "vg/attributes.json", [row])
-    with pytest.raises(InputError, match="attributes.json: a row lacks 'x'"):
-        data.prepare_vg(tmp_path)
 
 
 @real
@@ -795,6 +681,17 @@ def test_real_vg(tmp_path):
 
 # -------------------------------------------------------------------------------------------- VQA
 
+def write_vqa(root, rows):
+    """rows: {part: [(question id, image id, question, answers), ...]}"""
+    for part, questions in rows.items():
+        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=[
+            dict(question_id=n, image_id=image, question=text) for n, image, text, _ in questions]))
+        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=[
+            dict(question_id=n, image_id=image, multiple_choice_answer=ten[0], answers=[
+                dict(answer=a, answer_confidence="yes", answer_id=k) for k, a in enumerate(ten, 1)])
+            for n, image, _, ten in questions]))
+
+
 def make_vqa(root, words=None):
     """Pictures 1, 2 (train2014), 3 (val2014, in val2017) and 4 (val2014 only); VG's as above."""
     make_vg(root)
@@ -810,20 +707,13 @@ def make_vqa(root, words=None):
                           (99, 77, "no picture?", ["red"] * 10)],
             "val2014": [(30, 3, "held out?", ["red"] * 10), (40, 4, "not held out?", ["Blue"] * 10),
                         (31, 3, "odd?", ["never"] * 10)]}
-    for part, questions in rows.items():
-        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=[
-            dict(question_id=n, image_id=image, question=text) for n, image, text, _ in questions]))
-        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=[
-            dict(question_id=n, image_id=image, multiple_choice_answer=ten[0], answers=[
-                dict(answer=a, answer_confidence="yes", answer_id=k) for k, a in enumerate(ten, 1)])
-            for n, image, _, ten in questions]))
+    write_vqa(root, rows)
     write(root / "vg/question_answers.json", [
         dict(id=n, qas=[dict(image_id=n, qa_id=1000 + n, question="Where?", answer="Red."),
                         dict(image_id=n, qa_id=2000 + n, question="Why?", answer="Nobody knows.")])
         for n in (1, 2, 3, 50)])
     if words:
         write(root / "vqa2/answers_vqa.txt", "\n".join(words))
-    return rows
 
 
 def test_vqa_splits_and_scores(tmp_path):
@@ -846,18 +736,25 @@ def test_vqa_splits_and_scores(tmp_path):
     assert val.scores(1).sum() == 0 and val.answers(1) == ["never"] * 10
     assert train.answers(0) == ["red"] * 4 + ["blue"] * 2 + ["none"] * 3 + ["x"]
     assert train.task.num_classes == 5 and train.class_names[0] == "<unk>"
+    (tmp_path / "vg/question_answers.json").unlink()
+    train = read("vqa2", tmp_path, "train")
+    assert train.ids.tolist() == [10, 20, 40]
+    assert "without Visual Genome's questions" in train.summary
 
 
 def test_vqa_vocabulary_is_built(tmp_path):
-    """Of both parts, normal forms of the most common answer seen for nine questions at least."""
+    """Of both parts, normal forms of the most common answer seen for nine questions at least; it is
+    counted where the file does not state it."""
     make_vqa(tmp_path)
     path = tmp_path / "vqa2/v2_mscoco_val2014_annotations.json"
     rows = json.loads(path.read_text())["annotations"]
     for count, answer in [(8, "zebra"), (5, "The Cat"), (4, "cat."), (9, "two"), (20, "an"),
                           (9, "b")]:
         rows += [dict(question_id=10**6, multiple_choice_answer=answer, answers=[])] * count
+    ten = [dict(answer=answer) for answer in ("dog", "house", "house")]
+    rows += [dict(question_id=10**6, answers=ten)] * 9
     write(path, dict(annotations=rows))
-    assert read("vqa2", tmp_path).class_names == ["<unk>", "2", "b", "cat"]
+    assert read("vqa2", tmp_path).class_names == ["<unk>", "2", "b", "cat", "house"]
 
 
 def test_vqa_test_split(tmp_path):
@@ -879,25 +776,18 @@ def test_vqa_errors(tmp_path):
     assert read("vqa2", tmp_path).class_names == ["<unk>", "red"]
     path = tmp_path / "vqa2/v2_mscoco_val2014_annotations.json"
     rows = json.loads(path.read_text())
-    rows["annotations"][0]["answers"][3] = {}
-    write(path, rows)
-    with pytest.raises(InputError, match="record 0 has a bad answer .*30"):
-        read("vqa2", tmp_path)
-    del rows["annotations"][0]["answers"]
-    write(path, rows)
-    with pytest.raises(InputError, match="annotations.json: record 0: 'answers'"):
-        read("vqa2", tmp_path)
+    for answers, message in ([{}], "a bad answer .*30"), (None, "'answers' is not a list"):
+        rows["annotations"][0]["answers"] = answers
+        write(path, rows)
+        with pytest.raises(InputError, match=f"annotations.json: record 0: {message}"):
+            read("vqa2", tmp_path)
 
 
 def own_vqa(root, train, val, pictures, coco=True):
     """train, val: (question id, image id, answers) of the two files; pictures: as in coco/.
     val2017's images, if `coco`, are those in its folder."""
-    for part, rows in (("train2014", train), ("val2014", val)):
-        asked = [dict(question_id=n, image_id=i, question=f"{part} {n}?") for n, i, _ in rows]
-        answered = [dict(question_id=n, answers=[dict(answer=a) for a in answers])
-                    for n, _, answers in rows]
-        write(root / f"vqa2/v2_OpenEnded_mscoco_{part}_questions.json", dict(questions=asked))
-        write(root / f"vqa2/v2_mscoco_{part}_annotations.json", dict(annotations=answered))
+    write_vqa(root, {part: [(n, image, f"{part} {n}?", answers) for n, image, answers in rows]
+                     for part, rows in (("train2014", train), ("val2014", val))})
     for name in pictures:
         picture(root / "coco" / name)
     images = [dict(id=int(name[-5]), file_name=name[8:], width=40, height=30)
@@ -923,9 +813,7 @@ def test_vqa_of_own_numbers(tmp_path):
     assert asked(train) == {("train2014 1?", "coco/train2017/1.jpg"): ["red"],
                             ("train2014 2?", "coco/train2017/2.png"): ["red"]}
     assert asked(val) == {("val2014 1?", "coco/val2017/1.jpg"): ["blue"]}
-    assert "1 training questions have image ids that are in val2017, too" in train.summary
-    assert "skipped: 1 training questions on pictures of val2017" in train.summary
-    assert "2 questions have fewer than ten answers" in train.summary
+    assert "2 training questions have image ids that are in val2017, too" in train.summary
 
 
 def test_vqa_without_cocos_file(tmp_path):
@@ -936,13 +824,6 @@ def test_vqa_without_cocos_file(tmp_path):
     assert train.ids.tolist() == [1, 2] and val.ids.tolist() == [3, 4]
     assert "instances_val2017.json train2014 trains, val2014 evaluates" in train.summary
     assert "4 pictures have unusual" not in train.summary and "unusual" in train.summary
-
-
-def test_vqa_vocabulary_without_the_most_common_answers(tmp_path):
-    own_vqa(tmp_path, [(n, n, ["blue", "red", "red"]) for n in range(1, 10)], [],
-            [f"train2017/{n}.jpg" for n in range(1, 10)])
-    (tmp_path / "vqa2/answers_vqa.txt").unlink()
-    assert read("vqa2", tmp_path, "train").class_names == ["<unk>", "red"]
 
 
 @pytest.mark.parametrize("answers, scores", [
@@ -957,30 +838,13 @@ def test_vqa_scores_of_any_number_of_answers(tmp_path, answers, scores):
     assert dataset.answers(0) == answers
 
 
-def test_vqa_without_vg_questions_says_so(tmp_path):
-    make_vqa(tmp_path, ["<unk>", "red", "blue"])
-    (tmp_path / "vg/question_answers.json").unlink()
-    dataset = read("vqa2", tmp_path, "train")
-    assert dataset.ids.tolist() == [10, 20, 40]
-    assert "without Visual Genome's questions" in dataset.summary
-
-
 @real
 def test_real_vqa():
     dataset = data.load(REAL, ["vqa2"], "train")[1]["vqa2"]
     assert len(dataset.class_names) == 3129 and len(dataset) > 70
-    folders = {dataset.names[n].split("/")[0] for n in range(len(dataset))}
-    assert folders == {"coco", "vg"}
+    assert {name.split("/")[0] for name in dataset.names.tolist()} == {"coco", "vg"}
     sample = dataset.sample(0)
     assert sample.scores.shape == (3129,) and 0 < sample.scores.max() <= 1
-    # 22 of the 1,100 questions have no answer in the vocabulary as they stand.
-    words = set(data.read_lines(REAL / "vqa2/answers_vqa.txt"))
-    outside = 0
-    for part in ("train", "val"):
-        rows = data.read_json(REAL / f"vqa2/v2_mscoco_{part}2014_annotations.json")["annotations"]
-        for row in rows:
-            outside += not words & {a["answer"] for a in row["answers"]}
-    assert outside == 22
 
 
 # ------------------------------------------------------------------------------------ SNLI-VE, GLUE
@@ -996,8 +860,7 @@ def test_snli_ve(tmp_path):
     path = tmp_path / "snli_ve/snli_ve_dev.jsonl"
     write(path, "\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n")
     vocabulary(tmp_path)
-    tasks, datasets = data.load(tmp_path, ["snli_ve"], "val")
-    dataset = datasets["snli_ve"]
+    dataset = data.load(tmp_path, ["snli_ve"], "val")[1]["snli_ve"]
     assert [dataset.label(n) for n in range(3)] == [1, 2, 0] and len(dataset) == 3
     assert dataset.names[1] == "22.jpg" and dataset.texts(1) == ["A cat."]
     assert "1 with label '-'" in dataset.summary and "1 without picture" in dataset.summary
@@ -1005,7 +868,7 @@ def test_snli_ve(tmp_path):
     assert sample.scores.tolist() == [0, 1, 0] and sample.image.shape == (3, 800, 1066)  # floored
     for broken, message in [
             ('{"Flickr30K_ID": "11"', "line 1: JSONDecodeError"),
-            ('{"Flickr30K_ID": "11", "gold_label": "neutral"}', "line 1: KeyError.'sentence2'"),
+            (json.dumps(rows[0] | dict(sentence2=None)), "line 1: ValueError.*'sentence2' is not"),
             (json.dumps(rows[0] | dict(gold_label="maybe")), "unknown label 'maybe'; it is one of"),
             (json.dumps(rows[0] | dict(Flickr30K_ID="../../x")), "leads out of"),
             (json.dumps(rows[2]), "none of its pictures")]:
@@ -1025,16 +888,13 @@ def test_glue_oddities(tmp_path):
         ['"Why?', 'What "is" it?'], ["ä b", "c"], ["", "empty first"]]
     assert [dataset.label(n) for n in range(3)] == [0, 1, 1]
     assert "3 rows of too few or too many columns" in dataset.summary
-    write(path, header + "\n1\t1\t2\ta\tb\tyes\n")
-    with pytest.raises(InputError, match="dev.tsv: line 2: unknown label 'yes'; it is one of 0, 1"):
-        read("qqp", tmp_path)
-    write(path, "a\tb\n")
-    with pytest.raises(InputError, match="line 1: no column 'question1'"):
-        read("qqp", tmp_path)
-    write(path, "")
-    with pytest.raises(InputError, match="line 1: no column"):
-        read("qqp", tmp_path)
-    (tmp_path / "glue/QQP/dev.tsv").unlink()
+    for content, message in [
+            (header + "\n1\t1\t2\ta\tb\tyes\n", "line 2: unknown label 'yes'; it is one of 0, 1"),
+            ("a\tb\n", "line 1: no column 'question1'"), ("", "line 1: no column")]:
+        write(path, content)
+        with pytest.raises(InputError, match=f"dev.tsv: {message}"):
+            read("qqp", tmp_path)
+    path.unlink()
     with pytest.raises(InputError, match="dev.tsv: missing for qqp val"):
         read("qqp", tmp_path)
 
@@ -1126,8 +986,8 @@ def test_schedule_order_does_not_depend_on_the_other_tasks():
     both = data.Schedule(SIZES, CHANCES, 5, 100, seed=0)
     alone = data.Schedule({"vg": 11}, {"vg": 1}, 5, 100, seed=0)
     mine = [i for i in range(100) if both.task(i) == "vg"]
-    assert all(same(both.samples(i).tolist(), alone.samples(k).tolist())
-               for k, i in enumerate(mine))
+    for k, i in enumerate(mine):
+        assert both.samples(i).tolist() == alone.samples(k).tolist()
 
 
 def test_schedule_edges():
@@ -1153,10 +1013,6 @@ def small(tmp_path_factory):
     return data.load(root, ["coco", "sst2"], "train", 32, "flip")[1]
 
 
-def full_size(dataset):
-    return read("coco", dataset.data, "train")
-
-
 def load_all(datasets, start=0, **extra):
     """[(iteration, Batch), ...]"""
     sizes = {name: len(dataset) for name, dataset in datasets.items()}
@@ -1179,109 +1035,100 @@ def test_loader_does_not_depend_on_ranks_or_micro_batches(small):
     halves = [load_all(small, rank=r, world_size=2, micro_batch=1) for r in (0, 1)]
     joined = [x for k in range(0, 16, 2) for half in halves for x in half[k:k + 2]]
     assert same_batches(whole, joined)
+    together = load_all(small, micro_batch=4)
+    first, second = ([box for _, b in batches for box in b.boxes or ()]
+                     for batches in (whole, together))
+    assert len(first) > 10 and same(first, second)
     assert [len(b) for _, b in load_all(small, rank=1, world_size=2, micro_batch=2)] == [2] * 8
 
 
-def test_default_micro_batch_is_one_picture(small):
-    datasets = small | {"coco": full_size(small["coco"])}
-    sizes = {(b.task, len(b)) for _, b in load_all(datasets)}
-    assert sizes == {("coco", 1), ("sst2", 4)}
-
-
-def test_loader_leaves_torchs_generator_alone(small):
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    load_all(small, num_workers=1)
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_eval_loader_in_order(small):
-    dataset = small["coco"]
+    """By default pictures come one by one."""
     for workers in (0, 2):
-        batches = [batch for batch, _ in data.eval_loader(dataset, [5, 0, 3], 2, workers)]
+        batches = [batch for batch, _ in data.eval_loader(small["coco"], [5, 0, 3], 2, workers)]
         assert [b.ids for b in batches] == [[6, 1], [4]]
         assert batches[0].image_mask is not None and batches[0].boxes[0].shape == (0, 4)
-    assert [len(b) for b, _ in data.eval_loader(full_size(dataset), range(3))] == [1, 1, 1]
+    assert [len(b) for b, _ in data.eval_loader(small["coco"], range(3))] == [1, 1, 1]
+    assert {(b.task, len(b)) for _, b in load_all(small)} == {("coco", 1), ("sst2", 4)}
 
 
-class Failing:
-    """A data set of one-pixel pictures whose worker fails, in the way of its name."""
-    task = TASK["coco"]
-
-    def __init__(self, name):
-        self.name = name
-
-    def sample(self, index, rng=None):
-        if self.name == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.name == "shared memory":  # stands in for a full /dev/shm: no file may grow
-            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-        if self.name == "open files":
-            free = os.dup(0)
-            os.close(free)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (free, 4096))
-        return data.Sample(index, torch.zeros(3, 1, 1), (1, 1))
+def workers_of(folder):
+    """A loader of two workers over tiny sentences, begun, and the workers' process ids."""
+    _, sets = data.load(folder, ["sst2"], "train", 32, "flip")
+    schedule = data.Schedule({"sst2": len(sets["sst2"])}, {"sst2": 1.0}, 4, 1000, seed=0)
+    loader = data.train_loader(sets, schedule, num_workers=2)
+    next(loader)
+    return loader, [p.pid for p in multiprocessing.active_children()]
 
 
-@pytest.mark.parametrize("name, says", [("killed", "exit status -9"), ("open files", "open files"),
-                                        ("shared memory", "unable to resize file")])
-def test_failing_workers_end_the_run_in_one_line(name, says):
-    """PyTorch prints what the second and the third ran into, and waits for ever."""
-    before = signal.getsignal(signal.SIGCHLD)
-    with pytest.raises(InputError) as error:
-        list(data.eval_loader(Failing(name), range(4), 1, 1))
-    assert re.search(rf"\A[^\n]*{says}[^\n]*--num_workers.*--shm-size.*ulimit -n", str(error.value))
-    assert signal.getsignal(signal.SIGCHLD) == before
+def test_a_worker_that_dies_ends_the_run_in_one_line(small_tiny_data):
+    """At the next batch, not in the middle of the update: what was trained could not be saved."""
+    loader, pids = workers_of(small_tiny_data)
+    os.kill(pids[0], signal.SIGKILL)
+    end = time.time() + 1
+    while time.time() < end:  # an update
+        pass
+    with pytest.raises(InputError, match=r"\A[^\n]*exit status -9[^\n]*--num_workers[^\n]*\Z"):
+        list(loader)
+    assert not multiprocessing.active_children()
 
 
-FEW_FILES = """
-import resource, sys
+def test_workers_serve_on_after_sigterm(small_tiny_data):
+    """A cluster sends it to all processes; the parent needs its workers to finish what is in hand,
+    however long that takes."""
+    loader, pids = workers_of(small_tiny_data)
+    assert len(pids) == 2
+    for pid in pids:
+        for number in data.STOPPING:
+            os.kill(pid, number)
+        ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+        for number in data.STOPPING:  # for good, not for a while
+            assert int(ignored, 16) >> (number - 1) & 1
+    assert len(list(itertools.islice(loader, 50))) == 50
+    loader.close()
+
+
+PROGRAM = """
+import resource, sys, time
 import data
-_, sets = data.load(sys.argv[1], ["coco"], "train", 32, "flip")
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))
+from test_data import workers_of
+if sys.argv[2].isdecimal():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), 4096))
 try:
-    list(data.eval_loader(sets["coco"], [0] * 1000, 4, 4))
+    loader, pids = workers_of(sys.argv[1])
 except data.InputError as error:
     sys.exit(str(error))
-"""
-
-
-@pytest.mark.parametrize("limit", [14, 32])  # the first while workers start
-def test_too_few_open_files_end_the_run_in_one_line(small_tiny_data, limit):
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", FEW_FILES, small_tiny_data,
-                          str(limit)], cwd=ROOT, timeout=100, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert re.search("Too many open files.*ulimit -n", run.stderr.splitlines()[-1])
-
-
-def test_a_worker_that_dies_during_an_update_shows_at_the_next_batch(small_tiny_data):
-    """Not in the middle of the update: what was trained could not be saved."""
-    loader, pids = workers_of(small_tiny_data)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    end = time.time() + 1
-    while time.time() < end:  # an update; PyTorch would raise here
-        pass
-    with pytest.raises(InputError, match="exit status -9"):
-        for _ in loader:
-            pass
-
-
-FAULT = """
-import sys
-import data
-_, sets = data.load(sys.argv[1], ["sst2"], "train", 32, "flip")
-for batch in data.eval_loader(sets["sst2"], [0] * 10_000, 4, 2):
+print(*pids, flush=True)
+if sys.argv[2] == "fault":
     raise RuntimeError("a fault of the program")
+time.sleep(60)
 """
 
 
-def test_a_fault_of_the_program_does_not_wait_for_its_workers(small_tiny_data):
-    """They ignore the SIGTERM that Python sends them at the end."""
-    run = subprocess.run([sys.executable, "-c", FAULT, small_tiny_data], cwd=ROOT, timeout=100,
-                         capture_output=True, text=True)
-    assert run.returncode == 1 and "a fault of the program" in run.stderr
+def program(*arguments):
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, arguments)], text=True,
+                            cwd=Path(__file__).parent, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("how, says", [
+    ("fault", "a fault of the program"),     # which does not wait for its workers
+    ("14", "Too many open files.*ulimit -n")])  # while they start
+def test_programs_with_workers_that_end_early(small_tiny_data, how, says):
+    with program(small_tiny_data, how) as run:
+        _, errors = run.communicate(timeout=100)
+    assert run.returncode == 1 and re.search(says, errors.splitlines()[-1])
+
+
+def test_workers_do_not_outlive_their_parent(small_tiny_data):
+    with program(small_tiny_data, "sleep") as parent:
+        pids = parent.stdout.readline().split()
+        parent.kill()
+        end = time.time() + 30
+        while time.time() < end and any(Path(f"/proc/{pid}/status").exists() and "(zombie)" not in
+                                        Path(f"/proc/{pid}/status").read_text() for pid in pids):
+            time.sleep(0.2)
+        assert len(pids) == 2 and time.time() < end
 
 
 # ------------------------------------------------------------------------------ unusable pictures
@@ -1335,22 +1182,17 @@ def test_no_usable_picture_is_an_error_at_once(small, tmp_path):
 
 # ------------------------------------------------------------------------------------ command line
 
-def command(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), *map(str, arguments)],
-                          capture_output=True, text=True, timeout=120)
-
-
-def test_report_names_what_is_missing(tmp_path):
+def test_report_names_what_is_missing(tmp_path, capsys):
     make_vqa(tmp_path, ["<unk>", "red"])
     (tmp_path / "glue/MNLI").mkdir(parents=True)
-    run = command("--data", tmp_path)
-    assert run.returncode == 0 and not run.stderr
-    lines = {tuple(line.split()[:2]): line for line in run.stdout.splitlines() if line}
+    data.main(["--data", str(tmp_path)])
+    printed = capsys.readouterr().out
+    lines = {tuple(line.split()[:2]): line for line in printed.splitlines() if line}
     assert "coco/annotations/instances_train2017.json: missing" in lines["coco", "train"]
     assert re.search(r" 2 samples +2 pictures", lines["coco", "val"])
     assert "glue/MNLI/dev_mismatched.tsv: missing" in lines["mnli", "val"]
     assert lines["sst2", "nothing"] and ("sst2", "val") not in lines
-    assert "found   bert/vocab.txt" in run.stdout and "missing detr/detr-r50" in run.stdout
+    assert "found   bert/vocab.txt" in printed and "missing detr/detr-r50" in printed
 
 
 def test_report_of_some_tasks(tmp_path, monkeypatch, capsys):
@@ -1374,12 +1216,13 @@ def test_check_opens_every_picture_once(tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
         data.main(["--data", str(tmp_path), "--check"])
     printed = capfd.readouterr()
-    assert end.value.code == 1 and "12 of 14 pictures cannot be used" in printed.out
+    assert end.value.code == 1 and printed.out.count("cannot be read") == 12
+    assert printed.out.count("30 x 40, but 40 x 30 in the annotations") == 1
     assert printed.out.endswith("14 pictures opened, 12 cannot be used\n")
     assert printed.out.count("val2017/1.jpg: cannot be read") == 1
     with pytest.raises(SystemExit) as end:
         data.main(["--data", str(tmp_path), "--check", "--tasks", "vg,vqa2"])
-    assert "11 of 14 pictures cannot be used" in capfd.readouterr().out  # these need no size
+    assert "14 pictures opened, 11 cannot be used" in capfd.readouterr().out  # these need no size
     for n in range(1, 13):
         picture(tmp_path / f"coco/val2017/{n}.jpg")
     with pytest.raises(SystemExit) as end:
@@ -1394,33 +1237,13 @@ def test_check_opens_every_picture_once(tmp_path, capfd):
     (["--dat", "."], "unrecognized arguments: --dat ."), (["--prepare", "coco"], "invalid choice")])
 def test_command_line_errors(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        data.main()
+        data.main(arguments)
     errors = capsys.readouterr().err
     assert end.value.code == 2 and message in errors
     assert errors.count("\n") == 1 or errors.startswith("usage:")  # argparse's own
-
-
-def test_unknown_task_and_split(tmp_path):
-    with pytest.raises(InputError, match="unknown task 'foo'; there are coco, vg"):
-        data.load(tmp_path, ["foo"], "val")
     with pytest.raises(InputError, match="vg has no split 'test', but train, val"):
         data.load(tmp_path, ["vg"], "test")
-
-
-def test_a_console_that_lacks_a_letter_prints_a_question_mark(tmp_path):
-    (tmp_path / "猫").mkdir()
-    run = subprocess.run([sys.executable, str(ROOT / "data.py"), "--data", tmp_path / "猫"],
-                         env={**os.environ, "PYTHONIOENCODING": "cp1252"}, capture_output=True)
-    assert run.returncode == 0 and b"/?: what is there" in run.stdout
-
-
-@real
-def test_report_on_real_rows(capsys):
-    data.report(REAL, [])
-    out = capsys.readouterr().out
-    assert re.search(r"qnli +val +5,463 samples", out) and "none of its pictures" in out
 
 
 def test_tiny_questions_need_the_picture():
@@ -1444,46 +1267,3 @@ def test_tiny_questions_need_the_picture():
     assert 0.4 < np.mean([answer for answers in said.values() for answer in answers]) < 0.6
 
 
-ORPHANS = """
-import sys, time
-from test_data import workers_of
-loader, pids = workers_of(sys.argv[1])
-print(*pids, flush=True)
-time.sleep(60)
-"""
-
-
-def workers_of(folder):
-    """A loader of two workers over tiny sentences, begun, and the workers' process ids."""
-    _, sets = data.load(folder, ["sst2"], "train", 32, "flip")
-    schedule = data.Schedule({"sst2": len(sets["sst2"])}, {"sst2": 1.0}, 4, 1000, seed=0)
-    loader = data.train_loader(sets, schedule, num_workers=2)
-    next(loader)
-    return loader, [p.pid for p in multiprocessing.active_children()]
-
-
-def test_workers_serve_on_after_sigterm(small_tiny_data):
-    """A cluster sends it to all processes; the parent needs its workers to finish what is in hand,
-    however long that takes."""
-    loader, pids = workers_of(small_tiny_data)
-    assert len(pids) == 2
-    for pid in pids:
-        for number in data.STOPPING:
-            os.kill(pid, number)
-        ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
-        for number in data.STOPPING:  # for good, not for a while
-            assert int(ignored, 16) >> (number - 1) & 1
-    assert len(list(itertools.islice(loader, 50))) == 50
-    loader.close()
-
-
-def test_workers_do_not_outlive_their_parent(small_tiny_data):
-    with subprocess.Popen([sys.executable, "-c", ORPHANS, small_tiny_data], stdout=subprocess.PIPE,
-                          cwd=Path(__file__).parent, text=True) as parent:
-        pids = parent.stdout.readline().split()
-        parent.kill()
-        end = time.time() + 30
-        while time.time() < end and any(Path(f"/proc/{pid}/status").exists() and "(zombie)" not in
-                                        Path(f"/proc/{pid}/status").read_text() for pid in pids):
-            time.sleep(0.2)
-        assert len(pids) == 2 and time.time() < end
