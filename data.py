@@ -916,7 +916,8 @@ class Schedule:
     how far its data set has been read; each pass through a data set is a shuffle of its own."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
-                 iterations: int, seed: int, coco_first: int = 0):
+                 iterations: int, seed: int, first: tuple[str, ...] = (),
+                 first_iterations: int = 0):
         self.names, self.sizes, self.batch_size = list(sizes), sizes, batch_size
         self.iterations, self.seed = iterations, seed
         if empty := [name for name in self.names if not sizes[name]]:
@@ -925,8 +926,10 @@ class Schedule:
         # One draw an iteration: a longer run begins as a shorter one does.
         self.choices = np.random.default_rng([seed, 0]).choice(
             len(weights), iterations, p=weights / weights.sum())
-        if coco_first:  # COCO initialisation within one run (ours)
-            self.choices[:coco_first] = self.names.index("coco")
+        if first:  # some tasks alone (ours)
+            weights *= [name in first for name in self.names]
+            self.choices[:first_iterations] = np.random.default_rng([seed, 3]).choice(
+                len(weights), first_iterations, p=weights / weights.sum())
         # (iterations, tasks): how often each was drawn so far, this iteration included.
         self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(weights)), 0, np.int32)
 
@@ -1661,10 +1664,22 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
 
 
 def tiny_question(things: list, rng) -> tuple[str, str]:
-    """A question about the picture with these things, and its answer."""
-    kind = rng.choice(["colour", "shape", "yes/no", "count"], p=[0.3, 0.3, 0.3, 0.1])
+    """A question about the picture with these things, and its answer.
+
+    A yes or no takes one comparison of a word with what is seen, or two: is there such a shape,
+    or such a colour? Has the shape that colour?"""
+    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.3, 0.2, 0.2, 0.2, 0.1])
     if kind == "count":
         return pick(rng, "how many shapes are there?/how many things do you see?"), str(len(things))
+    answer = pick(rng, "yes/no")
+    if kind == "one":
+        place, names, text = pick(rng, [(0, SHAPES, "is there a {}?"),
+                                        (1, list(COLOURS), "is anything {}?")])
+        seen = {thing[place] for thing in things}
+        missing = [name for name in names if name not in seen]
+        if not missing:  # all three shapes: "yes" would be the only answer
+            return tiny_question(things, rng)
+        return text.format(pick(rng, sorted(seen) if answer == "yes" else missing)), answer
     # What is asked about must be one: the only circle, the only red thing.
     keys = [thing[1 if kind == "shape" else 0] for thing in things]
     single = [thing for thing, key in zip(things, keys) if keys.count(key) == 1]
@@ -1675,7 +1690,6 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
         return pick(rng, f"what color is the {shape}?/which color has the {shape}?"), colour
     if kind == "shape":
         return pick(rng, f"what shape is {colour}?/which shape is the {colour} thing?"), shape
-    answer = pick(rng, "yes/no")
     if answer == "no":
         colour = another(rng, COLOURS, colour)
     return f"is the {shape} {colour}?", answer

@@ -288,25 +288,30 @@ class Backbone(nn.Module):
 
 
 class SmallBackbone(nn.Module):
-    """B for small pictures (ours): residual, stride 8. Group norm, since statistics over a batch
-    would make the update depend on how a batch is cut into micro-batches."""
+    """B for small pictures (ours): three convolutions of stride 2, then two residual ones. Group
+    norm, since statistics over a batch would make the update depend on how a batch is cut.
+
+    Each picture is standardised first, and no ReLU comes last: otherwise all that pictures have in
+    common drowns the differences between them, in pale or dark ones most of all."""
 
     def __init__(self, width: int = 64):
         super().__init__()
         self.channels = width
-        self.stem = nn.Conv2d(3, width // 2, 3, stride=2, padding=1)
-        self.down = nn.ModuleList([nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-                                   nn.Conv2d(width, width, 3, stride=2, padding=1)])
+        self.down = nn.ModuleList([nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
+                                   nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
+                                   nn.Conv2d(width // 2, width, 3, stride=2, padding=1)])
         self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(4))
+        channels = (width // 4, width // 2, width, width, width, width)
+        self.norms = nn.ModuleList(nn.GroupNorm(8, n) for n in channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
-        x = F.relu(self.stem(images))
-        for i, (down, residual) in enumerate(zip(self.down, self.residual)):
-            x = F.relu(self.norms[2 * i](down(x)))
-            x = F.relu(x + self.norms[2 * i + 1](residual(x)))
-        return x
+        x = F.group_norm(images, 1)  # one group: all pixels of a picture, padding included
+        for conv, norm in zip(self.down, self.norms[:3]):
+            x = F.relu(norm(conv(x)))
+        for conv, norm in zip(self.residual, self.norms[3:5]):
+            x = x + F.relu(norm(conv(x)))
+        return self.norms[5](x)
 
 
 def sine_positions(valid: Tensor, width: int) -> Tensor:
@@ -599,8 +604,8 @@ def initialise(model: UniT) -> None:
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
     for name, p in text.named_parameters() if text else ():  # pretrained in the paper's runs
-        if name.startswith(OUR_OWN):
-            continue
+        if name.startswith(OUR_OWN) or "embeddings" in name:
+            continue  # embeddings stay N(0, 1): BERT's 0.02 would hide positions from the decoder
         if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
         elif name.endswith("bias"):

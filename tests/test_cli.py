@@ -204,7 +204,8 @@ def test_flags_have_the_last_word():
     """A flag wins over --experiment and --tiny; what tiny's own settings suppose, they lose."""
     config, run_config, out = settings("--tiny --experiment T4.2 --decoder_layers 3")
     assert config.decoder_layers == 3 and out.name == "tiny-T4.2" and not run_config.probabilities
-    assert settings("--tiny")[1].coco_first == train.TINY["coco_first"]
-    assert settings("--tiny --init some/last.pt")[1].coco_first == 0
-    assert settings("--tiny --init some/last.pt --coco_first 0.1")[1].coco_first == 0.1
+    assert settings("--tiny")[1].first_tasks == train.TINY["first_tasks"]
+    assert settings("--tiny --tasks mnli,vg")[1].first_tasks == ("mnli",)
+    assert settings("--tiny --init some/last.pt")[1].first_tasks == ()
+    assert settings("--tiny --init some/last.pt --first_tasks vg")[1].first_tasks == ("vg",)
     assert settings("--tiny --experiment T1.4 --out a/b")[1].init == "a/tiny-T1.1-coco/last.pt"

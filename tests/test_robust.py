@@ -374,7 +374,7 @@ def test_generated_vqa_accuracy():
 SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
          "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
          "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 "
-         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --coco_first 0").split()
+         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --first_share 0").split()
 MAIN = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.main}
 
 
@@ -417,8 +417,8 @@ WRONG = """
 --batch_size 0 | --batch_size -8 | --micro_batch -1 | --log_every 0 | --save_every -1
 --eval_every -1 | --eval_samples -1 | --num_workers -1 | --seed -1 | --seed 99999999999999999999
 --lr -1 | --lr nan | --lr fast | --lr_backbone -1 | --warmup -1 | --weight_decay -1 | --clip 0
---clip -1 | --clip nan | --dropout -0.1 | --dropout 1.5 | --dropout nan | --coco_first 2
---coco_first nan | --coco_first -1 | --tasks sst2 --coco_first 0.5 | --precision fp8
+--clip -1 | --clip nan | --dropout -0.1 | --dropout 1.5 | --dropout nan | --first_share 2
+--first_share nan | --first_share -1 | --tasks sst2 --first_tasks coco | --precision fp8
 --encoder_width 0 | --encoder_width 18 | --encoder_width 20 --encoder_heads 3 | --encoder_heads 0
 --encoder_layers -1 | --encoder_ff 0 | --bert_width 15 | --bert_heads -2 | --bert_layers -1
 --decoder_width 33 | --decoder_heads 0 | --decoder_layers 0 | --decoder_ff -1 | --num_queries -1
@@ -436,7 +436,7 @@ WRONG = """
 def test_wrong_flags_of_train(flags, small_tiny_data, tmp_path, capsys):
     line = mistake(capsys, "train.py", "--tiny", "--data", small_tiny_data, "--out",
                    tmp_path / "out", *SMALL, "--iterations", 30, *flags.split())
-    flag = flags.split()[-2] if "coco_first" in flags else flags.split()[0]
+    flag = flags.split()[-2] if "first" in flags else flags.split()[0]
     assert flag in line or "width" in flag and "width" in line  # split among too many heads
     assert not (tmp_path / "out/last.pt").exists()
 

@@ -29,7 +29,7 @@ from conftest import ROOT, Forked, run_python
 SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
          "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
          "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 "
-         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --coco_first 0").split()
+         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --first_share 0").split()
 
 
 def start(out, *more, data_dir, **kwargs):
