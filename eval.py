@@ -694,7 +694,9 @@ PAPER_TEST = {  # COCO and VQAv2 test-dev, SNLI-VE test, GLUE's server
     "T1.4": dict(coco=41.1, vqa2=67.47),
     "T2.4": dict(coco=41.1, vqa2=67.47),
     "T3.5": dict(vqa2=67.03, snli_ve=73.16, qnli=88.0, mnli=79.8, qqp=88.4, sst2=91.5)}
-RELEASED = {  # what the authors report for their published checkpoints, on validation (README)
+# What the authors report for their published checkpoints, on validation. The eight-task models:
+# mmf.sh/docs/projects/unit.
+RELEASED = {
     "released-coco": dict(coco=40.54),
     "released-coco-no-task": dict(coco=40.15),
     "released-all": eight(38.99, 3.29, 66.96, 73.16, 87.90, 80.90, 90.65, 89.22),

@@ -338,7 +338,7 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "T4.6": dict(tasks=ABLATION, loss_on_all_layers=True),
     "T4.7": dict(tasks=ABLATION, task_embedding=False),
     "T4.8": dict(tasks=ABLATION, batch_size=32),
-    # Table C.1 (Appendix C): more ablations. Line 8: footnote 3's twice as many iterations.
+    # Table C.1 (Appendix C): more ablations. Line 8: twice the iterations (see footnote 3).
     "TC.1.1": dict(tasks=ABLATION),
     "TC.1.2": dict(tasks=ABLATION, encoder_width=768),
     "TC.1.3": dict(tasks=ABLATION, imagenet_backbone=True),
@@ -348,6 +348,7 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "TC.1.7": dict(tasks=ABLATION, lr=1e-5),
     "TC.1.8": dict(tasks=ABLATION, iterations=1_000_000),
     "TC.1.9": dict(tasks=ABLATION, **COCO_INIT),
+    # Appendix C's text freezes "both decoders" here; its heading and the table say encoders.
     "TC.1.10": dict(tasks=ABLATION, **COCO_INIT, freeze=("image_encoder", "text_encoder")),
     "TC.1.11": dict(tasks=ABLATION, init="T1.1-coco", init_parts=("image_encoder",),
                           freeze=("image_encoder", "text_encoder")),
@@ -885,7 +886,7 @@ def run(args: argparse.Namespace) -> None:
     results = training_loop(model, datasets, held_out, extras, train, out, state)
     if rank == 0:
         evaluation.write_json(out / "results.json", results)
-        # The paper's numbers only beside the paper's data sets.
+        # A run's folder is named after its experiment; the paper's numbers need the same tasks.
         paper = train.tasks == EXPERIMENTS.get(out.name, {}).get("tasks")
         print(evaluation.results_table(results, out.name if paper else None))
         evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")

@@ -19,6 +19,7 @@ Where this differs from the paper's text:
   weights need it.
 * Eq. 7: in training the attribute head sees the class of the matched target (as in BUTD, which the
   paper cites), at test time the highest-scoring class of c^l.
+* Section 3.5: only half of the pictures are cropped, before the last resize (`data.augment`).
 * Table A.1 names one learning rate; the backbone has its own, DETR's (see train.py).
 
 Where the paper is silent, the authors' released system decides: how d_v^e and d_t^e become d_t^d (a
