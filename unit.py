@@ -74,11 +74,11 @@ class Task:
     image: bool                  # has an image: Section 3.1 applies
     text: bool                   # has a text: Section 3.2 applies
     num_classes: int             # C; detection: the largest category id + 1 (no-object on top)
-    num_queries: int = 0         # q, the length of q^task; 0: as `Config` has it
+    num_queries: int = 0         # q, the length of q^task; 0: from `Config`
     num_attributes: int = 0      # A, the largest attribute id + 1 (VG); 0: no attributes
     max_tokens: int = 128        # S at most, longer texts are truncated (released config)
     soft_scores: bool = False    # targets are scores in [0, 1] for several answers (VQAv2)
-    dataset: type | None = None  # the class in data.py that reads its files; the model never looks
+    dataset: type | None = None  # the class in data.py that reads its files; unused here
 
 
 @dataclass
@@ -180,7 +180,7 @@ def attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Padding mask (B, S), True = padding -> (B, 1, 1, S), which attention adds to its scores.
 
     Trap: `scaled_dot_product_attention` reads a boolean mask the other way round (True = attend),
-    and copies it to the full (B, heads, S, S). A float bias that broadcasts is taken as it is."""
+    and expands it to (B, heads, S, S). A float bias that broadcasts is used as it is."""
     if mask is None:
         return None
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -239,7 +239,7 @@ class Encoder(nn.Module):
     """Both encoders: layers, task vectors, and linear maps of states and positions to d_t^d.
 
     w^task is a learned (1, d) vector for each task, drawn from N(0, 1), and a parameter of its own:
-    rows of one table would all get a gradient (zeros) and drift in the optimiser."""
+    as rows of one table, unused vectors would get gradients of zero and drift in the optimiser."""
 
     def add_layers(self, config: Config, tasks: list[Task], depth: int, width: int, heads: int,
                    ff: int, bert: bool):
@@ -290,10 +290,10 @@ class Backbone(nn.Module):
 
 class SmallBackbone(nn.Module):
     """B for small pictures (ours): three convolutions of stride 2, then two residual ones. Group
-    norm, since statistics over a batch would make the update depend on how a batch is cut.
+    norm, since statistics over a batch would make the update depend on how the batch is split.
 
-    Each picture is standardised first, and no ReLU comes last: otherwise all that pictures have in
-    common drowns the differences between them, in pale or dark ones most of all."""
+    Each picture is standardised first, and no ReLU comes last: otherwise what all pictures share
+    drowns the differences between them, most of all in pale or dark ones."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -435,11 +435,10 @@ class Decoder(nn.Module):
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
-        So the first self-attention sees no content and all its values are its value bias: the
-        gradients of its query, key and value matrices are zero (except for dropout in the first
-        two). Queries then differ only in where they attend, and small models predict one layout of
-        boxes for all pictures for a long time. Eq. 4 also allows content that starts at q^task:
-        `queries_as_input`."""
+        The first self-attention then sees zeros: its values all equal its value bias, and its
+        query, key and value matrices have zero gradients (with dropout, only value). Queries differ
+        only in where they attend, and for a long time small models predict one layout of boxes for
+        all pictures. Eq. 4 also allows content that starts at q^task: `queries_as_input`."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
@@ -451,7 +450,7 @@ class Decoder(nn.Module):
 
 # ---- Section 3.4. Task-specific output heads -----------------------------------------------------
 class AttributeHead(nn.Module):
-    """BUTD's: a^l from state and class. As released it ends in a ReLU and has none between."""
+    """BUTD's: a^l from state and class. As released: a ReLU after the last layer, none between."""
 
     def __init__(self, width: int, task: Task):
         super().__init__()
@@ -507,7 +506,7 @@ class Classifier(nn.Module):
 # ---- The model -----------------------------------------------------------------------------------
 @dataclass
 class Outputs:
-    """The model's outputs for a batch. The last layer is the prediction; eval mode has no other.
+    """The model's outputs for a batch. The last layer is the prediction; eval mode has only it.
     Attributes a^l follow once the class is known (`detection_losses`, `postprocess`)."""
 
     hidden: Tensor               # (N_d, B, q, d)
@@ -582,8 +581,8 @@ class UniT(nn.Module):
             binary = task.soft_scores and self.config.binary_vqa_loss
             return {"answer": classification_loss(outputs.logits, batch.scores, binary) / n}
         terms = detection_losses(outputs, batch, self.heads[task.name])
-        # DETR's normaliser is the number of boxes averaged over processes, at least 1. With one
-        # image per process (Section 3.5) and averaged gradients: max(boxes of the batch, samples).
+        # DETR divides by the boxes per process, at least 1, and averages over processes. With one
+        # image per process (Section 3.5) that divides the batch's sum by max(boxes, samples).
         boxes = max(num_boxes or sum(map(len, batch.labels)), n)
         divisor = {"class": n, "l1": boxes, "giou": boxes, "attribute": n}
         return {k: LOSS_WEIGHTS[k] / divisor[k] * v.sum() for k, v in terms.items()}
@@ -598,8 +597,8 @@ def initialise(model: UniT) -> None:
     for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
-            # that of each alone. (The release leaves separate decoders at PyTorch's defaults, all
-            # layers copies of one: its Xavier pass runs before they exist. Here they get theirs.)
+            # that of each alone. (Separate decoders get Xavier weights here. The released code runs
+            # its Xavier pass before they exist, and each begins as copies of one default layer.)
             packed = re.search(r"\b[qkv]_proj\.", name)
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
@@ -607,7 +606,7 @@ def initialise(model: UniT) -> None:
     for name, p in text.named_parameters() if text else ():  # pretrained in the paper's runs
         if name.startswith(OUR_OWN) or "embeddings" in name:
             continue  # embeddings stay N(0, 1): BERT's 0.02 would hide positions from the decoder
-        if p.dim() > 1:  # BERT's 0.02 is for its width of 768: at 64 nothing would come through
+        if p.dim() > 1:  # BERT's 0.02 is for a width of 768; at 64 the signal would vanish
             nn.init.normal_(p, std=p.shape[1] ** -0.5)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
@@ -620,8 +619,8 @@ def initialise(model: UniT) -> None:
 def classification_loss(logits: Tensor, scores: Tensor, binary: bool = False) -> Tensor:
     """logits p (N_d or 1, B, C), scores t (B, C) -> (), summed over layers and samples.
 
-    One class per sample is scores with a single 1. VQAv2's soft scores are normalised to sum 1; as
-    released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, summed over the answers."""
+    A sample of one class has scores with a single 1. VQAv2's soft scores are divided by their sum;
+    as released (`binary`, not as in Eq. 9) they are 3129 yes-no questions, whose losses add up."""
     full = torch.promote_types(logits.dtype, torch.float32)  # under autocast logits are in half
     logits, target = logits.to(full), scores.to(full).expand_as(logits)
     if binary:
@@ -673,7 +672,7 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], target_boxes: lis
 def elementwise_giou(boxes: Tensor, targets: Tensor) -> Tensor:
     """Generalised IoU of boxes that broadcast against each other, (..., 4) cx, cy, w, h -> (...).
     torchvision's does the same, but waits for the GPU (it indexes by a mask)."""
-    def corners(boxes):  # upper left and lower right; sides, and so every union, are above zero
+    def corners(boxes):  # upper left and lower right; sides above zero, so that no union is zero
         centre, sides = boxes.split(2, dim=-1)
         half = 0.5 * sides.clamp(min=1e-6)
         return centre - half, centre + half
@@ -720,7 +719,7 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
             hidden = outputs.hidden[layer, image, query].to(head.class_head.weight.dtype)
             scores = head.attribute_head(hidden, labels)              # Eq. 7, (K, A)
         loss, described = attribute_loss(scores, torch.cat(batch.attributes)[target])
-        terms["attribute"] = per_layer(loss / boxes_of_image(described, layer, image, logits))
+        terms["attribute"] = per_layer(loss / count_in_image(described, layer, image, logits))
     return terms
 
 
@@ -733,9 +732,10 @@ def attribute_loss(scores: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
     return -0.5 * (log_p * known).sum(-1) / count.clamp(min=1), count > 0
 
 
-def boxes_of_image(described: Tensor, layer: Tensor, image: Tensor, logits: Tensor) -> Tensor:
+def count_in_image(described: Tensor, layer: Tensor, image: Tensor, logits: Tensor) -> Tensor:
     """described (K,) bool, layer and image (K,) -> (K,): how many of the described boxes are in the
-    same layer and image, at least 1. Dividing by it averages over an image's boxes."""
+    same layer and image, at least 1. Dividing by it averages over an image's boxes. `logits` gives
+    the shape (N_d, B)."""
     count = logits.new_zeros(logits.shape[:2])                        # (N_d, B)
     count.index_put_((layer, image), described.to(count.dtype), accumulate=True)
     return count.clamp(min=1)[layer, image]
@@ -786,7 +786,8 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 
 def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    """norm(conv(x)). A frozen batch norm is linear: scaling the weights costs less than the map."""
+    """norm(conv(x)) as one convolution: a frozen batch norm only scales and shifts, and scaling the
+    weights is cheaper than scaling the feature map."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return F.conv2d(x, conv.weight * scale[:, None, None, None],
                     norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
@@ -891,7 +892,7 @@ def pretrained_files(folder: Path, imagenet: bool = False) -> tuple[Path, Path]:
 
 
 def load_bert(model: UniT, path: Path) -> None:
-    """BERT's weights. Names: old (gamma, beta) or new, with a prefix or without."""
+    """BERT's weights, under old names (gamma, beta) or new ones, with or without a prefix."""
     fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
     for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
         if size != (our_size := getattr(model.config, name)):
@@ -999,8 +1000,8 @@ def load_released(path: Path | str, **overrides) -> UniT:
 
 
 def released_model(found: dict[str, Tensor], path, **overrides) -> UniT:
-    """The model of `load_released`, from the tensors `found` in the file `path`. Those that we have
-    no use for are ignored: BERT's pooler, queries of tasks without a head, second names."""
+    """The model of `load_released`, from the tensors `found` in the file `path`. Ignored are BERT's
+    pooler, queries of tasks without a head, and duplicates."""
     try:
         found = unpack_released(found)
         tasks, sizes = released_settings(found)
@@ -1107,7 +1108,7 @@ def what_is_wrong(path: Path, text: bool = False) -> str:
     for beginning, words in SIGNATURES.items():
         if start.startswith(beginning) and (text or not tarfile.is_tarfile(path)):
             return words
-    is_text = min(head) >= 8  # files of weights have lower bytes, texts have none
+    is_text = min(head) >= 8  # weights contain bytes below 8, texts do not
     if text:
         return "" if is_text else "binary data, not a text"
     if is_text:
