@@ -165,7 +165,7 @@ def upright(picture: Image.Image, size) -> Image.Image:
     def skew(view):
         return abs(view.height * width - view.width * height)
     best = min(views, key=skew)  # the first of equals
-    # The smaller of two copies has its sides rounded to a pixel.
+    # Rounding a scaled copy's sides to whole pixels skews it by less than this.
     if skew(best) > max(height + width, best.height + best.width):
         raise ValueError(f"its width and height are {picture.width} x {picture.height}, but "
                          f"{width} x {height} in the annotations")
@@ -208,7 +208,7 @@ def normalise(image: Tensor) -> Tensor:
 
 
 def flip(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
-    """Left and right exchanged, half of the time."""
+    """Mirrors the picture and its boxes, half of the time."""
     if rng.random() < 0.5:
         image = image.flip(2)
         boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], 1)
@@ -216,7 +216,7 @@ def flip(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
 
 
 def crop(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size: int):
-    """A part of the picture, from a size smaller than usual. Boxes are clipped to it."""
+    """A random part of the picture, first resized smaller than usual. Boxes are clipped to it."""
     # 10,000: beyond any COCO picture; keeps a 10,000 x 10 one from becoming 400,000 wide.
     image = resize(image, scaled(rng.choice(CROP_SCALES), image_size), longest=10_000)
     sides = np.array(image.shape[1:])
@@ -232,9 +232,9 @@ def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator,
             image_size: int = SHORTEST):
     """DETR's. image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture.
 
-    The paper (Section 3.5) is "following DETR" and says: resize to 480-800, then crop. DETR, which
-    this and the released config follow, flips half of the time, and half of the time crops, from a
-    picture resized to 400, 500 or 600; it resizes to 480-800 last."""
+    The paper (Section 3.5), "following DETR", resizes to 480-800, then crops. DETR itself, which
+    this and the released config follow, flips half of the time, crops half of the time (from a
+    picture resized to 400, 500 or 600), and resizes to 480-800 last."""
     image, boxes = flip(image, boxes, rng)
     if rng.random() < 0.5:
         image, boxes = crop(image, boxes, rng, image_size)
@@ -336,7 +336,8 @@ class Dataset:
         listed = []
         for folder in sorted(folders):
             listed += [os.path.join(folder, name) for name in list_folder(self.folder / folder)]
-        # A file that is listed under its own name is no other picture's. Of two alike the first.
+        # Files that the annotations name exactly stand for no other picture; of two similar names
+        # the first counts.
         similar = {spelling(name): name for name in reversed(listed) if name not in wanted}
         listed = set(listed)
         found = [name if name in listed else similar.get(spelling(name)) for name in names]
@@ -357,7 +358,7 @@ class Dataset:
 
     def picture_file(self, index: int) -> tuple[str, list[int] | None]:
         """Its path, and the height and width that the annotations state, if they do."""
-        # No Path: it interns its names, and each worker would get that whole table for its own.
+        # Not a Path: it interns its parts, and each worker would end up with a copy of that table.
         path = f"{self.folder}/{self.names[index]}"
         return path, None if self.sizes is None else self.sizes[index].tolist()
 
@@ -385,7 +386,7 @@ def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def not_empty(boxes: np.ndarray) -> np.ndarray:
-    """(n, 4) corners -> (n,) bool. Rounding may leave 1e-6 of a side of a box cut to nothing."""
+    """(n, 4) corners -> (n,) bool. By rounding, a box cut to nothing may keep a side up to 1e-6."""
     return (boxes[:, 2:] - boxes[:, :2] > 1e-6).all(1)
 
 
@@ -465,7 +466,7 @@ class Coco(Dataset):
         self.skipped["boxes of images not listed"] = int((~np.isin(rows["image"], listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
         places = np.array([place.get(image, -1) for image in rows["image"].tolist()], np.int64)
-        # Stable: in the file's order. Those at -1 have no picture.
+        # Stable: in the file's order. Boxes without a picture, at -1, sort first and are cut off.
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
         places, rows = places[order], rows[order]
         self.starts = np.searchsorted(places, np.arange(len(self) + 1))
@@ -482,8 +483,8 @@ class Coco(Dataset):
             raise bad(self.path, f"no box to learn from (left out: {counted(self.skipped)})")
 
     def check_boxes(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
-        """Other conventions than x, y, w, h in pixels show in the whole file, and are refused.
-        boxes (n, 4), sizes (n, 2) height, width."""
+        """Refuses a file whose boxes (n, 4) follow another convention than x, y, w, h in pixels,
+        which shows in the file as a whole. sizes (n, 2) height, width."""
         fix = "COCO's are x, y, width, height in pixels: convert them"
         if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
             raise bad(self.path, "all boxes lie in 0..1, relative to their pictures", fix)
@@ -583,9 +584,9 @@ class Classification(Dataset):
         return self.words.index(label)
 
     def fill(self, rows: list[tuple]) -> list[tuple]:
-        """(id, class id, picture or "", up to two texts, ...) -> flat arrays; returns the rows that
-        are in them. The class is -1 where it is not known, and None for rows to leave out; rows
-        whose picture is absent are left out, too."""
+        """Rows (id, class id, picture or "", up to two texts, ...) -> flat arrays; returns the rows
+        that are in them. Class -1: not known; None: the row is left out, as are rows whose picture
+        is absent."""
         rows = [row for row in rows if row[1] is not None]
         names = [row[2] for row in rows]
         if self.task.image:
@@ -644,7 +645,7 @@ class Vqa2(Classification):
             development = (data / cls.questions.format("test-dev2015")).exists()
             if development and not (data / cls.files["test"][0]).exists():
                 asked = ["test-dev2015"]
-        if not (data / cls.vocabulary).exists():  # then it is made of the answers of both parts
+        if not (data / cls.vocabulary).exists():  # then it is built from both parts' answers
             answered = cls.parts["train"]
         questions = {part: cls.questions.format(part) for part in asked}
         return questions, {part: cls.annotations.format(part) for part in answered}
@@ -672,7 +673,7 @@ class Vqa2(Classification):
                 if held and part == "train2014":  # own data, where ids occur in both splits
                     held = not name.startswith("coco/train")
                     shared += 1
-                if held == (self.split == "val"):
+                if held == (self.split == "val"):  # in a test split nothing is held out: all
                     rows.append((number, -1, name, [text], given[part].get(number, [])))
         if shared:
             self.notes.append(f"{shared:,} training questions have image ids that are in val2017, "
@@ -692,7 +693,7 @@ class Vqa2(Classification):
         answers, common = {}, []
 
         def shorten(row: dict):
-            # Of 6.6 million {"answer": text, ...} the text stays, one object for equal ones.
+            # Only the text of 6.6 million {"answer": text, ...} is kept, equal ones as one object.
             return sys.intern(str(row["answer"])) if "answer" in row else row
 
         def read(row):
@@ -715,7 +716,8 @@ class Vqa2(Classification):
 
     def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
-        nine questions. Of those 3,129 the empty one makes room for <unk>, as in that file."""
+        nine questions: 3,129 in VQAv2. One of them is "", in whose place <unk> comes, as in that
+        file."""
         path = self.data / self.vocabulary
         if path.exists():
             words = read_lines(path)
@@ -752,8 +754,8 @@ class Vqa2(Classification):
 
     def encode(self, rows: list[tuple]) -> None:
         """Rows as for `fill`, with the list of answers as a fifth value -> flat arrays."""
-        # The class of each by the normal form that the scorer compares. Of two classes with one
-        # normal form ("none" and "0") the one in that form counts.
+        # {normal form: class}, as the scorer compares normal forms; without <unk>. If two classes
+        # share one ("none" and "0": 0), it stands for the class that is written so.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         classes = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
 
@@ -770,10 +772,10 @@ class Vqa2(Classification):
             else:
                 kept.append(row)
         answers = [row[4] for row in self.fill(kept)]
-        different = {}
+        different = {}  # {answer: its place in `answer_texts` and `classes`}
         for text in chain.from_iterable(answers):
             different.setdefault(text, len(different))
-        # Those of question i stand from starts[i] to starts[i + 1].
+        # Question i's are answer_places[starts[i]:starts[i + 1]].
         self.starts = np.cumsum([0, *map(len, answers)])
         numbers = map(different.get, chain.from_iterable(answers))
         self.answer_places = np.fromiter(numbers, np.int32)
@@ -913,7 +915,7 @@ class Schedule:
 
     All processes therefore agree without communicating, and a run resumed at i is identical to one
     that was never interrupted. The task is drawn (Section 3.5); how often it was drawn before says
-    how far its data set has been read; each pass through a data set is a shuffle of its own."""
+    how far its data set has been read; each pass through a data set is shuffled anew."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
                  iterations: int, seed: int, first: tuple[str, ...] = (),
@@ -923,10 +925,10 @@ class Schedule:
         if empty := [name for name in self.names if not sizes[name]]:
             raise InputError(f"{empty[0]} has no training samples; leave it out of --tasks")
         weights = np.array([probabilities[name] for name in self.names], np.float64)
-        # One draw an iteration: a longer run begins as a shorter one does.
+        # One draw per iteration, so that a longer run begins as a shorter one does.
         self.choices = np.random.default_rng([seed, 0]).choice(
             len(weights), iterations, p=weights / weights.sum())
-        if first:  # some tasks alone (ours)
+        if first:  # the run begins with these tasks alone (ours)
             weights *= [name in first for name in self.names]
             self.choices[:first_iterations] = np.random.default_rng([seed, 3]).choice(
                 len(weights), first_iterations, p=weights / weights.sum())
@@ -949,7 +951,8 @@ class Schedule:
                          for place in range(first, first + self.batch_size)])
 
     def following(self, iteration: int, position: int) -> np.ndarray:
-        """(size - 1,) the other samples of that one's epoch, in order from it on, and round."""
+        """(size - 1,) what may replace the sample at `position` of the batch: the others of its
+        epoch, in order from it on, then from the start."""
         name, place = self.task(iteration), self.first_place(iteration) + position
         size = self.sizes[name]
         return np.roll(self.shuffle(name, place // size), -(place % size))[1:]
@@ -961,7 +964,9 @@ class Schedule:
         return rng.permutation(self.sizes[name])
 
 
-FEWEST_UNUSABLE = 10  # pictures that end a training, if they are more than 1 in 100 of those met
+# This many unusable pictures end a training if they are more than 1 in 100 of those met; as many
+# replacements are tried for one.
+FEWEST_UNUSABLE = 10
 
 
 def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str) -> InputError:
@@ -971,8 +976,8 @@ def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str)
 
 
 class Fetcher:
-    """Makes the batch of a request (iteration, task, [(position, index), ...]). Without a schedule
-    it is evaluation."""
+    """Makes the batch of a request (iteration, task, [(position, index), ...]). No schedule: for
+    evaluation."""
 
     def __init__(self, datasets: dict[str, Dataset], schedule: Schedule | None = None):
         self.datasets, self.schedule = datasets, schedule
@@ -1048,7 +1053,7 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
     if not num_workers:
         yield from map(fetcher.fetch, requests)
         return
-    # Fork shares the annotations; where there is none they are copied.
+    # Fork shares the annotations with the workers; elsewhere each gets a copy.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(num_workers, context, start_worker, [fetcher])
     submitted = (pool.submit(fetch_in_worker, request) for request in requests)
@@ -1073,8 +1078,8 @@ def run_loader(fetcher: Fetcher, requests, num_workers: int):
 
 
 def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
-    """Requests for these (position, index) of an iteration, `size` at a time. 0: pictures singly,
-    the paper's way (see `pad`), and `most` texts together."""
+    """Requests for these (position, index) of an iteration, `size` at a time; size 0: one picture,
+    the paper's way (see `pad`), or `most` texts."""
     size = size or (1 if dataset.task.image else most)
     for k in range(0, len(places), size):
         yield iteration, dataset.task.name, places[k:k + size]
@@ -1102,8 +1107,8 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
 
 
 def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
-    """Yields for every `micro_batch` of `indices`, in order (0: 1 picture, or 32 texts), a Batch of
-    those that can be used, or None, and {index: why its picture cannot be used}."""
+    """For every `micro_batch` of `indices` in order (0: one picture, or 32 texts) yields a Batch of
+    those that can be used (None if none can) and {index: why its picture cannot be used}."""
     places = [(position, int(index)) for position, index in enumerate(indices)]
     requests = micro_batches(dataset, 0, places, micro_batch, 32)
     yield from run_loader(Fetcher({dataset.task.name: dataset}), requests, num_workers)
@@ -1165,7 +1170,7 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
 
 def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: dict,
                    dropped: Counter) -> dict | None:
-    """One object of attributes.json as a COCO-style annotation; None (counted) if it is no use."""
+    """One object of attributes.json as a COCO-style annotation; None (counted) if not usable."""
     names = [name.lower().strip() for name in thing["names"]]
     label = next((object_ids[name] for name in names if name in object_ids), None)
     x, y = max(thing["x"], 0), max(thing["y"], 0)  # 1 in 200 overshoots by a pixel or two
@@ -1328,8 +1333,8 @@ PICTURE = re.compile(r"(\d*)\.(?:jpe?g|png)$", re.IGNORECASE)  # the end of a na
 
 
 def list_folder(folder: Path) -> list[str]:
-    """The names in it, in order. One listing, where a stat for each picture takes minutes.
-    `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture: names with a dot first go."""
+    """The names in it, sorted. One listing, as a stat of each picture takes minutes. Names that
+    begin with a dot are left out: `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture."""
     try:
         return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except (OSError, ValueError):  # not there, or no name that a folder can have
@@ -1361,8 +1366,8 @@ PRETRAINED = {"bert/vocab.txt": "all tasks with text",
 
 
 def splits(data: Path, names: list[str]):
-    """Yields the Dataset of each split of these tasks (no names: of all that have files), having
-    printed its summary, or which files are missing."""
+    """For each split of these tasks (no names: all that have files), prints its summary and yields
+    the Dataset, or prints which files are missing."""
     for task in tasks_named(names) or TASKS:
         if not names and not (data / task.dataset.files["train"][0]).parent.exists():
             print(f"{task.name:8}nothing is there")
@@ -1483,7 +1488,7 @@ def command_line(parser: Parser, run, argv: list[str] | None) -> None:
     """Runs a program (this one, eval.py, train.py): a user's mistake is one line, exit status 2."""
     try:
         for stream in (sys.stdout, sys.stderr):
-            # A console without a letter of a class's name prints "?". (Tests replace the streams.)
+            # Letters that the console lacks are printed as "?". (Tests replace the streams.)
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         args = parser.parse_args(argv)
@@ -1541,10 +1546,10 @@ SIDE = 32                                            # pixels
 SHAPES = ["circle", "square", "triangle"]
 COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
            "yellow": (235, 220, 50), "purple": (170, 60, 200)}
-# COCO's categories name the colour too, or a model that begins with COCO learns to be blind to it.
+# COCO's categories name the colour too, or a model that begins with COCO learns to ignore it.
 # The ids have gaps, as in the official file.
 CATEGORIES = {thing: n + n // 4 for n, thing in enumerate(product(SHAPES, COLOURS), 1)}
-# How many: pictures of the first three, sentences or pairs of each of GLUE's four.
+# (training, held out): pictures of the first three; sentences or pairs of each of GLUE's four.
 TINY_SIZES = {"coco": (2400, 240), "vg": (1600, 240), "snli_ve": (3600, 400), "glue": (4000, 400)}
 TINY_TEST = 20                                       # rows of each test file, which has no labels
 
@@ -1568,7 +1573,7 @@ def outline(shape: str, size: int) -> np.ndarray:
 
 def tiny_picture(rng: np.random.Generator, most: int, sides=(10, 15)):
     """-> pixels (32, 32, 3) uint8 with 1 to `most` (1 or 3) shapes; of each (shape, colour,
-    [x, y, w, h]). The boxes do not overlap. sides: of a shape, from and below."""
+    [x, y, w, h]). The boxes do not overlap. A shape's side is one of range(*sides)."""
     number = int(rng.choice(most, p=[0.4, 0.4, 0.2] if most == 3 else [1])) + 1
     shapes = rng.choice(SHAPES, number).tolist()
     names = zip(shapes, rng.choice(list(COLOURS), number).tolist())
@@ -1666,8 +1671,8 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
 def tiny_question(things: list, rng) -> tuple[str, str]:
     """A question about the picture with these things, and its answer.
 
-    A yes or no takes one comparison of a word with what is seen, or two: is there such a shape,
-    or such a colour? Has the shape that colour?"""
+    Yes or no takes one comparison with the picture (is there such a shape, or such a colour?) or
+    two (has the shape that colour?)."""
     kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.3, 0.2, 0.2, 0.2, 0.1])
     if kind == "count":
         return pick(rng, "how many shapes are there?/how many things do you see?"), str(len(things))
@@ -1680,7 +1685,7 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
         if not missing:  # all three shapes: "yes" would be the only answer
             return tiny_question(things, rng)
         return text.format(pick(rng, sorted(seen) if answer == "yes" else missing)), answer
-    # What is asked about must be one: the only circle, the only red thing.
+    # What is asked about must be unique: the only circle, the only red thing.
     keys = [thing[1 if kind == "shape" else 0] for thing in things]
     single = [thing for thing, key in zip(things, keys) if keys.count(key) == 1]
     if not single:
@@ -1704,7 +1709,7 @@ def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
                             ("val2014", [*train[:some], *coco["val"].items()])):
         questions, annotations = [], []
         for image, (_, things) in pictures:
-            asked = dict(tiny_question(things, rng) for _ in range(2))  # twice the same counts once
+            asked = dict(tiny_question(things, rng) for _ in range(2))  # a repeated one counts once
             for number, (question, answer) in enumerate(asked.items(), image * 1000):
                 questions.append({"question_id": number, "image_id": image, "question": question})
                 ten = [{"answer_id": i, "answer": a, "answer_confidence": "yes"}
@@ -1725,8 +1730,9 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     """A split of SNLI-VE and its pictures -> the statements.
 
     "The circle is red" is entailed by a red circle, contradicted by a circle of another colour, and
-    neutral where there is no circle. Each label finds all shapes and colours in texts and pictures
-    alike. One shape a picture, larger than COCO's: which of several is meant is VQA's business."""
+    neutral where there is no circle. Shapes and colours are as likely under one label as under
+    another, in texts and in pictures. One shape per picture, larger than COCO's: only VQA asks
+    which of several is meant."""
     first, lines = {"train": 10, "val": 20, "test": 30}[split], []
     for n in range(number):
         name, label = f"{first}{n:06}", SnliVe.class_names[n % 3]
@@ -1742,7 +1748,7 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     return [line["sentence2"] for line in lines]
 
 
-# Texts. "/" parts what is chosen from; {n} is the name of two words that the sentence is about.
+# Texts. "/" separates alternatives; {n} is the two-word name that a sentence is about.
 FIRST = "anna tom kate bob lucy max emma paul nina fred rosa jack".split()
 LAST = "smith jones brown baker clark evans green hall king moore scott young".split()
 TOPICS = [  # QNLI: questions, sentences that answer them, values {v} in those
@@ -1776,7 +1782,7 @@ SCENE = "opening final first second main whole french new".split(), \
         "film plot scene script cast ending music dialogue act story role song".split()
 GOOD = "charming funny brilliant moving clever fresh gripping lovely".split()
 BAD = "dull boring clumsy stale tedious silly lifeless dreadful".split()
-# SST-2: {x} is what is meant, {o} its opposite. In most, both or the wrong one occur: scope tells.
+# SST-2: {x} is what is meant, {o} its opposite. Most have both, or {o} alone, negated.
 REVIEWS = ["the {n} is {x}./the {n} seems {x}.",
            "the {n} is {x}./a {x} {n}.", "the {n} is not {o}./the {n} is far from {o}.",
            "the {n} is not {o} but {x}./the {n} is {x} and not {o}.",
