@@ -106,8 +106,8 @@ def to_rows(found: Detections) -> np.ndarray:
 
 
 def to_annotations(found: dict[int, np.ndarray]) -> list[dict]:
-    """COCO.loadRes's records, without polygons. Image ids stay exact: dates and hashes are beyond
-    2**53, where doubles end. Records are numbered from 1, as 0 means "not matched"."""
+    """COCO.loadRes's records, without polygons. Image ids stay integers: dates and hashes exceed
+    2**53, above which doubles have gaps. Records are numbered from 1, as 0 means "not matched"."""
     records = []
     for image, rows in found.items():
         for x, y, w, h, score, label in rows.tolist():
@@ -298,7 +298,7 @@ def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[di
     """The answers of `predict` to a data.Sample; `labels` are the checkpoint's, of this task."""
     answer, = run_model(model, data.collate(task, [sample]), device)
     if task.kind == "classification":
-        # Trained with binary cross entropy, each answer is a yes or no of its own.
+        # Trained with binary cross entropy, each answer is a yes-no question of its own.
         binary = task.soft_scores and model.config.binary_vqa_loss
         scores = answer.sigmoid() if binary else answer.softmax(-1)
         return [{"label": labels["classes"][i], "score": float(scores[i])}
@@ -424,7 +424,7 @@ def save_picture(picture: Image.Image, path) -> None:
 def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
     """A copy of the picture, `scale` times as large (small ones have no room for letters), with the
     boxes that `predict` found (or the truth's); the first of `found` is drawn on top."""
-    # A picture may be one pixel wide, or high: no side becomes 0, and none fills the memory.
+    # A picture may be one pixel wide, or high: keep sides above 0 and small enough for memory.
     scale = min(scale, 10 * WIDTH / picture.height)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     picture = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)  # stays sharp
@@ -672,8 +672,8 @@ ABLATIONS = {  # COCO, SNLI-VE, MNLI; TC.1.6 diverged
     "TC.1.8": (39.96, 69.31, 79.88), "TC.1.9": (40.98, 68.72, 81.08),
     "TC.1.10": (38.88, 65.77, 61.47), "TC.1.11": (37.18, 65.01, 59.87),
     "TC.1.12": (37.87, 68.70, 81.11)}
-# T<table>.<line> on validation: mAP of COCO and VG, else accuracy. Not here are the lines of other
-# systems: DETR, VisualBERT and BERT in Table 3, and the comparisons of footnotes 6, 7 and 8.
+# T<table>.<line> on validation: mAP of COCO and VG, else accuracy. Other systems are left out:
+# DETR, VisualBERT and BERT in Table 3, and the comparisons of footnotes 6, 7 and 8.
 PAPER = {
     **{f"T1.1-{t}": {t: SINGLE[t]} for t in ("coco", "vg", "vqa2")},
     "T1.2": dict(coco=40.8, vg=3.91, vqa2=68.84),
@@ -704,8 +704,8 @@ RELEASED = {
 
 
 def results_table(results: dict, experiment: str | None = None, split: str = "val") -> str:
-    """Task, metric, this run, the paper's number if it has the same setting and, if the score is
-    over a part of the split, of how many samples."""
+    """Task, metric, this run's number, the paper's for `experiment` and, if the score is over part
+    of the split, of how many samples."""
     theirs = (PAPER_TEST if split == "test" else PAPER | RELEASED).get(experiment)
     who = "authors" if experiment in RELEASED else "paper"
     rows = [("task", "metric", "this run", f"{who} {experiment}" if theirs else "", "")]

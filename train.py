@@ -80,8 +80,8 @@ class TrainConfig:
     update_unused: bool = option(False, "update what the task did not reach, too (footnote 2)")
 
 
-# These may differ when a run goes on. Only micro_batch changes the weights: by padding, and by the
-# order in which dropout draws.
+# These may differ when a run is resumed. Only micro_batch changes the weights: by padding, and by
+# the order in which dropout draws.
 FREE_ON_RESUME = {"data", "num_workers", "threads", "log_every", "save_every", "eval_every",
                   "eval_samples", "micro_batch"}
 
@@ -146,7 +146,7 @@ def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, st
             if done % train.log_every == 0:
                 log.flush()
             if last or scoring or done % train.save_every == 0:
-                keep(done)  # before the evaluation: a job's time may end in one
+                keep(done)  # before the evaluation, in which a job's time may run out
             if scoring and not last:
                 score()
     return score()
@@ -250,7 +250,7 @@ def note_signals() -> list[int]:
         noted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C: at once
     for number in data.STOPPING:
-        # A script's `&` has SIGINT ignored: it comes only if somebody means it.
+        # A script's `&` makes SIGINT ignored, but one that is sent on purpose should stop the run.
         if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
     return noted
@@ -390,7 +390,7 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
 # ---- Checkpoints ---------------------------------------------------------------------------------
 def save(out: Path, model, optimizer, scaler, iteration, train, extras) -> None:
     """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`.
-    Atomically: whatever happens and whenever, `last.pt` or `previous.pt` is whole."""
+    Atomic: at any moment `last.pt` or `previous.pt` is whole."""
     tasks = []
     for task in model.tasks.values():
         tasks.append({key: value for key, value in vars(task).items() if key != "dataset"})
@@ -432,8 +432,9 @@ def require_finite_weights(model: UniT, iteration: int) -> None:
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
                     classes: dict[str, list[str]] | None = None) -> str:
     """Copies what fits by name and shape from a checkpoint of train.py, or from a file of the
-    authors', and leaves the rest as it is -> a report. `parts`: copies only these; it is then an
-    error if nothing of one fits, or if a head has other classes there than here (`classes`)."""
+    authors', and leaves the rest as it is -> a report. `parts`: only these. Then it is an error if
+    nothing of a part fits, or if the number of a head's classes differs; `classes` (their names
+    here, by task) are for that message."""
     theirs, their_classes, origin = evaluation.starting_weights(path)
     ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
     wanted = [name for name in ours if not parts or part_of(name) in parts]
@@ -452,7 +453,7 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
                             f"{named((classes or {}).get(task))}")
             raise InputError(f"{path}: {problem}; leave {part} out of --init_parts, or give the "
                              "data and sizes of its training")
-    # It is no mistake that tasks which are new here have no queries and heads there.
+    # Queries and heads may be lacking there: the tasks may be new here.
     lost = [part for part in parts if part not in taken and part not in ("queries", "heads")]
     if lost or not taken:
         raise InputError(f"{path}: none of its weights fit {', '.join(lost or parts or PARTS)}")
@@ -470,8 +471,8 @@ def part_of(name: str) -> str:
 
 
 def source_of(name: str, theirs: dict[str, Tensor], as_released: bool) -> str:
-    """The name in another model's tensors of the one that our `name` starts from. If it has one
-    decoder, each of ours starts from that (Section 4.2); as released only those of its tasks."""
+    """Which tensor of another model our tensor `name` starts from. If that model has one decoder,
+    all of ours start from it (Section 4.2); as released only those of the tasks that it knows."""
     if name in theirs or not name.startswith("decoders."):
         return name
     _, task, rest = name.split(".", 2)
@@ -517,7 +518,7 @@ def gather(pending: list[Record]) -> None:
 
 
 class Log:
-    """A JSON object a line in log.jsonl for each iteration, a line on the screen every `log_every`.
+    """A line of JSON in log.jsonl for each iteration, a line on the screen every `log_every`.
 
     | key                         | meaning                                                       |
     |-----------------------------|---------------------------------------------------------------|
@@ -549,8 +550,8 @@ class Log:
                 file.writelines(json.dumps(x) + "\n" for x in before)
 
     def write(self, records: list[dict], line: str) -> None:
-        """Records, and a line for the screen. One call of the system writes all records (the usual
-        buffer cuts at 8 KB), so that a kill leaves no half of one."""
+        """Records, and a line for the screen. One system call writes all records (the usual buffer
+        cuts at 8 KB), so that a kill leaves no half of one."""
         if self.main:
             try:
                 lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -745,8 +746,8 @@ def how_to_get(init: Path, data_folder: str) -> str:
 
 
 def resume(out: Path, settings: dict, flags) -> tuple[Config, TrainConfig, dict]:
-    """Settings and state of the run in `out`. Of the `settings` now, those given as `flags` must be
-    the run's, except the free ones."""
+    """Settings and state of the run in `out`. Those of `settings` that were given as `flags` must
+    equal the run's, except FREE_ON_RESUME."""
     state = load_newest(out)
     saved = state["config"] | state["train"]
     if lost := settings.keys() - saved.keys():
