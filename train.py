@@ -433,8 +433,8 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
                     classes: dict[str, list[str]] | None = None) -> str:
     """Copies what fits by name and shape from a checkpoint of train.py, or from a file of the
     authors', and leaves the rest as it is -> a report. `parts`: only these. Then it is an error if
-    nothing of a part fits, or if the number of a head's classes differs; `classes` (their names
-    here, by task) are for that message."""
+    nothing of a part fits, or if a head has another shape; `classes` (their names here, by task)
+    are for that message."""
     theirs, their_classes, origin = evaluation.starting_weights(path)
     ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
     wanted = [name for name in ours if not parts or part_of(name) in parts]
