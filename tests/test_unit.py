@@ -474,8 +474,8 @@ def test_backbone_is_a_frozen_dc5():
 @pytest.mark.parametrize("shared", [True, False], ids=["shared decoder", "separate decoders"])
 def test_initial_weights(shared):
     """Xavier's bound is sqrt(6 / (rows + columns)); queries, keys and values count as one (3 d, d)
-    matrix. Queries and task vectors are drawn from N(0, 1), BERT and the attribute head from narrow
-    normal distributions."""
+    matrix. Queries and task vectors are drawn from N(0, 1), BERT's matrices and the attribute
+    head from narrower normal distributions."""
     model = unit.UniT(replace(SMALL, shared_decoder=shared, decoder_width=60, decoder_ff=90), TASKS)
 
     def uniform(weight, rows, columns):
@@ -499,7 +499,7 @@ def test_initial_weights(shared):
     assert normal(torch.cat([*model.queries.values()]), 1.0)
     vectors = [*image.w_task.values(), *model.text_encoder.w_task.values()]
     assert normal(torch.cat(vectors, 1), 1.0)
-    assert normal(model.text_encoder.word_embeddings.weight, 12 ** -0.5)
+    assert normal(model.text_encoder.word_embeddings.weight, 1.0)
     assert normal(model.text_encoder.layers[0].linear1.weight, 12 ** -0.5)
     attributes = model.heads["shapes"].attribute_head
     assert normal(attributes.linear1.weight, 0.01)
