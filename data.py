@@ -183,9 +183,11 @@ def fitted_size(height: int, width: int, shortest: int, longest: int, floor: boo
     In whole numbers, so that 480 x (800 / 480) is 800. Detection rounds, vision and language takes
     the floor (released config). At least 1: a picture may be 10,000 wide and 1 high."""
     short, long = sorted((height, width))
-    top, bottom = (longest, long) if long * shortest > longest * short else (shortest, short)
-    half = 0 if floor else bottom // 2
-    return [max(1, (side * top + half) // bottom) for side in (height, width)]
+    wanted, present = shortest, short
+    if long * shortest > longest * short:  # the longer side would exceed its limit
+        wanted, present = longest, long
+    half = 0 if floor else present // 2  # what makes a floor division round
+    return [max(1, (side * wanted + half) // present) for side in (height, width)]
 
 
 def resize(image: Tensor, shortest: int, longest: int, floor: bool = False) -> Tensor:

@@ -721,32 +721,36 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 
 # ---- The command line ----------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
-    p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path, number = os.path.expanduser, unit.between(0)
-    g = p.add_argument_group("the model (one of the two)")
-    g = g.add_mutually_exclusive_group(required=True).add_argument
-    g("--checkpoint", type=path, metavar="FILE", help="a file of train.py: runs/T3.3/last.pt")
-    g("--released", type=path, metavar="FILE", help="the authors' .tar.gz, or the .pth in it")
-    g = p.add_argument_group("whole data sets").add_argument
-    g("--data", type=path, metavar="DIR", help="folder of the data sets [the training's, or data]")
-    g("--tasks", type=lambda x: x.split(","), metavar="A,B", help="some of the model's tasks [all]")
-    g("--split", choices=["val", "test"], default="val",
-      help="test: writes the files for the test servers into OUT/predictions [val]")
-    g("--allow_partial", action="store_true", help="write them even if samples are missing")
-    g("--out", type=path, metavar="DIR", help="folder of all results [that of the model's file]")
-    g("--eval_samples", type=number, default=0, metavar="INT", help="of each task at most [0: all]")
-    g("--figures", action="store_true", help="draw predictions.png and (of a log.jsonl) curves.png")
-    g("--micro_batch", type=number, metavar="INT",
-      help="samples at a time; 0: one image, or 32 texts [the training's, or 0]")
-    g("--num_workers", type=number, default=2, metavar="INT", help="data workers [2]")
-    g("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
-    group = p.add_argument_group("one input (no data set needed)")
-    g, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    g("--image", type=path, metavar="FILE", help="a picture; alone: prints and draws its boxes")
-    either("--question", metavar="TEXT", help="a question about --image")
-    either("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
-    g("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
-    return p
+    group = result.add_argument_group("the model (one of the two)")
+    model = group.add_mutually_exclusive_group(required=True).add_argument
+    model("--checkpoint", type=path, metavar="FILE", help="a file of train.py: runs/T3.3/last.pt")
+    model("--released", type=path, metavar="FILE", help="the authors' .tar.gz, or the .pth in it")
+    whole = result.add_argument_group("whole data sets").add_argument
+    whole("--data", type=path, metavar="DIR", help="folder of the data sets [the training's, or "
+                                                   "data]")
+    whole("--tasks", type=lambda x: x.split(","), metavar="A,B", help="of the model's tasks [all]")
+    whole("--split", choices=["val", "test"], default="val",
+          help="test: writes the files for the test servers into OUT/predictions [val]")
+    whole("--allow_partial", action="store_true", help="write them even if samples are missing")
+    whole("--out", type=path, metavar="DIR", help="folder of all results [that of the model's file]")
+    whole("--eval_samples", type=number, default=0, metavar="INT",
+          help="of each task at most [0: all]")
+    whole("--figures", action="store_true",
+          help="draw predictions.png and (of a log.jsonl) curves.png")
+    whole("--micro_batch", type=number, metavar="INT",
+          help="samples at a time; 0: one image, or 32 texts [the training's, or 0]")
+    whole("--num_workers", type=number, default=2, metavar="INT", help="data workers [2]")
+    whole("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
+    group = result.add_argument_group("one input (no data set needed)")
+    group.add_argument("--image", type=path, metavar="FILE",
+                       help="a picture; alone: prints and draws its boxes")
+    text = group.add_mutually_exclusive_group().add_argument
+    text("--question", metavar="TEXT", help="a question about --image")
+    text("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
+    group.add_argument("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
+    return result
 
 
 def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
