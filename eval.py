@@ -734,7 +734,8 @@ def parser() -> argparse.ArgumentParser:
     whole("--split", choices=["val", "test"], default="val",
           help="test: writes the files for the test servers into OUT/predictions [val]")
     whole("--allow_partial", action="store_true", help="write them even if samples are missing")
-    whole("--out", type=path, metavar="DIR", help="folder of all results [that of the model's file]")
+    whole("--out", type=path, metavar="DIR",
+          help="folder of all results [that of the model's file]")
     whole("--eval_samples", type=number, default=0, metavar="INT",
           help="of each task at most [0: all]")
     whole("--figures", action="store_true",

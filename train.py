@@ -366,8 +366,8 @@ TINY = dict(  # --tiny: same model and losses in other sizes, for 32-pixel pictu
     detection_queries=8, num_queries=4,  # pictures of a few shapes; fewer queries learn faster
     # One [CLS] among 16 picture positions is noticed late, the words at once (as Table 4 line 5).
     all_text_states=("vqa2", "snli_ve"),
-    # Pictures and texts are first learned apart, as COCO init. and a pretrained BERT are the paper's
-    # start: then words and features exist that can be compared. (VG beside COCO would starve both.)
+    # The paper starts from a pretrained BERT and COCO init.; here pictures and texts are learned
+    # apart first, and then compared. (Two detection sets from scratch would starve each other.)
     first_tasks=("coco", "qnli", "mnli", "qqp", "sst2"), first_share=0.22,
     probabilities=(.22, .17, .27, .17, .04, .06, .045, .025),
     iterations=5700, batch_size=32, lr=9e-4, lr_backbone=6e-4, warmup=200,
