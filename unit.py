@@ -594,6 +594,8 @@ def initialise(model: UniT) -> None:
     xavier = nn.ModuleList(model.decoders.values())
     if image:
         xavier += [image.layers, image.projection, image.position_projection]
+    if text:  # as strong as the image's, for a random BERT; `load_bert` restores the released start
+        xavier += [text.projection, text.position_projection]
     for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
@@ -902,6 +904,8 @@ def load_bert(model: UniT, path: Path) -> None:
     ours = model.text_encoder.state_dict()
     ours = {name: tensor for name, tensor in ours.items() if not name.startswith(OUR_OWN)}
     copy_weights(ours, found, path, fix, {name: renamed(name, BERT_NAMES) for name in ours})
+    for projection in (model.text_encoder.projection, model.text_encoder.position_projection):
+        projection.reset_parameters()  # PyTorch's defaults, as released
 
 
 def load_backbone(model: UniT, path: Path) -> None:

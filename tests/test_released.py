@@ -473,6 +473,8 @@ def test_bert(tmp_path, kind):
     (tmp_path / "config.json").write_text(bert.config.to_json_string())
     model = tiny_model("sst2", **unit.bert_config(tmp_path), task_embedding=False)
     unit.load_bert(model, path)
+    projection = model.text_encoder.projection.weight  # released: nn.Linear's start, not Xavier's
+    assert 0.9 < projection.abs().max() * projection.shape[1] ** 0.5 <= 1
     tokens, types = torch.randint(50, (3, 9)), torch.randint(2, (3, 9))
     mask = torch.arange(9) >= torch.tensor([9, 5, 7])[:, None]
     expected = bert.double().bert(tokens, (~mask).long(), types).last_hidden_state.detach()

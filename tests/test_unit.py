@@ -499,6 +499,7 @@ def test_initial_weights(shared):
     assert normal(torch.cat([*model.queries.values()]), 1.0)
     vectors = [*image.w_task.values(), *model.text_encoder.w_task.values()]
     assert normal(torch.cat(vectors, 1), 1.0)
+    assert uniform(model.text_encoder.projection.weight, 60, 12)
     assert normal(model.text_encoder.word_embeddings.weight, 1.0)
     assert normal(model.text_encoder.layers[0].linear1.weight, 12 ** -0.5)
     attributes = model.heads["shapes"].attribute_head
