@@ -920,22 +920,23 @@ class Schedule:
     how far its data set has been read; each pass through a data set is shuffled anew."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
-                 iterations: int, seed: int, first: tuple[str, ...] = (),
+                 iterations: int, seed: int, first: dict[str, float] | None = None,
                  first_iterations: int = 0):
         self.names, self.sizes, self.batch_size = list(sizes), sizes, batch_size
         self.iterations, self.seed = iterations, seed
         if empty := [name for name in self.names if not sizes[name]]:
             raise InputError(f"{empty[0]} has no training samples; leave it out of --tasks")
-        weights = np.array([probabilities[name] for name in self.names], np.float64)
-        # One draw per iteration, so that a longer run begins as a shorter one does.
-        self.choices = np.random.default_rng([seed, 0]).choice(
-            len(weights), iterations, p=weights / weights.sum())
-        if first:  # the run begins with these tasks alone (ours)
-            weights *= [name in first for name in self.names]
-            self.choices[:first_iterations] = np.random.default_rng([seed, 3]).choice(
-                len(weights), first_iterations, p=weights / weights.sum())
+        self.choices = self.draw(probabilities, iterations, 0)
+        if first:  # the run begins with other probabilities (ours)
+            self.choices[:first_iterations] = self.draw(first, first_iterations, 3)
         # (iterations, tasks): how often each was drawn so far, this iteration included.
-        self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(weights)), 0, np.int32)
+        self.drawn = np.cumsum(self.choices[:, None] == np.arange(len(sizes)), 0, np.int32)
+
+    def draw(self, probabilities: dict[str, float], iterations: int, stream: int) -> np.ndarray:
+        """(iterations,) numbers of tasks, one draw each: a longer run begins as a shorter one."""
+        weights = np.array([probabilities.get(name, 0.0) for name in self.names])
+        rng = np.random.default_rng([self.seed, stream])
+        return rng.choice(len(weights), iterations, p=weights / weights.sum())
 
     def task(self, iteration: int) -> str:
         return self.names[self.choices[iteration]]

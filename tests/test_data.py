@@ -991,7 +991,7 @@ def test_schedule_order_does_not_depend_on_the_other_tasks():
 
 
 def test_schedule_edges():
-    first = data.Schedule(SIZES, CHANCES, 4, 50, 0, first=("coco",), first_iterations=20)
+    first = data.Schedule(SIZES, CHANCES, 4, 50, 0, first={"coco": 1}, first_iterations=20)
     assert {first.task(i) for i in range(20)} == {"coco"} < {first.task(i) for i in range(50)}
     never = data.Schedule(SIZES, CHANCES | {"coco": 0}, 4, 2000, seed=0)
     assert "coco" not in {never.task(i) for i in range(2000)}
