@@ -197,8 +197,8 @@ def centre_loss(out: Tensor, heat: Tensor, places: list[Tensor]) -> Tensor:
     """CenterNet's: focal loss of the heat, L1 of the box at each centre."""
     logits = out[:, :-4]
     p = logits.sigmoid()
-    on = -(heat == 1) * (1 - p) ** 2 * F.logsigmoid(logits)
-    off = -(heat < 1) * (1 - heat) ** 4 * p ** 2 * F.logsigmoid(-logits)
+    on = -(heat == 1).float() * (1 - p) ** 2 * F.logsigmoid(logits)
+    off = -(heat < 1).float() * (1 - heat) ** 4 * p ** 2 * F.logsigmoid(-logits)
     loss = on.sum() + off.sum()
     for picture, place in zip(out, places):
         row, column = place[:, :2].long().unbind(1)
