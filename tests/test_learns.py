@@ -14,8 +14,8 @@ def test_a_short_training_learns(tmp_path):
     weight 10 in place of 0.1 2 and 100; nothing broken 46 and 100."""
     out = tmp_path / "run"
     run_python([sys.executable, ROOT / "train.py", "--tiny", "--data", tmp_path / "data",
-                "--out", out, "--tasks", "coco,sst2", "--probabilities", "0.75,0.25", "--iterations", 900,
-                "--eval_every", 0])
+                "--out", out, "--tasks", "coco,sst2", "--probabilities", "0.75,0.25",
+                "--iterations", 900, "--eval_every", 0])
     results = json.loads((out / "results.json").read_text())
     assert results["coco"]["AP50"] > 30
     assert results["sst2"]["accuracy"] > 95
