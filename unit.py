@@ -298,11 +298,11 @@ class SmallBackbone(nn.Module):
     def __init__(self, width: int = 64):
         super().__init__()
         self.channels = width
-        self.down = nn.ModuleList([nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
-                                   nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
-                                   nn.Conv2d(width // 2, width, 3, stride=2, padding=1)])
+        self.down = nn.ModuleList([nn.Conv2d(3, width // 2, 3, stride=2, padding=1),
+                                   nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+                                   nn.Conv2d(width, width, 3, stride=2, padding=1)])
         self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        channels = (width // 4, width // 2, width, width, width, width)
+        channels = (width // 2, width, width, width, width, width)
         self.norms = nn.ModuleList(nn.GroupNorm(8, n) for n in channels)
 
     def forward(self, images: Tensor) -> Tensor:
