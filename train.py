@@ -125,7 +125,7 @@ def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, st
 
     gc.freeze()  # or the first full collection copies 75 MB that the data workers share
     model.train()
-    with contextlib.closing(stream):  # its workers would wait half a minute for more
+    with contextlib.closing(stream):  # ends its workers
         for iteration in range(start, train.iterations):
             batches, replaced, problem = fetch(stream)
             problem = problem or log.too_many_unusable()
