@@ -8,13 +8,15 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
-import torch
+# The tests run many small models: threads that wait for each other cost more than they bring, and
+# processes that fork behind a parent's threads would wait for ever. So before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# The tests run many small models: threads that wait for each other cost more than they bring.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
