@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 # The tests run many small models: threads that wait for each other cost more than they bring, and
-# processes that fork behind a parent's threads would wait for ever. So before torch is imported.
+# processes that fork behind a parent's threads may wait for ever. So before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
