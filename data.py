@@ -34,12 +34,13 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain, compress, islice, product
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ CROP_SIDES = (384, 600)                      # Section 3.5
 
 class UnusablePicture(InputError):
     """A picture that no decoder opens, or whose shape is not the one that its boxes are for. In
-    training the next one of its epoch takes its place."""
+    training another one takes its place."""
 
 
 def read_image(path: Path | str, size=None) -> Tensor:
@@ -131,14 +132,10 @@ def read_image(path: Path | str, size=None) -> Tensor:
         # No warnings about odd metadata or very large pictures: users can do nothing about them.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             picture = upright(picture, size)
-            if picture.mode[0] in "IF":              # 16-bit grey: PIL would cut it off at 255
-                grey = np.asarray(picture, np.float32) / (257 if picture.mode[0] == "I" else 1)
-                grey = grey.clip(0, 255).round()
-                picture = Image.fromarray(grey.astype(np.uint8))
-            elif "transparency" in picture.info:     # of a palette: becomes alpha, and is dropped
-                picture = picture.convert("RGBA")
+            if picture.mode.startswith("I;16"):  # 16-bit grey, which PIL would cut off at 255
+                picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
             pixels = np.array(picture.convert("RGB"))
-    except Exception as error:                       # PIL raises many kinds
+    except Exception as error:  # PIL raises many kinds
         raise UnusablePicture(f"{path}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -182,10 +179,9 @@ def fitted_size(height: int, width: int, shortest: int, longest: int, floor: boo
 
     In whole numbers, so that 480 x (800 / 480) is 800. Detection rounds, vision and language takes
     the floor (released config). At least 1: a picture may be 10,000 wide and 1 high."""
-    short, long = sorted((height, width))
-    wanted, present = shortest, short
-    if long * shortest > longest * short:  # the longer side would exceed its limit
-        wanted, present = longest, long
+    wanted, present = shortest, min(height, width)
+    if max(height, width) * shortest > longest * present:
+        wanted, present = longest, max(height, width)
     half = 0 if floor else present // 2  # what makes a floor division round
     return [max(1, (side * wanted + half) // present) for side in (height, width)]
 
@@ -219,7 +215,7 @@ def flip(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
 
 def crop(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size: int):
     """A random part of the picture, first resized smaller than usual. Boxes are clipped to it."""
-    # 10,000: beyond any COCO picture; keeps a 10,000 x 10 one from becoming 400,000 wide.
+    # Beyond any of COCO's, 10,000 keeps a 10,000 x 10 picture from becoming 400,000 wide.
     image = resize(image, scaled(rng.choice(CROP_SCALES), image_size), longest=10_000)
     sides = np.array(image.shape[1:])
     low, high = (np.minimum(sides, scaled(side, image_size)) for side in CROP_SIDES)
@@ -277,7 +273,7 @@ class Tokenizer:
 
 # ---- Readers -------------------------------------------------------------------------------------
 MAX_ATTRIBUTES = 16   # per object (released config)
-MAX_CLASSES = 2 ** 15  # ids are kept as int16
+MAX_CLASSES = 2 ** 15  # ids are int16
 COCO_VAL = "coco/annotations/instances_val2017.json"
 
 
@@ -285,15 +281,14 @@ class Dataset:
     """The base of all readers. `split` is train, val or test; `data` the folder of all data sets;
     `image_size` and `augment` are the settings of those names.
 
-    Records that cannot be used are left out and counted (`skipped`) where official files have such
-    records: absent pictures, repeated ids, empty boxes, objects outside a vocabulary, questions
-    without answers, rows of too many columns, the label "-". Any other fault is an InputError that
-    names file, record and fix. Whether a picture can be used shows when it is opened: `picture`
-    raises UnusablePicture (`--check` opens all).
-
     A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
-    Sample`, augmented by draws from `rng` in training; `rng` is None in evaluation."""
+    Sample`, augmented by draws from `rng` in training; `rng` is None in evaluation.
+
+    Records of the kinds that official files have are left out and counted (`skipped`): absent
+    pictures, repeated ids, empty boxes, objects outside a vocabulary, questions without answers,
+    rows of too many columns, the label "-". Any other fault is an InputError that names file,
+    record and fix. Pictures are opened one by one: `picture` raises UnusablePicture."""
 
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
@@ -325,39 +320,6 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def locate(self, names: list[str]) -> tuple[list[str], np.ndarray]:
-        """-> the names on the disk, (n,) bool: is the picture in `self.folder`? An error if none
-        is."""
-        wanted, folders = set(names), set()
-        for name in wanted:
-            *parents, _ = parts = re.split(r"[/\\]", name)
-            if os.path.isabs(name) or ".." in parts or re.match("[A-Za-z]:", name):
-                raise bad(self.path, f"the picture name {name!r} leads out of {self.folder}")
-            folder = "/".join(parents)
-            folders |= {folder, unicodedata.normalize("NFD", folder)}
-        listed = []
-        for folder in sorted(folders):
-            listed += [os.path.join(folder, name) for name in list_folder(self.folder / folder)]
-        # Files that the annotations name exactly stand for no other picture; of two similar names
-        # the first counts.
-        similar = {spelling(name): name for name in reversed(listed) if name not in wanted}
-        listed = set(listed)
-        found = [name if name in listed else similar.get(spelling(name)) for name in names]
-        odd = {name for name, there in zip(names, found)
-               if there not in (name, None) or not name.endswith((".jpg", ".jpeg", ".png"))}
-        if odd:
-            self.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, "
-                              f"endings or \\ in the annotations (as {min(odd)!r})")
-        present = np.array([name is not None for name in found], bool)
-        self.missing = int((~present).sum())
-        if self.missing:
-            first = repr(names[np.argmin(present)])[1:-1]  # escaped for printing
-            if self.missing == len(names):
-                raise bad(self.path, f"none of its pictures is under {self.folder} (the first: "
-                          f"{first})", "unpack the pictures there")
-            self.skipped[f"without picture (the first: {first})"] = self.missing
-        return found, present
-
     def picture_file(self, index: int) -> tuple[str, list[int] | None]:
         """Its path, and the height and width that the annotations state, if they do."""
         # Not a Path: it interns its parts, and each worker would end up with a copy of that table.
@@ -372,12 +334,12 @@ class Dataset:
     def summary(self) -> str:
         line = f"{self.task.name:8}{self.split:6}{len(self):>9,} samples "
         line += f"{self.num_images:>9,} pictures" if self.task.image else " " * 18
-        notes = [line]
+        notes = [line.rstrip()]
         if not len(self):
             notes.append("no samples")
-        if skipped := counted(self.skipped):
-            notes.append(f"skipped: {skipped}")
-        return "; ".join(notes + self.notes).rstrip()
+        if self.skipped.total():
+            notes.append(f"skipped: {counted(self.skipped)}")
+        return "; ".join(notes + self.notes)
 
 
 def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -409,23 +371,23 @@ class Coco(Dataset):
             self.attribute_names = self.names_by_id(content, "attributes")
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
+        rows = read_records(content, "images", self.path, self.read_image)
         images = {}
-
-        def read_image_row(row):
-            number = field(row, "id", int)
-            size = field(row, "height", int), field(row, "width", int)
-            if min(size) < 1:
-                raise ValueError("an image of no size")
-            if number in images:
-                self.skipped["repeated image ids"] += 1
-            images.setdefault(number, (field(row, "file_name", str), *size))
-        read_records(content, "images", self.path, read_image_row)
-        names, present = self.locate([name for name, _, _ in images.values()])
+        for number, *image in rows:
+            images.setdefault(number, image)
+        self.skipped["repeated image ids"] = len(rows) - len(images)
+        names, present = find_pictures(self, [name for name, _ in images.values()])
         listed = np.array([*images], np.int64)
-        sizes = np.array([size for _, *size in images.values()], np.int64).reshape(-1, 2)
+        sizes = np.array([size for _, size in images.values()], np.int64).reshape(-1, 2)
         self.ids, self.sizes = listed[present], sizes[present]  # (n,), (n, 2) height, width
         self.names, self.num_images = strings(compress(names, present)), len(self.ids)
         self.read_boxes(content, listed)
+
+    def read_image(self, row: dict) -> tuple:
+        size = field(row, "height", int), field(row, "width", int)
+        if min(size) < 1:
+            raise ValueError("an image of no size")
+        return field(row, "id", int), field(row, "file_name", str), size
 
     def names_by_id(self, content: dict, key: str) -> list[str]:
         """List `key` of ids and names -> names by id, up to the largest id; "" where there is none.
@@ -434,10 +396,8 @@ class Coco(Dataset):
 
         def read(row):
             number = field(row, "id", int)
-            if number in names:
-                raise ValueError(f"an id occurs twice in {key}")
-            if not 0 <= number < MAX_CLASSES:
-                raise ValueError(f"an id of {key} lies outside 0..{MAX_CLASSES - 1}")
+            if number in names or not 0 <= number < MAX_CLASSES:
+                raise ValueError(f"an id of {key} that occurs twice, or is not in 0..32767")
             names[number] = field(row, "name", str)
         read_records(content, key, self.path, read)
         return [names.get(number, "") for number in range(max(names, default=0) + 1)]
@@ -449,9 +409,8 @@ class Coco(Dataset):
         if not 0 <= label < len(self.class_names) or not self.class_names[label]:
             raise ValueError("a category_id that is not in its categories")
         area, crowd = field(row, "area", float, box[2] * box[3]), field(row, "iscrowd", int, 0)
-        size, attributes = self.task.num_attributes, []
-        if size:
-            attributes = field(row, "attribute_ids", list)
+        size = self.task.num_attributes
+        attributes = field(row, "attribute_ids", list) if size else []
         if not all(type(n) is int and 0 <= n < size for n in attributes):
             raise ValueError(f"attribute_ids outside 0..{size - 1}")
         attributes = (attributes + [-1] * MAX_ATTRIBUTES)[:MAX_ATTRIBUTES]
@@ -476,7 +435,7 @@ class Coco(Dataset):
         self.areas, self.crowd = rows["area"].copy(), rows["crowd"].copy()
         if self.task.num_attributes:
             self.attributes = rows["attributes"].copy()
-        self.check_boxes(self.boxes, self.sizes[places])
+        self.check_boxes(self.sizes[places])
         full = not_empty(clipped(self.boxes, self.sizes[places]))
         self.usable = full & ~self.crowd  # for training
         self.skipped["empty boxes"] = int((~full).sum())
@@ -484,22 +443,21 @@ class Coco(Dataset):
         if self.split == "train" and not self.usable.any():
             raise bad(self.path, f"no box to learn from (left out: {counted(self.skipped)})")
 
-    def check_boxes(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
-        """Refuses a file whose boxes (n, 4) follow another convention than x, y, w, h in pixels,
-        which shows in the file as a whole. sizes (n, 2) height, width."""
-        fix = "COCO's are x, y, width, height in pixels: convert them"
-        if len(boxes) and boxes.min() >= 0 and boxes.max() <= 1:
+    def check_boxes(self, sizes: np.ndarray) -> None:
+        """Refuses a file whose boxes follow another convention than x, y, w, h in pixels, which
+        shows in the file as a whole. sizes (n, 2): height, width of each box's picture."""
+        number, boxes = len(self.boxes), self.boxes
+        fix = "COCO's are x, y, width, height in pixels, not corners: convert them"
+        if number and boxes.min() >= 0 and boxes.max() <= 1:
             raise bad(self.path, "all boxes lie in 0..1, relative to their pictures", fix)
-        low, high, sides = boxes[:, :2], boxes[:, 2:], sizes[:, ::-1] + 1  # 1 pixel: rounding
-        beyond = np.count_nonzero((low + high > sides).any(1))
-        corners = np.count_nonzero(((low <= high) & (high <= sides)).all(1))
-        if beyond > 0.1 * len(boxes) and corners > 0.99 * len(boxes):
-            raise bad(self.path, f"{beyond:,} of {len(boxes):,} boxes go beyond their pictures, "
-                      "and all look like corners x0, y0, x1, y1", fix)
+        ends = boxes[:, :2] + boxes[:, 2:]
+        beyond = int((ends > sizes[:, ::-1] + 1).any(1).sum())  # by more than 1 pixel: rounding
+        if beyond > number / 2:  # three in four, if they are corners x0, y0, x1, y1
+            raise bad(self.path, f"{beyond:,} of {number:,} boxes go beyond their pictures", fix)
         if beyond:
             self.notes.append(f"{beyond:,} boxes go beyond their pictures: clipped")
 
-    def crowded(self, queries: int) -> int:
+    def pictures_over(self, queries: int) -> int:
         """How many pictures have more boxes to learn from than there are queries."""
         before = np.concatenate([[0], np.cumsum(self.usable)])  # box by box
         return int((np.diff(before[self.starts]) > queries).sum())
@@ -531,9 +489,9 @@ class Coco(Dataset):
         columns = {
             "image_id": np.repeat(self.ids, np.diff(self.starts)), "category_id": self.labels,
             "bbox": self.boxes, "area": self.areas, "iscrowd": self.crowd.astype(int)}
-        annotations = []
+        annotations, rows = [], zip(*(values.tolist() for values in columns.values()))
         # Numbered from 1: pycocotools takes a match with box 0 for none at all.
-        for number, row in enumerate(zip(*(values.tolist() for values in columns.values())), 1):
+        for number, row in enumerate(rows, 1):
             annotations.append(dict(zip(columns, row), id=number))
         truth, names = COCO(), enumerate(self.class_names)
         truth.dataset = {"info": {}, "annotations": annotations}
@@ -592,7 +550,7 @@ class Classification(Dataset):
         rows = [row for row in rows if row[1] is not None]
         names = [row[2] for row in rows]
         if self.task.image:
-            names, present = self.locate(names)
+            names, present = find_pictures(self, names)
             rows, names = list(compress(rows, present)), list(compress(names, present))
         ids, labels, _, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
@@ -632,54 +590,40 @@ class Vqa2(Classification):
     annotations = "vqa2/v2_mscoco_{}_annotations.json"
     files = {"train": [questions.format("train2014"), questions.format("val2014")],
              "val": [questions.format("val2014")], "test": [questions.format("test2015")]}
-    # Where pictures are looked for, in this order: own data may have an id in both splits.
+    # Where pictures are looked for, in this order.
     folders = {"train": ["coco/train2017", "coco/train2014", "coco/val2017", "coco/val2014"],
                "val": ["coco/val2017", "coco/val2014", "coco/train2017", "coco/train2014"],
                "test": ["coco/test2015", "coco/test2017"]}
     vocabulary = "vqa2/answers_vqa.txt"
 
     @classmethod
-    def sources(cls, data: Path, split: str) -> tuple[dict[str, str], dict[str, str]]:
-        """{part: file} of the questions, {part: file} of the annotations."""
-        asked = answered = cls.parts[split]
-        if split == "test":
-            answered = []
-            development = (data / cls.questions.format("test-dev2015")).exists()
-            if development and not (data / cls.files["test"][0]).exists():
-                asked = ["test-dev2015"]
-        if not (data / cls.vocabulary).exists():  # then it is built from both parts' answers
-            answered = cls.parts["train"]
-        questions = {part: cls.questions.format(part) for part in asked}
-        return questions, {part: cls.annotations.format(part) for part in answered}
+    def answered(cls, data: Path, split: str) -> list[str]:
+        """The parts whose answers are read: both where the vocabulary has to be built from them."""
+        if not (data / cls.vocabulary).exists():
+            return cls.parts["train"]
+        return [] if split == "test" else cls.parts[split]
 
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
-        questions, annotations = cls.sources(data, split)
-        return [*questions.values(), *annotations.values()]
+        answers = [cls.annotations.format(part) for part in cls.answered(data, split)]
+        return cls.files[split] + answers + ([] if split == "test" else [COCO_VAL])
 
     def read(self) -> None:
-        questions, annotations = self.sources(self.data, self.split)
-        self.folder, self.path = self.data, self.data / [*questions.values()][0]
-        given, common = {part: {} for part in questions}, []
-        for part, file in annotations.items():
-            given[part], chosen = self.read_annotations(self.data / file)
+        self.folder, given, common, rows = self.data, defaultdict(dict), [], []
+        for part in self.answered(self.data, self.split):
+            given[part], chosen = self.read_annotations(self.data / self.annotations.format(part))
             common += chosen
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
-        held_out = self.held_out() if self.split != "test" else set()
+        held_out = set() if self.split == "test" else coco_val_ids(self.data)
         pictures = pictures_by_id(self.data, *self.folders[self.split])
-        rows, shared = [], 0
-        for part, file in questions.items():
-            for number, image, text in self.read_questions(self.data / file):
-                name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
-                if held and part == "train2014":  # own data, where ids occur in both splits
-                    held = not name.startswith("coco/train")
-                    shared += 1
-                if held == (self.split == "val"):  # in a test split nothing is held out: all
+        for part in self.parts[self.split]:
+            for number, image, text in self.read_questions(self.data / self.questions.format(part)):
+                name = pictures.get(image) or f"coco/*/{image}.jpg"
+                if part == "train2014" and image in held_out:  # not in the official files
+                    self.skipped["training questions about image ids that are in val2017"] += 1
+                elif (image in held_out) == (self.split == "val"):
                     rows.append((number, -1, name, [text], given[part].get(number, [])))
-        if shared:
-            self.notes.append(f"{shared:,} training questions have image ids that are in val2017, "
-                              "too: asked about train2017's pictures, or left out")
         if self.split == "train":
             rows += self.genome_questions(held_out)
         self.encode(rows)
@@ -707,14 +651,6 @@ class Vqa2(Classification):
             common.append(chosen or max(texts, key=texts.count, default=""))
         read_records(read_json(path, shorten), "annotations", path, read)
         return answers, common
-
-    def held_out(self) -> set[int]:
-        """val2017's images; without COCO's file those of val2014's questions."""
-        if (self.data / COCO_VAL).exists():
-            return coco_val_ids(self.data)
-        self.notes.append(f"without {COCO_VAL} train2014 trains, val2014 evaluates")
-        path = self.data / self.files["val"][0]
-        return {image for _, image, _ in self.read_questions(path)}
 
     def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
@@ -759,47 +695,35 @@ class Vqa2(Classification):
         # {normal form: class}, as the scorer compares normal forms; without <unk>. If two classes
         # share one ("none" and "0": 0), it stands for the class that is written so.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
-        classes = dict(forms) | {form: n for form, n in forms if form == self.class_names[n]}
-
-        @functools.cache
-        def class_of(text: str) -> int:
-            return classes.get(normalise_answer(text), -1)
-
+        written_so = {form: n for form, n in forms if form == self.class_names[n]}
+        self.classes = dict(forms) | written_so
+        known = functools.cache(lambda text: normalise_answer(text) in self.classes)
         kept = []
         for row in rows:
             if self.split != "test" and not row[4]:
                 self.skipped["without answers"] += 1
-            elif self.split == "train" and all(class_of(text) < 0 for text in row[4]):
+            elif self.split == "train" and not any(map(known, row[4])):
                 self.skipped["without an answer in the vocabulary"] += 1  # they have no loss
             else:
                 kept.append(row)
-        answers = [row[4] for row in self.fill(kept)]
-        different = {}  # {answer: its place in `answer_texts` and `classes`}
-        for text in chain.from_iterable(answers):
-            different.setdefault(text, len(different))
-        # Question i's are answer_places[starts[i]:starts[i + 1]].
-        self.starts = np.cumsum([0, *map(len, answers)])
-        numbers = map(different.get, chain.from_iterable(answers))
-        self.answer_places = np.fromiter(numbers, np.int32)
-        self.answer_texts = strings(different)
-        self.classes = np.array([class_of(text) for text in different], np.int32)
-
-    def places(self, index: int) -> np.ndarray:
-        """Where a question's answers are in `answer_texts` and `classes`."""
-        return self.answer_places[self.starts[index]:self.starts[index + 1]]
+        # One text a question; no answer has a NUL in it.
+        self.given = strings("\0".join(row[4]) for row in self.fill(kept))
 
     def answers(self, index: int) -> list[str]:
         """As given, ten in the official files; none on a test split."""
-        return [self.answer_texts[place] for place in self.places(index)]
+        return [] if self.split == "test" else self.given[index].split("\0")
 
     def scores(self, index: int) -> Tensor | None:
         """(C,) 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4+ of ten annotators: leave-one-out accuracy.
         Of n it is 3 n_agreeing / n, at most 1 (ours): one answer alone scores 1."""
         if self.split == "test":
             return None
-        classes = torch.from_numpy(self.classes[self.places(index)]).long()
-        counts = torch.bincount(classes[classes >= 0], minlength=self.task.num_classes)
-        return (3 * counts / len(classes)).clamp(max=1)
+        answers, counts = self.answers(index), torch.zeros(self.task.num_classes)
+        for answer in answers:
+            number = self.classes.get(normalise_answer(answer))
+            if number is not None:
+                counts[number] += 1
+        return (3 * counts / len(answers)).clamp(max=1)
 
 
 class SnliVe(Classification):
@@ -941,24 +865,12 @@ class Schedule:
     def task(self, iteration: int) -> str:
         return self.names[self.choices[iteration]]
 
-    def first_place(self, iteration: int) -> int:
-        """How many samples of the iteration's task were taken before it."""
-        drawn = int(self.drawn[iteration, self.choices[iteration]])
-        return (drawn - 1) * self.batch_size
-
     def samples(self, iteration: int) -> np.ndarray:
         """(batch_size,) int64 indices into the task's data set."""
-        name, first = self.task(iteration), self.first_place(iteration)
-        size = self.sizes[name]
+        name, drawn = self.task(iteration), int(self.drawn[iteration, self.choices[iteration]])
+        first, size = (drawn - 1) * self.batch_size, self.sizes[name]
         return np.array([self.shuffle(name, place // size)[place % size]
                          for place in range(first, first + self.batch_size)])
-
-    def following(self, iteration: int, position: int) -> np.ndarray:
-        """(size - 1,) what may replace the sample at `position` of the batch: the others of its
-        epoch, in order from it on, then from the start."""
-        name, place = self.task(iteration), self.first_place(iteration) + position
-        size = self.sizes[name]
-        return np.roll(self.shuffle(name, place // size), -(place % size))[1:]
 
     @functools.lru_cache(16)  # two epochs of eight tasks, as a batch may reach into the next
     def shuffle(self, name: str, epoch: int) -> np.ndarray:
@@ -978,39 +890,39 @@ def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str)
                       f"{task}` lists all")
 
 
-class Fetcher:
-    """Makes the batch of a request (iteration, task, [(position, index), ...]). No schedule: for
-    evaluation."""
+class BatchMaker:
+    """Makes the batch of a request (iteration, task, [(position, index), ...]). `seed`: the run's;
+    None: for evaluation."""
 
-    def __init__(self, datasets: dict[str, Dataset], schedule: Schedule | None = None):
-        self.datasets, self.schedule = datasets, schedule
+    def __init__(self, datasets: dict[str, Dataset], seed: int | None = None):
+        self.datasets, self.seed = datasets, seed
 
-    def fetch(self, request) -> tuple[Batch | None, dict[int, str]]:
-        """The batch, and {index: why its picture cannot be used}. In training the next of its epoch
-        takes such a picture's place; in evaluation the batch is smaller, or None."""
+    def make(self, request) -> tuple[Batch | None, dict[int, str]]:
+        """The batch, and {index: why its picture cannot be used}. In training another sample takes
+        the place of such a one; in evaluation the batch is smaller, or None."""
         iteration, name, places = request
         dataset, samples, reasons, rng = self.datasets[name], [], {}, None
         for position, index in places:
-            for candidate in self.candidates(iteration, position, index):
-                if self.schedule is not None:
-                    # The position is that in the whole batch, so that the result depends on
-                    # neither the worker nor the rank.
-                    rng = np.random.default_rng([self.schedule.seed, 2, iteration, position])
-                try:
-                    samples.append(dataset.sample(candidate, rng))
-                    break
-                except UnusablePicture as error:
-                    reasons[candidate] = str(error)
-        if self.schedule is not None and len(samples) < len(places):
+            if self.seed is not None:
+                # The position is that in the whole batch, so that the result depends on neither
+                # the worker nor the rank.
+                rng = np.random.default_rng([self.seed, 2, iteration, position])
+            if sample := self.usable_sample(dataset, index, rng, reasons):
+                samples.append(sample)
+        if rng is not None and len(samples) < len(places):
             raise too_many_unusable(name, [*reasons.values()], len(reasons), dataset.data)
         return collate(dataset.task, samples) if samples else None, reasons
 
-    def candidates(self, iteration: int, position: int, index: int):
-        """The samples to try for a place in the batch. They follow from the data alone, so
-        processes share no state, and none is saved."""
-        yield index
-        if self.schedule is not None:
-            yield from self.schedule.following(iteration, position)[:FEWEST_UNUSABLE].tolist()
+    def usable_sample(self, dataset: Dataset, index: int, rng, reasons: dict) -> Sample | None:
+        """The sample; with `rng`, in training, others are tried in its place, drawn at random."""
+        for _ in range(1 if rng is None else 1 + FEWEST_UNUSABLE):
+            try:
+                return dataset.sample(index, rng)
+            except UnusablePicture as error:
+                reasons[index] = str(error)
+            if rng is not None:
+                index = int(rng.integers(len(dataset)))
+        return None
 
 
 # Signals that end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a
@@ -1018,63 +930,53 @@ class Fetcher:
 STOPPING = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
-def start_worker(fetcher: Fetcher) -> None:
+def start_worker(maker: BatchMaker) -> None:
     """Signals may go to all processes, but the parent needs its workers to finish the iteration in
     hand. Workers without a parent end by themselves."""
-    global worker_fetcher
-    worker_fetcher = fetcher
+    global worker_maker
+    worker_maker = maker
     torch.set_num_threads(1)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+    ForkingPickler.register(Tensor, as_array)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
+def as_array(tensor: Tensor):
+    """How a tensor travels between processes. PyTorch would put each into shared memory, which runs
+    out, as do open files."""
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def fetch_in_worker(request):
-    batch, reasons = worker_fetcher.fetch(request)
-    return convert(batch, Tensor, Tensor.numpy), reasons
+def make_in_worker(request):
+    return worker_maker.make(request)
 
 
-def convert(batch: Batch | None, kind: type, function) -> Batch | None:
-    """The batch with function(x) for each x of that kind. Between processes tensors travel as
-    arrays: PyTorch would put each into shared memory, which runs out, as do open files."""
-    def converted(value):
-        if isinstance(value, list):
-            return [converted(x) for x in value]
-        return function(value) if isinstance(value, kind) else value
-    return batch and Batch(**{name: converted(value) for name, value in vars(batch).items()})
-
-
-def run_loader(fetcher: Fetcher, requests, num_workers: int):
-    """Yields fetcher.fetch(request) for each request, in order; `num_workers` processes read ahead.
-    It is an InputError if these fail."""
+def run_loader(maker: BatchMaker, requests, num_workers: int):
+    """Yields maker.make(request) for each request, in order; `num_workers` processes read ahead. It
+    is an InputError if these fail."""
     if not num_workers:
-        yield from map(fetcher.fetch, requests)
+        yield from map(maker.make, requests)
         return
     # Fork shares the annotations with the workers; elsewhere each gets a copy.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(num_workers, context, start_worker, [fetcher])
-    submitted = (pool.submit(fetch_in_worker, request) for request in requests)
+    pool = ProcessPoolExecutor(num_workers, context, start_worker, [maker])
+    submitted = (pool.submit(make_in_worker, request) for request in requests)
     try:
         waiting = deque(islice(submitted, 4 * num_workers))
         while waiting:
-            batch, reasons = waiting.popleft().result()
+            result = waiting.popleft().result()
             waiting.extend(islice(submitted, 1))
-            yield convert(batch, np.ndarray, torch.from_numpy), reasons
+            yield result
     except (BrokenProcessPool, OSError) as error:
-        workers = list(pool._processes.values())  # there is no public name
-        for worker in workers:
-            worker.join(0.1)
-        ended = [worker.exitcode for worker in workers if worker.exitcode]
-        reason = f"one has ended, exit status {ended[0]}" if ended else error
-        for worker in workers:
+        for worker in list(pool._processes.values()):  # there is no public name
             worker.kill()  # they ignore the SIGTERM that the pool sends them
-        raise InputError(f"the data workers failed ({reason}); fewer --num_workers (0: none), more "
+        raise InputError(f"the data workers failed ({error}); fewer --num_workers (0: none), more "
                          "memory or more open files (ulimit -n) help") from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -1100,8 +1002,8 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
             own = list(enumerate(samples))[rank * each:(rank + 1) * each]
             dataset = datasets[schedule.task(iteration)]
             yield from micro_batches(dataset, iteration, own, micro_batch, each)
-    batches, reasons = [], []
-    for batch, why in run_loader(Fetcher(datasets, schedule), requests(), num_workers):
+    maker, batches, reasons = BatchMaker(datasets, schedule.seed), [], []
+    for batch, why in run_loader(maker, requests(), num_workers):
         batches.append(batch)
         reasons += why.values()
         if sum(map(len, batches)) == each:
@@ -1114,7 +1016,7 @@ def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: in
     those that can be used (None if none can) and {index: why its picture cannot be used}."""
     places = [(position, int(index)) for position, index in enumerate(indices)]
     requests = micro_batches(dataset, 0, places, micro_batch, 32)
-    yield from run_loader(Fetcher({dataset.task.name: dataset}), requests, num_workers)
+    yield from run_loader(BatchMaker({dataset.task.name: dataset}), requests, num_workers)
 
 
 # ---- What official files need --------------------------------------------------------------------
@@ -1145,23 +1047,21 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
                       "annotations": []} for split in ("train", "val")}
 
     def read_image(row):
-        number, split = row["image_id"], splits["val" if row["coco_id"] in held_out else "train"]
-        if number in images:
-            dropped["repeated image ids"] += 1
-            return
+        split = splits["val" if row["coco_id"] in held_out else "train"]
         name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
-        image = dict(id=number, file_name=name, width=row["width"], height=row["height"])
-        images[number] = image, split["annotations"]
-        split["images"].append(image)
+        split["images"].append({"id": row["image_id"], "file_name": name,
+                                "width": row["width"], "height": row["height"]})
+        images[row["image_id"]] = row["width"], row["height"], split["annotations"]
 
     def read_objects(row):
-        image, annotations = images.pop(row["image_id"], (None, None))  # a second row is unknown
-        if image is None:
-            dropped["rows of unknown or repeated images"] += 1
+        if row["image_id"] not in images:
+            dropped["rows of unknown images"] += 1
             return
+        *size, annotations = images[row["image_id"]]
         for thing in row["attributes"]:
-            if found := convert_object(thing, image, object_ids, attribute_ids, dropped):
-                annotations.append({"id": len(annotations) + 1, **found})
+            if found := convert_object(thing, *size, object_ids, attribute_ids, dropped):
+                annotations.append({"id": len(annotations) + 1, "image_id": row["image_id"],
+                                    **found})
 
     for name, read in (("image_data.json", read_image), ("attributes.json", read_objects)):
         read_records(read_json(data / "vg" / name), "records", data / "vg" / name, read)
@@ -1171,26 +1071,22 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
     return splits, dropped
 
 
-def convert_object(thing: dict, image: dict, object_ids: dict, attribute_ids: dict,
+def convert_object(thing: dict, width: int, height: int, object_ids: dict, attribute_ids: dict,
                    dropped: Counter) -> dict | None:
     """One object of attributes.json as a COCO-style annotation; None (counted) if not usable."""
     names = [name.lower().strip() for name in thing["names"]]
     label = next((object_ids[name] for name in names if name in object_ids), None)
     x, y = max(thing["x"], 0), max(thing["y"], 0)  # 1 in 200 overshoots by a pixel or two
-    w = min(thing["x"] + thing["w"], image["width"]) - x
-    h = min(thing["y"] + thing["h"], image["height"]) - y
-    if label is None:
-        dropped["objects outside the vocabulary" if any(names) else "objects without a name"] += 1
-        return None
-    if w <= 0 or h <= 0:
-        dropped["empty boxes"] += 1
+    w, h = min(thing["x"] + thing["w"], width) - x, min(thing["y"] + thing["h"], height) - y
+    if label is None or w <= 0 or h <= 0:
+        dropped["objects outside the vocabulary" if label is None else "empty boxes"] += 1
         return None
     words = [word.lower().strip() for word in thing.get("attributes", ())]
     known = list(dict.fromkeys(attribute_ids[word] for word in words if word in attribute_ids))
     dropped["attributes outside the vocabulary"] += sum(word not in attribute_ids for word in words)
     dropped["attributes beyond 16 an object"] += len(known[MAX_ATTRIBUTES:])
-    return {"image_id": image["id"], "category_id": label, "bbox": [x, y, w, h], "area": w * h,
-            "iscrowd": 0, "attribute_ids": known[:MAX_ATTRIBUTES]}
+    return {"category_id": label, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0,
+            "attribute_ids": known[:MAX_ATTRIBUTES]}
 
 
 # The official VQA scorer's contractions: each of these words with any one apostrophe left out
@@ -1231,12 +1127,11 @@ def normalise_answer(text: str) -> str:
 
 # ---- Files, flat arrays, checks ------------------------------------------------------------------
 # A forked worker shares memory with its parent until one of them writes to a page, and merely
-# reading a Python object writes to it (its reference count). Millions of small objects are thus
-# copied, worker by worker, page by page. Arrays are not, so after loading only NumPy arrays remain.
+# reading a Python object does (its reference count). So after loading only NumPy arrays remain.
 
 def strings(texts) -> np.ndarray:
     """(n,) in NumPy's own string type: UTF-8 bytes in one buffer rather than an object for each."""
-    texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's lone surrogates: ?
+    texts = [str(x).encode("utf-8", "replace").decode() for x in texts]  # JSON's half characters: ?
     return np.array(texts, np.dtypes.StringDType())
 
 
@@ -1332,42 +1227,63 @@ def whole_file(path: Path, mode: str = "w"):
                          "is intact: make room, repeat (a training: with --resume)") from error
 
 
-PICTURE = re.compile(r"(\d*)\.(?:jpe?g|png)$", re.IGNORECASE)  # the end of a name; its number
+PICTURE = re.compile(r"(\d+)\.(?:jpe?g|png)$", re.IGNORECASE)  # a number, then the ending
 
 
-def list_folder(folder: Path) -> list[str]:
-    """The names in it, sorted. One listing, as a stat of each picture takes minutes. Names that
-    begin with a dot are left out: `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture."""
-    try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except (OSError, ValueError):  # not there, or no name that a folder can have
-        return []
+def list_files(root: Path, folders) -> list[str]:
+    """"folder/name" of all files in these folders of `root`, without the names that begin with a
+    dot: `._1.jpg`, which a Mac's zip has beside 1.jpg, is no picture."""
+    paths = []
+    for folder in folders:
+        # One listing, as a stat of each picture takes minutes.
+        with contextlib.suppress(OSError, ValueError):  # not there, or no name of a folder
+            names = sorted(os.listdir(root / folder))
+            paths += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+    return paths
 
 
 def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
-    """{number at the end of the name: name}; where folders share a number, the first one's."""
-    pictures = {}
-    for folder in folders:
-        for name in list_folder(root / folder):
-            match = PICTURE.search(name)
-            if match and match[1]:
-                pictures.setdefault(int(match[1]), f"{folder}/{name}")
-    return pictures
+    """{number at the end of the name: "folder/name"}; the first folder that has a number counts."""
+    matches = [(path, PICTURE.search(path)) for path in reversed(list_files(root, folders))]
+    return {int(match[1]): path for path, match in matches if match}
+
+
+def find_pictures(dataset: Dataset, names: list[str]) -> tuple[list[str], np.ndarray]:
+    """-> the names on the disk, (n,) bool: is the picture in `dataset.folder`? An error if none is.
+
+    A file that is named exactly is nobody else's picture; otherwise the first `spelling` counts."""
+    folder, wanted, folders = dataset.folder, {*names}, set()
+    for name in wanted:
+        *parents, _ = re.split(r"[/\\]", name)
+        if os.path.isabs(name) or ".." in parents or re.match("[A-Za-z]:", name):
+            raise bad(dataset.path, f"the picture name {name!r} leads out of {folder}")
+        folders.add("/".join(parents))
+    listed = dict.fromkeys(list_files(folder, sorted(folders)))
+    similar = {spelling(name): name for name in reversed(listed) if name not in wanted}
+    found = [name if name in listed else similar.get(spelling(name)) for name in names]
+    odd = {name for name, there in zip(names, found)
+           if there not in (name, None) or not name.endswith((".jpg", ".jpeg", ".png"))}
+    if odd:
+        dataset.notes.append(f"{len(odd):,} pictures have unusual names, or other accents, "
+                             f"endings or \\ in the annotations (as {min(odd)!r})")
+    present = np.array([name is not None for name in found], bool)
+    dataset.missing = int((~present).sum())
+    if dataset.missing:
+        first = repr(names[np.argmin(present)])[1:-1]  # escaped for printing
+        if dataset.missing == len(names):
+            raise bad(dataset.path, f"none of its pictures is under {folder} (the first: {first})",
+                      "unpack the pictures there")
+        dataset.skipped[f"without picture (the first: {first})"] = dataset.missing
+    return found, present
 
 
 def spelling(name: str) -> str:
     """The same for two names of one picture: Windows has backslashes in paths, a Mac writes
-    accents in two characters, and tools write jpg, JPG, jpeg or convert to png."""
-    path, number = name.replace("\\", "/"), PICTURE.search(name)
-    return unicodedata.normalize("NFC", path[:number.end(1)] if number else path)
+    accents in two characters, and tools write JPG for jpg."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).lower()
 
 
 # ---- Command line --------------------------------------------------------------------------------
-PRETRAINED = {"bert/vocab.txt": "all tasks with text",
-              "bert/pytorch_model.bin or bert/model.safetensors": "weights of the text encoder",
-              "detr/detr-r50-dc5-f0fb7ef5.pth": "weights of the backbone"}
-
-
 def splits(data: Path, names: list[str]):
     """For each split of these tasks (no names: all that have files), prints its summary and yields
     the Dataset, or prints which files are missing."""
@@ -1386,14 +1302,18 @@ def splits(data: Path, names: list[str]):
                 yield dataset
 
 
-def report(data: Path, names: list[str]) -> None:
-    print(f"{data}: what is there, split by split\n")
-    for _ in splits(data, names):
-        pass
-    print("\npretrained files")
-    for files, use in PRETRAINED.items():
-        found = any((data / file).exists() for file in files.split(" or "))
-        print(f"{'found' if found else 'missing':8}{files} ({use})")
+def check_pictures(datasets) -> int:
+    """--check: opens every picture once, on all cores -> how many cannot be used."""
+    sizes = {}  # by path; None where no annotations state it
+    for dataset in datasets:
+        for index in range(len(dataset) if dataset.task.image else 0):
+            path, size = dataset.picture_file(index)
+            sizes[path] = size or sizes.get(path)
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(problem_of, sizes, sizes.values(), chunksize=16)
+        problems = [problem for problem in progress("pictures", found, len(sizes)) if problem]
+    print(*problems, f"{len(sizes):,} pictures opened, {len(problems):,} cannot be used", sep="\n")
+    return len(problems)
 
 
 def problem_of(path: str, size) -> str:
@@ -1403,20 +1323,6 @@ def problem_of(path: str, size) -> str:
     except UnusablePicture as error:
         return str(error)
     return ""
-
-
-def check_pictures(data: Path, names: list[str]) -> int:
-    """--check: opens every picture once, on all cores -> how many cannot be used."""
-    sizes = {}  # by path; None where no annotations state it
-    for dataset in splits(data, names):
-        for index in range(len(dataset) if dataset.task.image else 0):
-            path, size = dataset.picture_file(index)
-            sizes[path] = size or sizes.get(path)
-    with ProcessPoolExecutor() as pool:
-        found = pool.map(problem_of, sizes, sizes.values(), chunksize=16)
-        problems = [problem for problem in progress("pictures", found, len(sizes)) if problem]
-    print(*problems, f"{len(sizes):,} pictures opened, {len(problems):,} cannot be used", sep="\n")
-    return len(problems)
 
 
 def progress(name: str, items, total: int, size=lambda item: 1):
@@ -1450,8 +1356,8 @@ def write_vocabulary(data: Path) -> None:
     path, texts, names = data / "bert/vocab.txt", [], []
     if path.exists():
         raise bad(path, "is there already", "remove it if another should be made")
-    for task in (task for task in TASKS if task.text):
-        if all((data / file).exists() for file in task.dataset.needed(data, "train")):
+    for task in TASKS:
+        if task.text and all((data / x).exists() for x in task.dataset.needed(data, "train")):
             names.append(task.name)
             texts += chain(*task.dataset(task, data, "train").columns)
     if not texts:
@@ -1511,12 +1417,15 @@ def command_line(parser: Parser, run, argv: list[str] | None) -> None:
 def run(args: argparse.Namespace) -> None:
     data, names = Path(args.data), args.tasks.split(",") if args.tasks else []
     require_folder(data)
-    if args.prepare:
-        write_vg(data) if args.prepare == "vg" else write_vocabulary(data)
+    if args.prepare == "vg":
+        write_vg(data)
+    elif args.prepare == "vocab":
+        write_vocabulary(data)
     elif args.check:
-        sys.exit(1 if check_pictures(data, names) else 0)
+        sys.exit(1 if check_pictures(splits(data, names)) else 0)
     else:
-        report(data, names)
+        for _ in splits(data, names):  # prints them
+            pass
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1536,13 +1445,11 @@ def main(argv: list[str] | None = None) -> None:
 # ---- The tiny data sets --------------------------------------------------------------------------
 # The eight tasks in a size that a laptop learns in minutes (ours): pictures of 32 x 32 pixels with
 # one to three coloured shapes, and sentences made of templates, in the official files' formats.
-# These rules keep them honest:
 # * No part of the input gives the answer away. A label is a relation between two things (two
 #   sentences, a picture and a text, a word and its scope), and each of the two is about equally
 #   likely under every label: tests/baselines.py measures what is left.
-# * Held-out splits share no picture with training and, in the four text tasks, no sentence: each
-#   sentence is about someone or something named by two words, and a hash keeps one such pair of
-#   words in five out of training. Every single word occurs in training.
+# * Held-out splits share no picture with training and, in the four text tasks, no sentence: each is
+#   about a name of two words, and a hash keeps one such name in five out of training.
 # * Labels are balanced after duplicates are removed. Everything follows from the seed.
 
 SIDE = 32                                            # pixels

@@ -818,7 +818,7 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     for name, task in model.tasks.items():
-        if task.kind == "detection" and (count := datasets[name].crowded(task.num_queries)):
+        if task.kind == "detection" and (count := datasets[name].pictures_over(task.num_queries)):
             print(f"WARNING: {name}: {count} pictures have more than {task.num_queries} boxes: "
                   "some are not learned; raise --detection_queries")
     labels, samples = {}, {}
