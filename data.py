@@ -413,7 +413,8 @@ class Coco(Dataset):
         attributes = field(row, "attribute_ids", list) if size else []
         if not all(type(n) is int and 0 <= n < size for n in attributes):
             raise ValueError(f"attribute_ids outside 0..{size - 1}")
-        attributes = (attributes + [-1] * MAX_ATTRIBUTES)[:MAX_ATTRIBUTES]
+        if size:
+            attributes = (attributes + [-1] * MAX_ATTRIBUTES)[:MAX_ATTRIBUTES]
         return field(row, "image_id", int), label, box, area, crowd != 0, attributes
 
     def read_boxes(self, content: dict, listed: np.ndarray) -> None:
@@ -421,9 +422,10 @@ class Coco(Dataset):
         rows = []
         if self.split != "test":
             rows = read_records(content, "annotations", self.path, self.read_box)
-        rows = np.array(rows, [
+        width = MAX_ATTRIBUTES if self.task.num_attributes else 0
+        rows = np.array(rows, [  # boxes: x, y, w, h in pixels
             ("image", np.int64), ("label", np.int16), ("box", np.float64, 4), ("area", np.float64),
-            ("crowd", bool), ("attributes", np.int16, MAX_ATTRIBUTES)])
+            ("crowd", bool), ("attributes", np.int16, width)])
         self.skipped["boxes of images not listed"] = int((~np.isin(rows["image"], listed)).sum())
         place = {image: number for number, image in enumerate(self.ids.tolist())}
         places = np.array([place.get(image, -1) for image in rows["image"].tolist()], np.int64)
@@ -431,10 +433,8 @@ class Coco(Dataset):
         order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
         places, rows = places[order], rows[order]
         self.starts = np.searchsorted(places, np.arange(len(self) + 1))
-        self.boxes, self.labels = rows["box"].copy(), rows["label"].copy()  # x, y, w, h in pixels
-        self.areas, self.crowd = rows["area"].copy(), rows["crowd"].copy()
-        if self.task.num_attributes:
-            self.attributes = rows["attributes"].copy()
+        self.boxes, self.labels, self.areas = rows["box"], rows["label"], rows["area"]
+        self.crowd, self.attributes = rows["crowd"], rows["attributes"]
         self.check_boxes(self.sizes[places])
         full = not_empty(clipped(self.boxes, self.sizes[places]))
         self.usable = full & ~self.crowd  # for training
@@ -890,39 +890,30 @@ def too_many_unusable(task: str, reasons: list[str], met: int, data: Path | str)
                       f"{task}` lists all")
 
 
-class BatchMaker:
-    """Makes the batch of a request (iteration, task, [(position, index), ...]). `seed`: the run's;
-    None: for evaluation."""
+def make_batch(dataset: Dataset, indices: list, seeds: list) -> tuple[Batch | None, dict[int, str]]:
+    """The batch of these samples, and {index: why its picture cannot be used}. In training each has
+    a seed; None: in evaluation, where such samples are left out (the batch is None if all are)."""
+    samples, reasons = [], {}
+    for index, seed in zip(indices, seeds):
+        rng = None if seed is None else np.random.default_rng(seed)
+        if sample := usable_sample(dataset, index, rng, reasons):
+            samples.append(sample)
+    return collate(dataset.task, samples) if samples else None, reasons
 
-    def __init__(self, datasets: dict[str, Dataset], seed: int | None = None):
-        self.datasets, self.seed = datasets, seed
 
-    def make(self, request) -> tuple[Batch | None, dict[int, str]]:
-        """The batch, and {index: why its picture cannot be used}. In training another sample takes
-        the place of such a one; in evaluation the batch is smaller, or None."""
-        iteration, name, places = request
-        dataset, samples, reasons, rng = self.datasets[name], [], {}, None
-        for position, index in places:
-            if self.seed is not None:
-                # The position is that in the whole batch, so that the result depends on neither
-                # the worker nor the rank.
-                rng = np.random.default_rng([self.seed, 2, iteration, position])
-            if sample := self.usable_sample(dataset, index, rng, reasons):
-                samples.append(sample)
-        if rng is not None and len(samples) < len(places):
-            raise too_many_unusable(name, [*reasons.values()], len(reasons), dataset.data)
-        return collate(dataset.task, samples) if samples else None, reasons
-
-    def usable_sample(self, dataset: Dataset, index: int, rng, reasons: dict) -> Sample | None:
-        """The sample; with `rng`, in training, others are tried in its place, drawn at random."""
-        for _ in range(1 if rng is None else 1 + FEWEST_UNUSABLE):
-            try:
-                return dataset.sample(index, rng)
-            except UnusablePicture as error:
-                reasons[index] = str(error)
-            if rng is not None:
-                index = int(rng.integers(len(dataset)))
-        return None
+def usable_sample(dataset: Dataset, index: int, rng, reasons: dict[int, str]) -> Sample | None:
+    """The sample, or in training (with `rng`) one drawn at random if its picture is unusable."""
+    for _ in range(1 if rng is None else 1 + FEWEST_UNUSABLE):
+        try:
+            return dataset.sample(index, rng)
+        except UnusablePicture as error:
+            reasons[index] = str(error)
+        if rng is not None:
+            index = int(rng.integers(len(dataset)))
+    if rng is not None:
+        found = [*reasons.values()]
+        raise too_many_unusable(dataset.task.name, found, len(found), dataset.data)
+    return None
 
 
 # Signals that end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a
@@ -930,11 +921,11 @@ class BatchMaker:
 STOPPING = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
-def start_worker(maker: BatchMaker) -> None:
+def start_worker(datasets: dict[str, Dataset]) -> None:
     """Signals may go to all processes, but the parent needs its workers to finish the iteration in
     hand. Workers without a parent end by themselves."""
-    global worker_maker
-    worker_maker = maker
+    global worker_datasets
+    worker_datasets = datasets
     torch.set_num_threads(1)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_IGN)
@@ -953,20 +944,21 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def make_in_worker(request):
-    return worker_maker.make(request)
+def make_in_worker(name: str, indices: list, seeds: list):
+    return make_batch(worker_datasets[name], indices, seeds)
 
 
-def run_loader(maker: BatchMaker, requests, num_workers: int):
-    """Yields maker.make(request) for each request, in order; `num_workers` processes read ahead. It
-    is an InputError if these fail."""
+def run_loader(datasets: dict[str, Dataset], requests, num_workers: int):
+    """Yields the result of `make_batch` for each request (task, indices, seeds), in order;
+    `num_workers` processes read ahead. It is an InputError if these fail."""
     if not num_workers:
-        yield from map(maker.make, requests)
+        for name, indices, seeds in requests:
+            yield make_batch(datasets[name], indices, seeds)
         return
     # Fork shares the annotations with the workers; elsewhere each gets a copy.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(num_workers, context, start_worker, [maker])
-    submitted = (pool.submit(make_in_worker, request) for request in requests)
+    pool = ProcessPoolExecutor(num_workers, context, start_worker, [datasets])
+    submitted = (pool.submit(make_in_worker, *request) for request in requests)
     try:
         waiting = deque(islice(submitted, 4 * num_workers))
         while waiting:
@@ -982,28 +974,26 @@ def run_loader(maker: BatchMaker, requests, num_workers: int):
         pool.shutdown(cancel_futures=True)
 
 
-def micro_batches(dataset: Dataset, iteration: int, places: list, size: int, most: int):
-    """Requests for these (position, index) of an iteration, `size` at a time; size 0: one picture,
-    the paper's way (see `pad`), or `most` texts."""
-    size = size or (1 if dataset.task.image else most)
-    for k in range(0, len(places), size):
-        yield iteration, dataset.task.name, places[k:k + size]
-
-
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
                  world_size: int = 1, micro_batch: int = 0, num_workers: int = 0):
     """Yields for each iteration from `start` on: this process's micro-batches, a list of Batch, and
-    the reasons why pictures were replaced by others."""
+    the reasons why pictures were replaced by others. `micro_batch` 0: one picture at a time, the
+    paper's way (see `pad`), or all texts."""
     each = schedule.batch_size // world_size  # without a remainder: train.check
 
     def requests():
         for iteration in range(start, schedule.iterations):
-            samples = schedule.samples(iteration).tolist()
-            own = list(enumerate(samples))[rank * each:(rank + 1) * each]
-            dataset = datasets[schedule.task(iteration)]
-            yield from micro_batches(dataset, iteration, own, micro_batch, each)
-    maker, batches, reasons = BatchMaker(datasets, schedule.seed), [], []
-    for batch, why in run_loader(maker, requests(), num_workers):
+            name, samples = schedule.task(iteration), schedule.samples(iteration).tolist()
+            size = micro_batch or (1 if datasets[name].task.image else each)
+            end = (rank + 1) * each
+            for first in range(rank * each, end, size):
+                # Seeds from places in the whole batch: the result depends on neither the worker
+                # nor the rank.
+                places = range(first, min(first + size, end))
+                seeds = [[schedule.seed, 2, iteration, place] for place in places]
+                yield name, samples[places.start:places.stop], seeds
+    batches, reasons = [], []
+    for batch, why in run_loader(datasets, requests(), num_workers):
         batches.append(batch)
         reasons += why.values()
         if sum(map(len, batches)) == each:
@@ -1014,9 +1004,11 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
 def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
     """For every `micro_batch` of `indices` in order (0: one picture, or 32 texts) yields a Batch of
     those that can be used (None if none can) and {index: why its picture cannot be used}."""
-    places = [(position, int(index)) for position, index in enumerate(indices)]
-    requests = micro_batches(dataset, 0, places, micro_batch, 32)
-    yield from run_loader(BatchMaker({dataset.task.name: dataset}), requests, num_workers)
+    name, size = dataset.task.name, micro_batch or (1 if dataset.task.image else 32)
+    indices = [int(index) for index in indices]
+    parts = [indices[first:first + size] for first in range(0, len(indices), size)]
+    requests = ((name, part, [None] * len(part)) for part in parts)
+    yield from run_loader({name: dataset}, requests, num_workers)
 
 
 # ---- What official files need --------------------------------------------------------------------
