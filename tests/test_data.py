@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,7 @@ real = pytest.mark.skipif(not REAL.is_dir(), reason="no real rows beside the pro
 TASK = {task.name: task for task in data.TASKS}
 
 
-# ---------------------------------------------------------------------------------------- helpers
-
+# ---- Helpers -------------------------------------------------------------------------------------
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
@@ -90,8 +89,7 @@ def same_batches(first, second):
         for (i, a), (j, b) in zip(first, second))
 
 
-# ------------------------------------------------------------------------------------------ tables
-
+# ---- Tables --------------------------------------------------------------------------------------
 def test_the_eight_tasks():
     """The released configuration's numbers."""
     assert [t.name for t in data.TASKS] == "coco vg vqa2 snli_ve qnli mnli qqp sst2".split()
@@ -101,15 +99,12 @@ def test_the_eight_tasks():
     assert [t.name for t in data.TASKS if t.soft_scores] == ["vqa2"]
 
 
-# -------------------------------------------------------------------------- strings, files, answers
-
+# ---- Strings, files, answers ---------------------------------------------------------------------
 def test_strings():
-    texts = ["", "cat", "Ärger 猫 \U0001f600", "a\nb", ""]
+    texts = ["", "cat", "Ärger 猫 \U0001f600", "a\nb", "nul\0\0", "\ud800x"]
     strings = data.strings(texts)
-    assert len(strings) == 5 and [strings[n] for n in range(5)] == texts
-    assert type(strings[1]) is str and data.strings(["nul\0\0"])[0] == "nul\0\0"
-    assert data.strings(["\ud800x"])[0] == "?x"  # half a character, as JSON may have
-    assert len(data.strings([])) == 0
+    assert [*strings] == texts[:-1] + ["?x"]  # half a character, as JSON may have
+    assert type(strings[1]) is str and len(data.strings([])) == 0
 
 
 def test_lines_and_json(tmp_path):
@@ -175,21 +170,19 @@ def test_tokenizer_is_berts(tmp_path):
         assert ours.encode(first, second, 40) == (theirs["input_ids"], theirs["token_type_ids"])
 
 
-# ---------------------------------------------------------------------------------------- pictures
-
+# ---- Pictures ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode, ending", [
     ("L", "jpg"), ("1", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "png"), ("CMYK", "jpg"),
     ("RGB", "png"), ("I;16", "png"), ("F", "tiff")])
 def test_any_mode_comes_out_as_rgb(tmp_path, mode, ending):
     path = tmp_path / f"x.{ending}"
     grey = np.add.outer(np.arange(30), np.arange(40)).astype(np.uint8) * 3
+    image = Image.fromarray(grey)  # "P" from grey: a palette of greys, without dithering
     if mode == "I;16":
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    elif mode == "F":
-        Image.fromarray(grey.astype(np.float32)).save(path)
-    else:
-        image = Image.fromarray(grey)  # "P" from grey: a palette of greys, without dithering
-        (image if mode == "P" else image.convert("RGB")).convert(mode).save(path)
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode != "P":
+        image = image.convert("RGB").convert("L" if mode == "F" else mode).convert(mode)
+    image.convert("P" if mode == "P" else image.mode).save(path)
     image = data.read_image(path)
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
     if mode != "1":  # black and white: dithered
@@ -264,16 +257,6 @@ def test_damaged_exif(tmp_path):
     with Image.open(path) as stored, pytest.raises(struct.error):
         ImageOps.exif_transpose(stored)
     assert data.read_image(path, (40, 30)).shape == (3, 40, 30)
-
-
-def test_listed_files_are_no_other_pictures(tmp_path):
-    """1.jpg lacks; 1.png, which is listed as well, does not take its place."""
-    images = [dict(id=n, file_name=name, width=40, height=30)
-              for n, name in enumerate(["1.jpg", "1.png"])]
-    make_coco(tmp_path, [], images=images)
-    (tmp_path / "coco/val2017/1.jpg").unlink()
-    dataset = read("coco", tmp_path)
-    assert dataset.ids.tolist() == [1] and dataset.missing == 1
 
 
 @pytest.mark.parametrize("size, good", [
@@ -355,26 +338,17 @@ def test_sizes_keep_their_ratio_to_image_size(image_size, scales, crops, sides, 
     assert [data.scaled(x, image_size) for x in data.SCALES] == scales
     assert [data.scaled(x, image_size) for x in data.CROP_SCALES] == crops
     assert tuple(data.scaled(x, image_size) for x in data.CROP_SIDES) == sides
-    wide = torch.zeros(3, 10, 900, dtype=torch.uint8)
+    wide, found = torch.zeros(3, 10, 900, dtype=torch.uint8), set()
     assert data.resize_for_evaluation(wide, image_size).shape[2] == longest
-    assert data.augment(wide, np.zeros((0, 4)), np.random.default_rng(1), image_size)[0].shape[
-        2] <= longest
+    for seed in range(30):
+        rng, boxes = np.random.default_rng(seed), np.zeros((0, 4))
+        assert data.augment(wide, boxes, rng, image_size)[0].shape[2] <= longest
+        image = torch.zeros(3, image_size, image_size, dtype=torch.uint8)
+        found.add(min(data.augment(image, boxes, rng, image_size)[0].shape[1:]))
+    assert found <= set(scales) and len(found) > 6
 
 
-@pytest.mark.parametrize("size", [(427, 640), (1, 10_000), (10_000, 1), (1, 1), (9, 10_000)])
-def test_augmentation_of_any_size(size):
-    image, shapes = torch.zeros(3, *size, dtype=torch.uint8), set()
-    for seed in range(30 if size[0] == 427 else 6):
-        out, boxes = data.augment(image, np.array([[0, 0, 1, 1.0]]), np.random.default_rng(seed))
-        assert min(out.shape) >= 1 and max(out.shape[1:]) <= 1333
-        assert (boxes >= 0).all() and (boxes <= 1).all()
-        shapes.add(tuple(out.shape[1:]))
-    if size == (427, 640):
-        assert {min(shape) for shape in shapes} <= set(range(480, 801, 32)) and len(shapes) > 15
-
-
-# -------------------------------------------------------------------------------------------- COCO
-
+# ---- COCO ----------------------------------------------------------------------------------------
 def test_coco_boxes(tmp_path):
     """Clipped and relative in training, unchanged in the ground truth; drops are counted."""
     make_coco(tmp_path, [
@@ -397,17 +371,21 @@ def test_coco_boxes(tmp_path):
 
 
 def test_coco_oddities(tmp_path):
-    """Large ids, repeated ids, boxes of unknown images, absent pictures, pictures without boxes."""
+    """Ids that doubles cannot hold, repeated ids, boxes of unknown images, absent pictures,
+    pictures without boxes."""
+    large = 2**63 - 1
     images = [dict(id=n, file_name=f"{k}.jpg", width=40, height=30)
-              for k, n in enumerate([7, 900100217285, 7, 8, 9])]
-    content = make_coco(tmp_path, [(900100217285, 1, [1, 2, 3, 4], 0), (5, 1, [1, 2, 3, 4], 0),
+              for k, n in enumerate([7, large, 7, 8, large - 1])]
+    content = make_coco(tmp_path, [(large, 1, [1, 2, 3, 4], 0), (5, 1, [1, 2, 3, 4], 0),
                                    (8, 3, [1, 2, 3, 4], 0)], images=images)
     (tmp_path / "coco/val2017/3.jpg").unlink()
     dataset = read("coco", tmp_path)
-    assert dataset.ids.tolist() == [7, 900100217285, 9] and dataset.names[1] == "1.jpg"
+    assert dataset.ids.tolist() == [7, large, large - 1] and dataset.names[1] == "1.jpg"
     assert [dataset.sample(n).boxes.shape for n in range(3)] == [(0, 4), (1, 4), (0, 4)]
-    truth = dataset.ground_truth().anns.values()
-    assert [(a["image_id"], a["category_id"]) for a in truth] == [(900100217285, 1)]
+    assert dataset.sample(1).id == large
+    truth = dataset.ground_truth()
+    assert sorted(truth.getImgIds()) == [7, large - 1, large]
+    assert [(a["image_id"], a["category_id"]) for a in truth.anns.values()] == [(large, 1)]
     for text in ("1 without picture (the first: 3.jpg)", "1 repeated image ids",
                  "1 boxes of images not listed"):
         assert text in dataset.summary
@@ -432,8 +410,8 @@ def test_coco_oddities(tmp_path):
     (lambda c: c["annotations"][1].update(image_id="1"), "record 1: 'image_id'"),
     (lambda c: c["annotations"][1].update(category_id=91), "record 1: a category_id that is not"),
     (lambda c: c["annotations"][1].update(category_id=2), "record 1: a category_id that is not"),
-    (lambda c: c["categories"].append(c["categories"][0]), "an id occurs twice in categories"),
-    (lambda c: c["categories"][1].update(id=2**15), "record 1: an id of categories lies outside"),
+    (lambda c: c["categories"].append(c["categories"][0]), "record 2: an id of .* occurs twice"),
+    (lambda c: c["categories"][1].update(id=2**15), "record 1: an id of .* not in 0..32767"),
     *[(lambda c, name=name: c["images"][0].update(file_name=name), "leads out of") for name in (
         "../../etc/passwd", "/etc/passwd", "a/../../b.jpg", "a\\..\\b.jpg", "C:\\x\\1.jpg")]])
 def test_coco_bad_records(tmp_path, change, message):
@@ -446,7 +424,7 @@ def test_coco_bad_records(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("change", [
-    {}, dict(iscrowd=None, area=None), dict(image_id=float, category_id=float)])
+    dict(iscrowd=None, area=None), dict(image_id=float, category_id=float)])
 def test_own_exports(tmp_path, change):
     """Whatever other tools leave out or write otherwise: the same boxes."""
     content = make_coco(tmp_path, [(1, 3, [4, 3, 8, 6], 0), (2, 3, [20, 10, 20, 20], 0),
@@ -461,10 +439,10 @@ def test_own_exports(tmp_path, change):
     assert dataset.boxes.tolist() == [[4, 3, 8, 6], [20, 10, 20, 20], [0, 5, 7, 9]]
     assert dataset.areas.tolist() == [48, 400, 63] and not dataset.crowd.any()
     assert dataset.labels.tolist() == [3, 3, 3]
-    assert [dataset.crowded(n) for n in (0, 1, 2)] == [2, 1, 0]
+    assert [dataset.pictures_over(n) for n in (0, 1, 2)] == [2, 1, 0]
 
 
-@pytest.mark.parametrize("ids", [[0], [0, 1, 2], range(1, 201), [5, 1000, 32_767]])
+@pytest.mark.parametrize("ids", [[0], range(1, 201), [5, 1000, 32_767]])
 def test_any_category_ids(tmp_path, ids):
     boxes = [(1, n, [4, 3, 8, 6], 0) for n in ids]
     make_coco(tmp_path, boxes, categories=[(n, f"kind {n}") for n in ids])
@@ -473,53 +451,40 @@ def test_any_category_ids(tmp_path, ids):
     assert [dataset.class_names[n] for n in ids] == [f"kind {n}" for n in ids]
 
 
-def test_ids_of_any_size_are_exact(tmp_path):
-    """Dates and hashes, above 2^53, where doubles have gaps."""
-    ids = [20240115093000001, 20240115093000002, 2**63 - 1]
-    images = [dict(id=n, file_name=f"{k}.jpg", width=40, height=30) for k, n in enumerate(ids)]
-    make_coco(tmp_path, [(n, 1, [1, 2, 3, 4], 0) for n in ids], images=images)
-    dataset = read("coco", tmp_path)
-    assert [dataset.sample(n).id for n in range(3)] == ids == dataset.ground_truth().getImgIds()
-    assert dataset.starts.tolist() == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("boxes, message", [
-    ([[4, 3, 12, 9], [20, 10, 38, 30], [30, 5, 37, 14]], "2 of 3 boxes go beyond .* corners x0"),
-    ([[.1, .2, .3, .4], [0, 0, 1, 1]], "all boxes lie in 0..1, relative"),
-    # Not corners, as one of the three has more width than its right side would be.
+    ([[4, 3, 12, 9], [20, 10, 38, 30], [30, 5, 37, 14]], "2 of 3 boxes go beyond .* not corners"),
+    ([[.1, .2, .3, .4], [0, 0, 1, 1]], "all boxes lie in 0..1, relative .*convert them"),
+    ([[4, 3, 0, 6]], "no box to learn from .left out: 1 empty boxes"),
     ([[10, 10, 35, 20], [0, 0, 40.4, 30], [20, 20, 10, 5]], None)])
-def test_other_conventions_of_boxes_are_refused(tmp_path, boxes, message):
-    make_coco(tmp_path, [(1, 1, box, 0) for box in boxes])
+def test_boxes_of_no_use_are_refused(tmp_path, boxes, message):
+    make_coco(tmp_path, [(1, 1, box, 0) for box in boxes], "train")
     if message is None:
-        assert "1 boxes go beyond their pictures: clipped" in read("coco", tmp_path).summary
+        summary = read("coco", tmp_path, "train").summary
+        assert "1 boxes go beyond their pictures: clipped" in summary
     else:
-        with pytest.raises(InputError, match=f"val2017.json: {message}.*convert them"):
-            read("coco", tmp_path)
-
-
-def test_a_training_set_without_boxes_is_refused(tmp_path):
-    make_coco(tmp_path, [(1, 1, [4, 3, 0, 6], 0)], "train")
-    with pytest.raises(InputError, match="no box to learn from .left out: 1 empty boxes"):
-        read("coco", tmp_path, "train")
+        with pytest.raises(InputError, match=f"train2017.json: {message}"):
+            read("coco", tmp_path, "train")
 
 
 NFC, NFD = "Gr\u00fc\u00dfe", "Gru\u0308\u00dfe"
 
 
 @pytest.mark.parametrize("listed, stored", [
-    (f"{NFC}/{NFC}.jpg", f"{NFD}/{NFD}.jpg"), (f"{NFD}.jpg", f"{NFC}.jpg"),
-    ("batch1\\1.jpg", "batch1/1.jpg"), ("1.jpg", "1.JPG"), ("1.png", "1.jpg"), ("1", "1.jpeg")])
+    (f"{NFC}.jpg", f"{NFD}.jpg"), (f"{NFD}.jpg", f"{NFC}.jpg"), ("batch1\\1.jpg", "batch1/1.jpg"),
+    ("1.jpg", "1.JPG")])
 def test_names_in_another_spelling(tmp_path, listed, stored):
-    """A Mac's accents, Windows' backslashes, endings. A file with exactly the name comes first."""
+    """A Mac's accents, Windows' backslashes, capitals; but no file that is listed itself."""
     image = dict(id=1, file_name=listed, width=40, height=30)
-    write(tmp_path / "coco/annotations/instances_val2017.json", coco_file([], images=[image]))
+    path = tmp_path / "coco/annotations/instances_val2017.json"
+    write(path, coco_file([], images=[image]))
     expected = data.read_image(picture(tmp_path / "coco/val2017" / stored))
+    picture(tmp_path / "coco/val2017/._1.jpg")
     dataset = read("coco", tmp_path)
     assert "1 pictures have unusual names" in dataset.summary
-    assert torch.equal(dataset.picture(0), expected)
-    picture(tmp_path / "coco/val2017/1.bmp")
-    picture(tmp_path / "coco/val2017/._1.jpg")
-    assert read("coco", tmp_path).names.tolist() == [stored]
+    assert torch.equal(dataset.picture(0), expected) and dataset.names.tolist() == [stored]
+    write(path, coco_file([], images=[image, image | dict(id=2, file_name=stored)]))
+    dataset = read("coco", tmp_path)
+    assert dataset.ids.tolist() == [2] and dataset.missing == 1
 
 
 def test_coco_test_split_has_no_boxes(tmp_path):
@@ -547,8 +512,7 @@ def test_real_coco():
     assert dataset.sample(index).boxes.shape == (0, 4)
 
 
-# -------------------------------------------------------------------------------------------- VG
-
+# ---- VG ------------------------------------------------------------------------------------------
 def make_vg(root):
     write(root / "coco/annotations/instances_val2017.json", coco_file([], images=[
         dict(id=500, file_name="500.jpg", width=40, height=30)]))
@@ -587,11 +551,15 @@ def test_files_of_own_tasks_that_cannot_be_meant(tmp_path, monkeypatch, name, pr
 
 def test_a_vocabulary_of_the_training_texts(tmp_path, capsys):
     """Made without BERT, in its format; held-out texts have no part in it."""
-    folder = tmp_path / "glue/SST-2"
-    folder.mkdir(parents=True)
+    def refused():
+        with pytest.raises(SystemExit):
+            data.main(["--data", str(tmp_path), "--prepare", "vocab"])
+        return capsys.readouterr().err
+    assert "no training texts" in refused() and not (tmp_path / "bert").exists()
     header = "sentence\tlabel\n"
-    (folder / "train.tsv").write_text(header + "A Charming film\t1\nthe film is dull .\t0\n" * 9)
-    (folder / "dev.tsv").write_text(header + "zebra zebra zebra\t1\n" * 9)
+    write(tmp_path / "glue/SST-2/train.tsv",
+          header + "A Charming film\t1\nthe film is dull .\t0\n" * 9)
+    write(tmp_path / "glue/SST-2/dev.tsv", header + "zebra zebra zebra\t1\n" * 9)
     data.main(["--data", str(tmp_path), "--prepare", "vocab"])
     path, out = tmp_path / "bert/vocab.txt", capsys.readouterr().out
     words = data.read_vocabulary(path)
@@ -600,50 +568,32 @@ def test_a_vocabulary_of_the_training_texts(tmp_path, capsys):
     assert {"charming", "film", "dull", "."} <= set(words) and "zebra" not in words
     tokens, _ = data.Tokenizer(path).encode("a CHARMING zebra")
     assert [words[n] for n in tokens][1:3] == ["a", "charming"]
-    before = path.read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        data.main(["--data", str(tmp_path), "--prepare", "vocab"])
-    assert stop.value.code == 2 and path.read_bytes() == before
-    assert "is there already" in capsys.readouterr().err
+    assert "is there already" in refused() and data.read_vocabulary(path) == words
 
 
-def test_no_vocabulary_of_no_texts(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        data.main(["--data", str(tmp_path), "--prepare", "vocab"])
-    assert "no training texts" in capsys.readouterr().err and not (tmp_path / "bert").exists()
-
-
-def test_prepare_vg(tmp_path):
-    make_vg(tmp_path)
-    splits, dropped = data.prepare_vg(tmp_path)
-    names = [row["file_name"] for row in splits["train"]["images"]]
-    assert names == ["VG_100K_2/1.jpg", "VG_100K/3.jpg"]
-    assert [row["id"] for row in splits["val"]["images"]] == [2]  # COCO 500 is in val2017
-    man, sign = splits["train"]["annotations"]
-    assert (man["category_id"], man["attribute_ids"], man["bbox"]) == (1, [2, 1], [1, 2, 10, 5])
-    assert (sign["category_id"], sign["bbox"], sign["area"]) == (2, [0, 2, 40, 5], 200)
-    assert splits["val"]["annotations"][0]["attribute_ids"] == list(range(3, 19))
-    assert dropped == Counter({
-        "repeated image ids": 1, "rows of unknown or repeated images": 2, "empty boxes": 1,
-        "objects without a name": 1, "objects outside the vocabulary": 1,
-        "attributes outside the vocabulary": 1, "attributes beyond 16 an object": 2})
-
-
-def test_vg_reader(tmp_path, capsys):
+def test_vg(tmp_path, capsys):
     """From the raw files in memory, or from what --prepare vg has written: the same samples."""
     make_vg(tmp_path)
     raw = read("vg", tmp_path, "train", image_size=32, augment="flip")
-    assert "was made in memory" in raw.summary
+    assert "1 repeated image ids; instances_train.json was made in memory" in raw.summary
     data.write_vg(tmp_path)
-    assert "2 pictures, 2 boxes" in capsys.readouterr().out
-    prepared = read("vg", tmp_path, "train", image_size=32, augment="flip")
-    assert "memory" not in prepared.summary
-    a, b = raw.sample(0), prepared.sample(0)
+    printed = capsys.readouterr().out
+    assert "3 pictures, 2 boxes" in printed and printed.endswith(
+        "dropped: 1 attributes outside the vocabulary, 2 attributes beyond 16 an object, "
+        "1 empty boxes, 2 objects outside the vocabulary, 1 rows of unknown images\n")
+    train, val = (read("vg", tmp_path, split, image_size=32, augment="flip")
+                  for split in ("train", "val"))
+    assert "memory" not in train.summary
+    a, b = raw.sample(0), train.sample(0)
     assert all(same(getattr(a, key), getattr(b, key)) for key in vars(a))
     assert a.attributes.tolist() == [[2, 1] + [-1] * 14, [-1] * 16]
-    assert prepared.attribute_names[:3] == ["", "red", "gray"]
-    assert prepared.class_names == ["", "man", "stop sign", "dog"]
-    assert (prepared.task.num_classes, prepared.task.num_attributes) == (4, 23)
+    assert train.boxes.tolist() == [[1, 2, 10, 5], [0, 2, 40, 5]] and train.areas[1] == 200
+    assert train.names.tolist() == ["VG_100K_2/1.jpg", "VG_100K/3.jpg"]
+    assert val.ids.tolist() == [2]  # COCO 500 is in val2017
+    assert val.attributes.tolist() == [list(range(3, 19))]
+    assert train.attribute_names[:3] == ["", "red", "gray"]
+    assert train.class_names == ["", "man", "stop sign", "dog"]
+    assert (train.task.num_classes, train.task.num_attributes) == (4, 23)
 
 
 def test_vg_vocabularies(tmp_path):
@@ -652,10 +602,10 @@ def test_vg_vocabularies(tmp_path):
     path = write(tmp_path / "vg/objects_vocab.txt", "Man\nSTOP SIGN,StopSign\ndog\n")
     dataset = read("vg", tmp_path, "train")
     assert dataset.labels.tolist() == [1, 2] and dataset.class_names[2] == "STOP SIGN"
-    assert "dropped from train and val: 1 repeated image ids, 1 attributes" in dataset.summary
+    assert "dropped from train and val: 1 attributes" in dataset.summary
     write(path, "zebra\n")
     with pytest.raises(InputError, match="objects_vocab.txt: no box is left to train on .*"
-                                         "5 objects outside the vocabulary"):
+                                         "6 objects outside the vocabulary"):
         read("vg", tmp_path, "train")
     thing = dict(names=["man"], y=1)
     write(tmp_path / "vg/attributes.json", [dict(image_id=1, attributes=[thing])])
@@ -679,8 +629,7 @@ def test_real_vg(tmp_path):
     assert (dataset.sample(0).attributes >= 1).any()
 
 
-# -------------------------------------------------------------------------------------------- VQA
-
+# ---- VQA -----------------------------------------------------------------------------------------
 def write_vqa(root, rows):
     """rows: {part: [(question id, image id, question, answers), ...]}"""
     for part, questions in rows.items():
@@ -760,12 +709,12 @@ def test_vqa_vocabulary_is_built(tmp_path):
 def test_vqa_test_split(tmp_path):
     make_vqa(tmp_path, ["<unk>", "red"])
     questions = dict(questions=[dict(question_id=70, image_id=7, question="what?")])
-    write(tmp_path / "vqa2/v2_OpenEnded_mscoco_test-dev2015_questions.json", questions)
+    path = write(tmp_path / "vqa2/v2_OpenEnded_mscoco_test2015_questions.json", questions)
     picture(tmp_path / "coco/test2015/COCO_test2015_000000000007.jpg")
     dataset = read("vqa2", tmp_path, "test")
     assert dataset.ids.tolist() == [70] and dataset.answers(0) == [] and dataset.scores(0) is None
-    write(tmp_path / "vqa2/v2_OpenEnded_mscoco_test2015_questions.json", dict(questions=[]))
-    assert len(read("vqa2", tmp_path, "test")) == 0  # test2015 holds test-dev
+    write(path, dict(questions=[]))
+    assert len(read("vqa2", tmp_path, "test")) == 0
 
 
 def test_vqa_errors(tmp_path):
@@ -783,47 +732,35 @@ def test_vqa_errors(tmp_path):
             read("vqa2", tmp_path)
 
 
-def own_vqa(root, train, val, pictures, coco=True):
+def own_vqa(root, train, val, pictures):
     """train, val: (question id, image id, answers) of the two files; pictures: as in coco/.
-    val2017's images, if `coco`, are those in its folder."""
+    val2017's images are those in its folder."""
     write_vqa(root, {part: [(n, image, f"{part} {n}?", answers) for n, image, answers in rows]
                      for part, rows in (("train2014", train), ("val2014", val))})
     for name in pictures:
         picture(root / "coco" / name)
     images = [dict(id=int(name[-5]), file_name=name[8:], width=40, height=30)
               for name in pictures if name.startswith("val2017")]
-    if coco:
-        write(root / "coco/annotations/instances_val2017.json", coco_file([], images=images))
+    write(root / "coco/annotations/instances_val2017.json", coco_file([]) | dict(images=images))
     write(root / "vqa2/answers_vqa.txt", "<unk>\nred\nblue")
 
 
-def asked(dataset):
-    """{(question, picture): the answers}"""
-    return {(dataset.texts(n)[0], dataset.names[n]): dataset.answers(n)
-            for n in range(len(dataset))}
-
-
 def test_vqa_of_own_numbers(tmp_path):
-    """Questions and images numbered from 1 in both files: each has its own answers and pictures;
-    image 3 has none in train2017, and so is val2017's."""
-    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"]), (3, 3, ["red"])], [(1, 1, ["blue"])],
-            ["train2017/1.jpg", "train2017/2.png", "val2017/1.jpg", "val2017/3.jpg"])
-    write(tmp_path / "coco/train2017/._1.jpg", b"a Mac's, beside each file of a zip")
+    """Questions and images numbered from 1 in both files: each has its own answers; a picture of
+    val2017's number is not trained on."""
+    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"])], [(1, 1, ["blue"])],
+            ["train2017/1.jpg", "train2017/2.JPG", "val2017/1.jpg"])
+    write(tmp_path / "coco/train2017/._2.jpg", b"a Mac's, beside each file of a zip")
     train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
-    assert asked(train) == {("train2014 1?", "coco/train2017/1.jpg"): ["red"],
-                            ("train2014 2?", "coco/train2017/2.png"): ["red"]}
-    assert asked(val) == {("val2014 1?", "coco/val2017/1.jpg"): ["blue"]}
-    assert "2 training questions have image ids that are in val2017, too" in train.summary
-
-
-def test_vqa_without_cocos_file(tmp_path):
-    """Then the split is that of the two files."""
-    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"])], [(3, 3, ["blue"]), (4, 4, ["blue"])],
-            [f"train2017/{n}.JPG" for n in (1, 2, 3, 4)], coco=False)
-    train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
-    assert train.ids.tolist() == [1, 2] and val.ids.tolist() == [3, 4]
-    assert "instances_val2017.json train2014 trains, val2014 evaluates" in train.summary
-    assert "4 pictures have unusual" not in train.summary and "unusual" in train.summary
+    for dataset, text, name, answer in ((train, "train2014 2?", "train2017/2.JPG", "red"),
+                                        (val, "val2014 1?", "val2017/1.jpg", "blue")):
+        assert dataset.texts(0) == [text] and dataset.names.tolist() == [f"coco/{name}"]
+        assert dataset.answers(0) == [answer]
+    assert "1 training questions about image ids that are in val2017" in train.summary
+    assert "1 pictures have unusual names" in train.summary
+    (tmp_path / "coco/annotations/instances_val2017.json").unlink()
+    with pytest.raises(InputError, match="instances_val2017.json: missing for vqa2 train"):
+        read("vqa2", tmp_path, "train")
 
 
 @pytest.mark.parametrize("answers, scores", [
@@ -847,8 +784,7 @@ def test_real_vqa():
     assert sample.scores.shape == (3129,) and 0 < sample.scores.max() <= 1
 
 
-# ------------------------------------------------------------------------------------ SNLI-VE, GLUE
-
+# ---- SNLI-VE, GLUE -------------------------------------------------------------------------------
 def test_snli_ve(tmp_path):
     for name in ("11", "22"):
         picture(tmp_path / f"snli_ve/flickr30k_images/{name}.jpg")
@@ -936,8 +872,7 @@ def test_real_texts():
     assert sst.texts(0) == ["it 's a charming and often affecting journey ."] and sst.label(0) == 1
 
 
-# ---------------------------------------------------------------------------------------- batches
-
+# ---- Batches -------------------------------------------------------------------------------------
 def test_collate_pads_to_the_largest():
     task = TASK["vqa2"]
     samples = [data.Sample(n, torch.full((3, h, w), 1.0), (h, w), tokens, [0] * len(tokens),
@@ -956,8 +891,7 @@ def test_collate_pads_to_the_largest():
     assert alone.image_mask is None and alone.text_mask is None
 
 
-# --------------------------------------------------------------------------------------- schedule
-
+# ---- Schedule ------------------------------------------------------------------------------------
 SIZES = {"coco": 37, "vg": 11, "sst2": 5}
 CHANCES = {"coco": 0.2, "vg": 0.07, "sst2": 0.05}
 
@@ -999,8 +933,7 @@ def test_schedule_edges():
         data.Schedule(SIZES | {"vg": 0}, CHANCES, 4, 10, seed=0)
 
 
-# ----------------------------------------------------------------------------------------- loaders
-
+# ---- Loaders -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """COCO with pictures of several sizes, and SST-2."""
@@ -1068,7 +1001,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(small_tiny_data):
     end = time.time() + 1
     while time.time() < end:  # an update
         pass
-    with pytest.raises(InputError, match=r"\A[^\n]*exit status -9[^\n]*--num_workers[^\n]*\Z"):
+    with pytest.raises(InputError, match=r"\A[^\n]*terminated abruptly[^\n]*--num_workers[^\n]*\Z"):
         list(loader)
     assert not multiprocessing.active_children()
 
@@ -1131,8 +1064,7 @@ def test_workers_do_not_outlive_their_parent(small_tiny_data):
         assert len(pids) == 2 and time.time() < end
 
 
-# ------------------------------------------------------------------------------ unusable pictures
-
+# ---- Unusable pictures ---------------------------------------------------------------------------
 def spoilt(small, tmp_path, names):
     """`small` with these COCO pictures broken."""
     root = shutil.copytree(small["coco"].data, tmp_path / "data")
@@ -1141,20 +1073,20 @@ def spoilt(small, tmp_path, names):
     return data.load(root, ["coco", "sst2"], "train", 32, "flip")[1]
 
 
-def test_an_unusable_picture_is_replaced_by_the_next_of_its_epoch(small, tmp_path):
-    """The same samples on any number of workers and processes and from any iteration on."""
+def test_an_unusable_picture_is_replaced(small, tmp_path):
+    """By another; the same samples on any number of workers and processes, from any iteration on,
+    and all others stay where they were."""
     datasets = spoilt(small, tmp_path, [2, 5])
     schedule = data.Schedule({"coco": 6}, {"coco": 1.0}, 4, 9, seed=1)
 
     def ids(**extra):
         return [[x for b in batches for x in b.ids] for batches, _ in
                 data.train_loader(datasets, schedule, **extra)]
-    found, expected = ids(), []
-    for place in range(36):
-        order = [1, 2, 3, 4, 5, 6] * 2
-        epoch = schedule.shuffle("coco", place // 6).tolist() * 2
-        expected += [next(order[n] for n in epoch[place % 6:] if order[n] not in (2, 5))]
-    assert list(itertools.chain(*found)) == expected
+    found = ids()
+    taken = [n for numbers in found for n in numbers]
+    for n, index in zip(taken, itertools.chain(*map(schedule.samples, range(9)))):
+        assert n == index + 1 or index + 1 in (2, 5) and n in (1, 3, 4, 6)
+    assert len(taken) == 36 and len(set(taken)) == 4
     assert found == ids(num_workers=2) and found[4:] == ids(start=4, num_workers=1)
     parts = zip(*(ids(rank=rank, world_size=2, micro_batch=1) for rank in (0, 1)))
     assert found == [a + b for a, b in parts]
@@ -1180,36 +1112,29 @@ def test_no_usable_picture_is_an_error_at_once(small, tmp_path):
         assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------ command line
-
-def test_report_names_what_is_missing(tmp_path, capsys):
-    make_vqa(tmp_path, ["<unk>", "red"])
-    (tmp_path / "glue/MNLI").mkdir(parents=True)
-    data.main(["--data", str(tmp_path)])
-    printed = capsys.readouterr().out
-    lines = {tuple(line.split()[:2]): line for line in printed.splitlines() if line}
+# ---- Command line --------------------------------------------------------------------------------
+def test_report_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    """~ is home, also where no shell has seen to it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_vqa(tmp_path / "data", ["<unk>", "red"])
+    (tmp_path / "data/glue/MNLI").mkdir(parents=True)
+    data.main(["--data=~/data"])
+    lines = {tuple(x.split()[:2]): x for x in capsys.readouterr().out.splitlines()}
     assert "coco/annotations/instances_train2017.json: missing" in lines["coco", "train"]
     assert re.search(r" 2 samples +2 pictures", lines["coco", "val"])
     assert "glue/MNLI/dev_mismatched.tsv: missing" in lines["mnli", "val"]
     assert lines["sst2", "nothing"] and ("sst2", "val") not in lines
-    assert "found   bert/vocab.txt" in printed and "missing detr/detr-r50" in printed
-
-
-def test_report_of_some_tasks(tmp_path, monkeypatch, capsys):
-    """--tasks; and ~ is home, also where no shell has seen to it."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    make_coco(tmp_path / "data", [(1, 1, [4, 3, 8, 6], 0)])
     data.main(["--data=~/data", "--tasks", "coco,sst2"])
-    lines = [line.split()[:2] for line in capsys.readouterr().out.split("\n\n")[1].splitlines()]
-    assert lines == [line.split() for line in ("coco train", "coco val", "coco test", "sst2 train",
-                                               "sst2 val", "sst2 test")]
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    splits = ("train", "val", "test")
+    assert lines == [[task, split] for task in ("coco", "sst2") for split in splits]
 
 
 def test_check_opens_every_picture_once(tmp_path, capfd):
     """COCO's val2017 is VQA's, too: 12 of its 14 pictures are broken, and said once."""
+    own_vqa(tmp_path, [], [(n, n, ["red"]) for n in range(1, 15)], [])
     images = [dict(id=n, file_name=f"{n}.jpg", width=40, height=30) for n in range(1, 15)]
     make_coco(tmp_path, [(1, 1, [4, 3, 8, 6], 0)], images=images)
-    own_vqa(tmp_path, [], [(n, n, ["red"]) for n in range(1, 15)], [], coco=False)
     for n in range(1, 12):
         write(tmp_path / f"coco/val2017/{n}.jpg", b"<html>")
     picture(tmp_path / "coco/val2017/12.jpg", (30, 40))
