@@ -792,7 +792,7 @@ def test_snli_ve(tmp_path):
             dict(Flikr30kID="22.jpg", sentence2="A cat.", gold_label="contradiction"),
             dict(Flickr30K_ID="33", sentence2="No picture.", gold_label="entailment"),
             dict(Flickr30K_ID="11", sentence2="?", gold_label="-"),
-            dict(Flickr30K_ID=11, sentence2="A red dog.", gold_label="entailment")]
+            dict(Flickr30K_ID=11, sentence2="A red dog. " * 9, gold_label="entailment")]
     path = tmp_path / "snli_ve/snli_ve_dev.jsonl"
     write(path, "\ufeff" + "\r\n".join(map(json.dumps, rows)) + "\r\n\r\n")
     vocabulary(tmp_path)
@@ -802,6 +802,7 @@ def test_snli_ve(tmp_path):
     assert "1 with label '-'" in dataset.summary and "1 without picture" in dataset.summary
     sample = dataset.sample(0)
     assert sample.scores.tolist() == [0, 1, 0] and sample.image.shape == (3, 800, 1066)  # floored
+    assert len(dataset.sample(2).tokens) == 25  # of 38
     for broken, message in [
             ('{"Flickr30K_ID": "11"', "line 1: JSONDecodeError"),
             (json.dumps(rows[0] | dict(sentence2=None)), "line 1: ValueError.*'sentence2' is not"),
