@@ -602,7 +602,7 @@ class Vqa2(Classification):
     @classmethod
     def needed(cls, data: Path, split: str) -> list[str]:
         answers = [cls.annotations.format(part) for part in cls.answered(data, split)]
-        return cls.files[split] + answers + ([] if split == "test" else [COCO_VAL])
+        return cls.files[split] + answers
 
     def read(self) -> None:
         self.folder, given, common, rows = self.data, defaultdict(dict), [], []
@@ -611,14 +611,16 @@ class Vqa2(Classification):
             common += chosen
         self.class_names = self.read_answers(common)
         self.task = replace(self.task, num_classes=len(self.class_names))
-        held_out = set() if self.split == "test" else coco_val_ids(self.data)
+        held_out = self.held_out() if self.split != "test" else set()
         pictures = pictures_by_id(self.data, *self.folders[self.split])
         for part in self.parts[self.split]:
             for number, image, text in self.read_questions(self.data / self.questions.format(part)):
-                name = pictures.get(image) or f"coco/*/{image}.jpg"
-                if part == "train2014" and image in held_out:  # not in the official files
-                    self.skipped["training questions about image ids that are in val2017"] += 1
-                elif (image in held_out) == (self.split == "val"):
+                name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
+                if part == "train2014" and name.startswith("coco/train"):
+                    held = False  # own data may have an id in both splits
+                if held and part == "train2014":  # not in the official files
+                    self.skipped["training questions about val2017's pictures"] += 1
+                elif held == (self.split == "val"):
                     rows.append((number, -1, name, [text], given[part].get(number, [])))
         if self.split == "train":
             rows += self.genome_questions(held_out)
@@ -647,6 +649,14 @@ class Vqa2(Classification):
             common.append(chosen or max(texts, key=texts.count, default=""))
         read_records(read_json(path, shorten), "annotations", path, read)
         return answers, common
+
+    def held_out(self) -> set[int]:
+        """val2017's images; without COCO's file those of val2014's questions."""
+        if (self.data / COCO_VAL).exists():
+            return coco_val_ids(self.data)
+        self.notes.append(f"without {COCO_VAL} train2014 trains, val2014 evaluates")
+        path = self.data / self.files["val"][0]
+        return {image for _, image, _ in self.read_questions(path)}
 
     def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
@@ -1245,7 +1255,7 @@ def find_pictures(dataset: Dataset, names: list[str]) -> tuple[list[str], np.nda
         *parents, _ = re.split(r"[/\\]", name)
         if os.path.isabs(name) or ".." in parents or re.match("[A-Za-z]:", name):
             raise bad(dataset.path, f"the picture name {name!r} leads out of {folder}")
-        folders.add("/".join(parents))
+        folders |= {"/".join(parents), unicodedata.normalize("NFD", "/".join(parents))}
     listed = dict.fromkeys(list_files(folder, sorted(folders)))
     similar = {spelling(name): name for name in reversed(listed) if name not in wanted}
     found = [name if name in listed else similar.get(spelling(name)) for name in names]
@@ -1267,8 +1277,9 @@ def find_pictures(dataset: Dataset, names: list[str]) -> tuple[list[str], np.nda
 
 def spelling(name: str) -> str:
     """The same for two names of one picture: Windows has backslashes in paths, a Mac writes
-    accents in two characters, and tools write JPG for jpg."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/")).lower()
+    accents in two characters, and tools write JPG for jpg, or convert to png."""
+    path = unicodedata.normalize("NFC", name.replace("\\", "/")).lower()
+    return re.sub(r"\.(jpe?g|png)$", "", path)
 
 
 # ---- Command line --------------------------------------------------------------------------------

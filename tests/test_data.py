@@ -470,10 +470,10 @@ NFC, NFD = "Gr\u00fc\u00dfe", "Gru\u0308\u00dfe"
 
 
 @pytest.mark.parametrize("listed, stored", [
-    (f"{NFC}.jpg", f"{NFD}.jpg"), (f"{NFD}.jpg", f"{NFC}.jpg"), ("batch1\\1.jpg", "batch1/1.jpg"),
-    ("1.jpg", "1.JPG")])
+    (f"{NFC}/{NFC}.jpg", f"{NFD}/{NFD}.jpg"), (f"{NFD}.jpg", f"{NFC}.jpg"),
+    ("batch1\\1.jpg", "batch1/1.jpg"), ("1.jpg", "1.JPG"), ("1.png", "1.jpg"), ("a", "a.jpeg")])
 def test_names_in_another_spelling(tmp_path, listed, stored):
-    """A Mac's accents, Windows' backslashes, capitals; but no file that is listed itself."""
+    """A Mac's accents, Windows' backslashes, endings. A file that is listed itself is no other."""
     image = dict(id=1, file_name=listed, width=40, height=30)
     path = tmp_path / "coco/annotations/instances_val2017.json"
     write(path, coco_file([], images=[image]))
@@ -732,7 +732,7 @@ def test_vqa_errors(tmp_path):
             read("vqa2", tmp_path)
 
 
-def own_vqa(root, train, val, pictures):
+def own_vqa(root, train, val, pictures, coco=True):
     """train, val: (question id, image id, answers) of the two files; pictures: as in coco/.
     val2017's images are those in its folder."""
     write_vqa(root, {part: [(n, image, f"{part} {n}?", answers) for n, image, answers in rows]
@@ -741,26 +741,37 @@ def own_vqa(root, train, val, pictures):
         picture(root / "coco" / name)
     images = [dict(id=int(name[-5]), file_name=name[8:], width=40, height=30)
               for name in pictures if name.startswith("val2017")]
-    write(root / "coco/annotations/instances_val2017.json", coco_file([]) | dict(images=images))
+    if coco:
+        write(root / "coco/annotations/instances_val2017.json", coco_file([], images=images))
     write(root / "vqa2/answers_vqa.txt", "<unk>\nred\nblue")
 
 
+def asked(dataset):
+    """{(question, picture): the answers}"""
+    return {(dataset.texts(n)[0], dataset.names[n]): dataset.answers(n)
+            for n in range(len(dataset))}
+
+
 def test_vqa_of_own_numbers(tmp_path):
-    """Questions and images numbered from 1 in both files: each has its own answers; a picture of
-    val2017's number is not trained on."""
-    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"])], [(1, 1, ["blue"])],
-            ["train2017/1.jpg", "train2017/2.JPG", "val2017/1.jpg"])
-    write(tmp_path / "coco/train2017/._2.jpg", b"a Mac's, beside each file of a zip")
+    """Questions and images numbered from 1 in both files: each has its own answers and pictures;
+    image 3 has none in train2017, and so is val2017's."""
+    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"]), (3, 3, ["red"])], [(1, 1, ["blue"])],
+            ["train2017/1.jpg", "train2017/2.png", "val2017/1.jpg", "val2017/3.jpg"])
+    write(tmp_path / "coco/train2017/._1.jpg", b"a Mac's, beside each file of a zip")
     train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
-    for dataset, text, name, answer in ((train, "train2014 2?", "train2017/2.JPG", "red"),
-                                        (val, "val2014 1?", "val2017/1.jpg", "blue")):
-        assert dataset.texts(0) == [text] and dataset.names.tolist() == [f"coco/{name}"]
-        assert dataset.answers(0) == [answer]
-    assert "1 training questions about image ids that are in val2017" in train.summary
-    assert "1 pictures have unusual names" in train.summary
-    (tmp_path / "coco/annotations/instances_val2017.json").unlink()
-    with pytest.raises(InputError, match="instances_val2017.json: missing for vqa2 train"):
-        read("vqa2", tmp_path, "train")
+    assert asked(train) == {("train2014 1?", "coco/train2017/1.jpg"): ["red"],
+                            ("train2014 2?", "coco/train2017/2.png"): ["red"]}
+    assert asked(val) == {("val2014 1?", "coco/val2017/1.jpg"): ["blue"]}
+    assert "1 training questions about val2017's pictures" in train.summary
+
+
+def test_vqa_without_cocos_file(tmp_path):
+    """Then the split is that of the two files."""
+    own_vqa(tmp_path, [(1, 1, ["red"]), (2, 2, ["red"])], [(3, 3, ["blue"]), (4, 4, ["blue"])],
+            [f"train2017/{n}.JPG" for n in (1, 2, 3, 4)], coco=False)
+    train, val = read("vqa2", tmp_path, "train"), read("vqa2", tmp_path)
+    assert train.ids.tolist() == [1, 2] and val.ids.tolist() == [3, 4]
+    assert "instances_val2017.json train2014 trains, val2014 evaluates" in train.summary
 
 
 @pytest.mark.parametrize("answers, scores", [
