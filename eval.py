@@ -41,6 +41,7 @@ from unit import Batch, Config, Detections, InputError, Task, UniT
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert, box_iou
+from torchvision.transforms.functional import to_pil_image
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -148,8 +149,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
     model.eval()
     for name, dataset in datasets.items():
         indices, total = drawn_indices(len(dataset), limit), len(dataset) + dataset.missing
-        must_be_whole = dataset.split == "test" and out is not None and not allow_partial
-        if must_be_whole:
+        if not allow_partial:
             require_whole(dataset, total - len(indices))  # before the work
         items, unusable = predict_split(model, dataset, indices, device, micro_batch, num_workers,
                                         precision)
@@ -160,7 +160,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
         if dataset.missing or unusable:
             print(f"warning: {name}: evaluated on {len(items)} of {total} samples (pictures "
                   f"missing: {dataset.missing}, unusable: {len(unusable)})", flush=True)
-        if must_be_whole:
+        if not allow_partial:
             require_whole(dataset, total - len(items))
         if not items:
             print(f"{name}: no samples")
@@ -184,7 +184,7 @@ def drawn_indices(total: int, limit: int) -> np.ndarray:
 
 def require_whole(dataset, lacking: int) -> None:
     """A test server refuses a file that lacks samples, or counts them as wrong."""
-    if lacking:
+    if dataset.split == "test" and lacking:
         raise InputError(f"{dataset.path}: {lacking} of its samples are missing ({dataset.missing} "
                          "without picture): no file for the test server, unless --allow_partial")
 
@@ -204,11 +204,9 @@ def predict_split(model: UniT, dataset, indices, device, micro_batch: int, num_w
         unusable |= faults
         if batch is not None:
             items += predictions(model, batch, device, precision)
-    all_items, all_unusable = [], {}
-    for items, unusable in gathered((items, unusable)):
-        all_items += items
-        all_unusable |= unusable
-    return all_items, all_unusable
+    for part in gathered(unusable):
+        unusable |= part
+    return sum(gathered(items), []), unusable
 
 
 def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
@@ -290,12 +288,12 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
         text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))
         tokenizer = data.Tokenizer(checkpoint["vocab"])
         sample.tokens, sample.types = tokenizer.encode(text, text_pair, task.max_tokens)
-    device = next(model.parameters()).device
-    return answers_to(model, task, sample, checkpoint["labels"][task.name], device)
+    return answers_to(model, task, sample, checkpoint["labels"][task.name])
 
 
-def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[dict]:
+def answers_to(model: UniT, task: Task, sample, labels: dict) -> list[dict]:
     """The answers of `predict` to a data.Sample; `labels` are the checkpoint's, of this task."""
+    device = next(model.parameters()).device
     answer, = run_model(model, data.collate(task, [sample]), device)
     if task.kind == "classification":
         # Trained with binary cross entropy, each answer is a yes-no question of its own.
@@ -317,15 +315,15 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
     """The task of that name. Without a name, the model's first task with these inputs: for a
     picture and a text VQA (soft scores) if the text is a `question`, else SNLI-VE. A text alone
     does not say which task is meant, unless the model has only one."""
-    chosen = fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
+    fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
     if name is not None:
         chosen = [t for t in fit if t.name == name]
-    elif image and text:
-        chosen = [t for t in fit if t.soft_scores == question] or fit
-    elif text and len(fit) > 1:
-        chosen = []
+    elif image:
+        chosen = [t for t in fit if t.soft_scores == (text and question)] or fit
+    else:
+        chosen = fit if len(fit) == 1 else []
     if not chosen:
-        given = "an image and a text" if image and text else "an image" if image else "a text"
+        given = " and ".join(["a picture"] * image + ["a text"] * text)
         names = ", ".join(t.name for t in fit) or "none"
         raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take "
                          f"{given} are: {names}")
@@ -356,10 +354,10 @@ def read_log(path: Path) -> list[dict]:
     """The records of a log.jsonl, if there is one, without any that a crash left half written."""
     records = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if line.endswith("}\n") and "iteration" in record:
+            if "iteration" in record:
                 records.append(record)
     return records
 
@@ -406,54 +404,39 @@ def write_detections(path: Path, names: list[str], items: list) -> None:
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
 FONT = ImageFont.load_default(SIZE)
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
+GREEN, RED = "#1b7f3b", "#c62828"  # an answer that is right, or wrong
 
 
 def title(found: dict) -> str:
     return f"{found.get('attribute', '')} {found['label']}".strip()
 
 
-def to_picture(pixels: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())           # (3, H, W) uint8 -> (H, W, 3)
-
-
-def save_picture(picture: Image.Image, path) -> None:
-    with data.whole_file(path, "wb") as file:
-        picture.save(file, "PNG")
-
-
 def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.Image:
     """A copy of the picture, `scale` times as large (small ones have no room for letters), with the
-    boxes that `predict` found (or the truth's); the first of `found` is drawn on top."""
+    boxes that `predict` found; the first of `found` is drawn on top."""
     # A picture may be one pixel wide, or high: keep sides above 0 and small enough for memory.
     scale = min(scale, 10 * WIDTH / picture.height)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     picture = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)  # stays sharp
     draw, corner = ImageDraw.Draw(picture), [width - 1, height - 1] * 2
-    boxes = [(np.array(thing["box"]) * scale).clip(0, corner).tolist() for thing in found]
-    drawn = list(zip(found, boxes, itertools.cycle(COLOURS)))[::-1]
-    for _, box, colour in drawn:
-        draw.rectangle(box, outline=colour, width=3)
-    for thing, (x, y, _, _), colour in drawn:  # names last: no line crosses them
-        name = title(thing)
-        if "score" in thing:
-            name += f" {thing['score']:.2f}"
+    for thing, colour in reversed(list(zip(found, itertools.cycle(COLOURS)))):
+        x, y, right, low = (np.array(thing["box"]) * scale).clip(0, corner).tolist()
+        draw.rectangle((x, y, right, low), outline=colour, width=3)
+        name = f"{title(thing)} {thing['score']:.2f}"
         x = max(0, min(x, width - draw.textlength(name, FONT) - 8))
         draw.text((x + 5, y + 3), name, "white", FONT, stroke_width=3, stroke_fill=colour)
     return picture
 
 
-def tile(picture: Image.Image, lines: list[tuple[str, str]]) -> Image.Image:
-    """A picture, and below it lines (text, colour), wrapped to a tile's width."""
+def tile(picture: Image.Image, lines: list[str], colour: str) -> Image.Image:
+    """A picture, and below it lines of text, wrapped to a tile's width."""
     wrapped = []
-    for text, colour in lines:
-        for part in textwrap.wrap(text, 2 * WIDTH // SIZE, max_lines=9):
-            wrapped.append((part, colour))
-    step = SIZE + 5
-    result = Image.new("RGB", (WIDTH, picture.height + 8 + step * len(wrapped)), "white")
+    for line in lines:
+        wrapped += textwrap.wrap(line, 2 * WIDTH // SIZE, max_lines=9)
+    result = Image.new("RGB", (WIDTH, picture.height + 8 + (SIZE + 5) * len(wrapped)), "white")
     result.paste(picture)
-    for i, (part, colour) in enumerate(wrapped):
-        place = 0, picture.height + 4 + step * i
-        ImageDraw.Draw(result).text(place, part, colour, FONT)
+    place = 0, picture.height + 4
+    ImageDraw.Draw(result).text(place, "\n".join(wrapped), colour, FONT, spacing=5)
     return result
 
 
@@ -467,86 +450,66 @@ def save_grid(tiles: list[Image.Image], path) -> None:
     sheet = Image.new("RGB", size, "white")
     for i, t in enumerate(tiles):
         sheet.paste(t, (PAD + i % 4 * (WIDTH + PAD), PAD + sum(heights[:i // 4])))
-    save_picture(sheet, path)
+    sheet.save(path)
 
 
-def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
-    """The boxes of a sample as `predict` returns its own, without scores."""
-    boxes = in_pixels(sample.boxes, torch.tensor(sample.size))
-    found = [{"label": labels["classes"][label], "box": box}
-             for label, box in zip(sample.labels.tolist(), boxes.tolist())]
-    if sample.attributes is not None:
-        for thing, first in zip(found, sample.attributes[:, 0].tolist()):
-            thing["attribute"] = labels["attributes"][first] if first >= 0 else ""
-    return found
+def likely(found: list[dict]) -> list[dict]:
+    return [thing for thing in found if thing["score"] >= 0.5]
 
 
-def show_sample(model: UniT, dataset, index: int, device) -> list[Image.Image]:
-    """One held-out input with the model's answer: green if right, red with the truth if wrong. For
-    detection two tiles, the prediction's boxes and the truth's."""
+def show_sample(model: UniT, dataset, index: int) -> Image.Image:
+    """One held-out input, the model's answer (in a picture its boxes) and the truth."""
     task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
     labels = {"classes": names, "attributes": dataset.attribute_names}
-    answers = answers_to(model, task, sample, labels, device)
-    picture, scale = Image.new("RGB", (WIDTH, 1), "white"), 1
+    answers, found = answers_to(model, task, sample, labels), []
+    picture, colour = Image.new("RGB", (WIDTH, 1), "white"), "black"
     if task.image:  # boxes are in the pixels of this size
-        picture = to_picture(dataset.picture(index)).resize(sample.size[::-1])
-        scale = WIDTH / picture.width
+        picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
     if task.kind == "detection":
-        shown = {"prediction": [a for a in answers if a["score"] >= 0.5]}
-        if sample.boxes is not None:
-            shown["truth"] = true_boxes(sample, labels)
-        return [tile(draw_boxes(picture, things, scale), [(f"{task.name}, {whose}", "#808080")])
-                for whose, things in shown.items()]
-    lines = [(task.name, "#808080")]
-    lines += [(f'"{text}"', "black") for text in dataset.texts(index)]
-    answer, colour, scores = answers[0]["label"], "#1b7f3b", sample.scores
-    line = f"prediction: {answer}"
-    if scores is not None and scores[names.index(answer)] < 0.5:
-        line, colour = f"{line}  (truth: {names[scores.argmax()]})", "#c62828"
-    return [tile(draw_boxes(picture, [], scale), [*lines, (line, colour)])]
+        found, lines = likely(answers), []
+        truth = [] if sample.labels is None else [names[n] for n in sample.labels.tolist()]
+    else:
+        lines = [*dataset.texts(index), f"prediction: {answers[0]['label']}"]
+        truth = [] if sample.scores is None else [names[sample.scores.argmax()]]
+        if truth:
+            right = sample.scores[names.index(answers[0]["label"])] >= 0.5
+            colour = GREEN if right else RED
+    lines = [task.name, *lines, f"truth: {', '.join(truth)}"]
+    return tile(draw_boxes(picture, found, WIDTH / picture.width), lines, colour)
 
 
-def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
+def predictions_picture(model: UniT, datasets: dict, path) -> None:
     """Figures 3 and E.1: four inputs of each data set, and the answers of a model in eval mode."""
     tiles = []
     for dataset in datasets.values():
         for index in drawn_indices(len(dataset), 4):
             with contextlib.suppress(data.UnusablePicture):  # `evaluate` has printed which
-                tiles += show_sample(model, dataset, index, device)
+                tiles.append(show_sample(model, dataset, index))
     save_grid(tiles, path)
 
 
-def curves_picture(log, path) -> None:
-    """Figure D.1: each metric against iterations, a panel per task, from a run's log.jsonl."""
-    series = defaultdict(lambda: defaultdict(list))  # {task: {metric: [(iteration, value)]}}
+def curves_picture(log: Path, path) -> None:
+    """Figure D.1: each metric, in percent, against iterations, from a run's log.jsonl."""
+    curves = defaultdict(list)  # {"task metric": [(iteration, percent)]}
     for entry in read_log(log):
         for task, metrics in entry.get("results", {}).items():
             for metric, value in metrics.items():
                 if metric not in PART:
-                    series[task][metric].append((entry["iteration"], value))
-    save_grid([panel(task, metrics) for task, metrics in series.items()], path)
-
-
-def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
-    """One plot of {metric: [(iteration, percent)]}, a line per metric."""
-    plot = Image.new("RGB", (WIDTH, 190), "white")
-    draw, (left, top, right, bottom) = ImageDraw.Draw(plot), (34, 10, WIDTH - 12, 165)
-    iterations, values = np.concatenate(list(metrics.values())).T
-    low, high = min(90, values.min() // 10 * 10), min(100, values.max() // 10 * 10 + 10)
-    last = int(iterations.max())
-    for value in (low, high):
-        y = np.interp(value, (low, high), (bottom, top))
-        draw.line((left, y, right, y), "#cccccc")
-        draw.text((left - 5, y), f"{value:g}", "black", FONT, "rm")
-    draw.text((right, bottom + 5), f"{last:,} iterations", "black", FONT, "ra")
-    for points, colour in zip(metrics.values(), COLOURS):
-        x, y = np.array(points).T
-        x = np.interp(x, (0, last), (left, right))
-        y = np.interp(y, (low, high), (bottom, top))
-        draw.line([*zip(x, y)], colour, 2, joint="curve")
-        for point in zip(x, y):
-            draw.circle(point, 2, colour)
-    return tile(plot, [(f"{name}, validation, percent", "black"), *zip(metrics, COLOURS)])
+                    curves[f"{task} {metric}"].append((entry["iteration"], value))
+    if not curves:
+        return
+    last = max(points[-1][0] for points in curves.values())
+    plot = Image.new("RGB", (960, 430), "white")
+    draw = ImageDraw.Draw(plot)
+    draw.text((760, 428), f"{last:,} iterations", "black", FONT, "rb")
+    for percent in range(0, 101, 20):
+        draw.line((40, 410 - 4 * percent, 760, 410 - 4 * percent), "#cccccc")
+        draw.text((35, 410 - 4 * percent), str(percent), "black", FONT, "rm")
+    for k, (name, points) in enumerate(curves.items()):
+        colour = f"hsl({360 * k // len(curves)}, 80%, 40%)"
+        draw.line([(40 + 720 * i / last, 410 - 4 * x) for i, x in points], colour, 2)
+        draw.text((775, 10 + 20 * k), f"{name} {points[-1][1]:.1f}", colour, FONT)
+    plot.save(path)
 
 
 # ---- Processes and precision ---------------------------------------------------------------------
@@ -593,13 +556,13 @@ def autocast(device, precision: str):
 
 # ---- A trained model from its file ---------------------------------------------------------------
 CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always saves
+TORN = "previous.pt beside it may be whole; or get it again"
 
 
 def read_checkpoint(path) -> dict:
     """The dict that train.py saved. A file that needs more than tensors and plain values is refused
     before any of its code runs."""
-    fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole (the "
-           "authors' files: --released)")
+    fix = f"it is torn, or no checkpoint of train.py (the authors' files: --released); {TORN}"
     checkpoint = unit.read_file(unit.fetch(path), fix)
     if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
         raise InputError(f"{path}: lacks model, config, tasks or labels; {fix}")
@@ -609,6 +572,7 @@ def read_checkpoint(path) -> dict:
 def load_checkpoint(path) -> tuple[UniT, dict]:
     """(model in eval mode, the file's dict): the file carries all settings that the model needs."""
     checkpoint = read_checkpoint(path)
+    checkpoint.pop("optimizer", None)  # twice the model's memory
     try:
         model = UniT(Config(**checkpoint["config"]), [Task(**t) for t in checkpoint["tasks"]])
         model.load_state_dict(checkpoint["model"])
@@ -618,18 +582,15 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
     return model.eval(), checkpoint
 
 
-def starting_weights(path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]], str]:
-    """Of a checkpoint of train.py, or a file of the authors': the tensors under our names, the
-    names of each task's classes (where it has them), and its origin in words."""
-    fix = "previous.pt beside it may be whole; or get it again"
-    content = unit.read_file(unit.fetch(path), fix)
+def starting_weights(path) -> tuple[dict[str, torch.Tensor], str]:
+    """Of a checkpoint of train.py, or a file of the authors': the tensors under our names, and the
+    file's origin in words."""
+    content = unit.read_file(unit.fetch(path), TORN)
     found = unit.weights_in(content, path)
     if CHECKPOINT <= set(content):
-        classes = {task: names["classes"] for task, names in content["labels"].items()}
-        length = content.get("train", {}).get("iterations")
-        return found, classes, f"iteration {content.get('iteration')} of {length}"
+        return found, f"iteration {content['iteration']}"
     heads = dict(encoder_heads=1, bert_heads=1, decoder_heads=1)  # no tensor's shape depends on it
-    return unit.released_model(found, path, **heads).state_dict(), {}, "the authors' weights"
+    return unit.released_model(found, path, **heads).state_dict(), "the authors' weights"
 
 
 def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
@@ -640,14 +601,14 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
         return data.read_lines(file) if file.exists() else [str(n) for n in range(1, 3130)]
 
     model = unit.load_released(path)
-    classes = {t.name: t.dataset.class_names for t in data.TASKS}
+    labels = {t.name: {"classes": t.dataset.class_names} for t in data.TASKS}
     # torchvision knows COCO's names by category id.
-    classes["coco"] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    classes["vqa2"] = lines("vqa2/answers_vqa.txt")
+    labels["coco"] = {"classes": FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]}
+    labels["vqa2"] = {"classes": lines("vqa2/answers_vqa.txt")}
     # VG's ids start at 1; lines are names with aliases behind commas.
-    classes["vg"] = [""] + [line.split(",")[0] for line in lines("vg/objects_vocab.txt")]
-    attributes = [""] + [line.split(",")[0] for line in lines("vg/attributes_vocab.txt")]
-    labels = {name: {"classes": x, "attributes": attributes} for name, x in classes.items()}
+    classes, attributes = lines("vg/objects_vocab.txt"), lines("vg/attributes_vocab.txt")
+    labels["vg"] = {"classes": [""] + [line.split(",")[0] for line in classes],
+                    "attributes": [""] + [line.split(",")[0] for line in attributes]}
     name = "released-all" if len(model.tasks) > 1 else "released-coco"
     if not model.config.task_embedding:
         name += "-no-task"
@@ -725,32 +686,28 @@ def parser() -> argparse.ArgumentParser:
     path, number = os.path.expanduser, unit.between(0)
     group = result.add_argument_group("the model (one of the two)")
     model = group.add_mutually_exclusive_group(required=True).add_argument
-    model("--checkpoint", type=path, metavar="FILE", help="a file of train.py: runs/T3.3/last.pt")
-    model("--released", type=path, metavar="FILE", help="the authors' .tar.gz, or the .pth in it")
+    model("--checkpoint", type=path, help="a file of train.py: runs/T3.3/last.pt")
+    model("--released", type=path, help="the authors' .tar.gz, or the .pth in it")
     whole = result.add_argument_group("whole data sets").add_argument
-    whole("--data", type=path, metavar="DIR", help="folder of the data sets [the training's, or "
-                                                   "data]")
-    whole("--tasks", type=lambda x: x.split(","), metavar="A,B", help="of the model's tasks [all]")
+    whole("--data", type=path, help="folder of the data sets [the training's, or data]")
+    whole("--tasks", type=lambda x: x.split(","), help="of the model's tasks, A,B [all]")
     whole("--split", choices=["val", "test"], default="val",
           help="test: writes the files for the test servers into OUT/predictions [val]")
     whole("--allow_partial", action="store_true", help="write them even if samples are missing")
-    whole("--out", type=path, metavar="DIR",
-          help="folder of all results [that of the model's file]")
-    whole("--eval_samples", type=number, default=0, metavar="INT",
-          help="of each task at most [0: all]")
+    whole("--out", type=path, help="folder of all results [that of the model's file]")
+    whole("--eval_samples", type=number, default=0, help="of each task at most [0: all]")
     whole("--figures", action="store_true",
           help="draw predictions.png and (of a log.jsonl) curves.png")
-    whole("--micro_batch", type=number, metavar="INT",
+    whole("--micro_batch", type=number,
           help="samples at a time; 0: one image, or 32 texts [the training's, or 0]")
-    whole("--num_workers", type=number, default=2, metavar="INT", help="data workers [2]")
+    whole("--num_workers", type=number, default=2, help="data workers [2]")
     whole("--precision", choices=PRECISIONS, default="fp32", help="[fp32]")
     group = result.add_argument_group("one input (no data set needed)")
-    group.add_argument("--image", type=path, metavar="FILE",
-                       help="a picture; alone: prints and draws its boxes")
+    group.add_argument("--image", type=path, help="a picture; alone: prints and draws its boxes")
     text = group.add_mutually_exclusive_group().add_argument
-    text("--question", metavar="TEXT", help="a question about --image")
-    text("--text", metavar="TEXT", help="the sentence of a task, or a statement about --image")
-    group.add_argument("--text_pair", metavar="TEXT", help="the second sentence of qnli, mnli, qqp")
+    text("--question", help="a question about --image")
+    text("--text", help="the sentence of a task, or a statement about --image")
+    group.add_argument("--text_pair", help="the second sentence of qnli, mnli, qqp")
     return result
 
 
@@ -774,36 +731,31 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
         task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
         answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
         detection = task.kind == "detection"
-        shown = [a for a in answers if a["score"] >= 0.5] if detection else answers[:5]
+        shown = likely(answers) if detection else answers[:5]
         print(f"{task.name}:")
         for a in shown:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
         if detection:
-            picture = to_picture(data.read_image(args.image))
+            picture = to_pil_image(data.read_image(args.image))
             path = out / f"prediction_{task.name}.png"
-            save_picture(draw_boxes(picture, shown, max(1, WIDTH / picture.width)), path)
+            draw_boxes(picture, shown, max(1, WIDTH / picture.width)).save(path)
             print(f"{len(shown)} boxes of at least 50%, drawn into {path}")
 
 
 def run(args: argparse.Namespace) -> None:
     rank, _, device = start_processes()
     one_input = args.image, args.question, args.text, args.text_pair
-    if args.question and not args.image:
-        raise InputError("--question is about a picture: give --image, too")
     if "" in one_input or (args.text_pair and not args.text):
         # An empty one would silently evaluate whole data sets.
         raise InputError("--image, --question, --text or --text_pair is empty, or --text_pair "
                          "comes without --text")
     file = Path(args.checkpoint or args.released)
     if args.released:
-        folder, trained = Path(args.data or "data"), {}
-        model, checkpoint, name = released_checkpoint(file, folder)
+        model, checkpoint, name = released_checkpoint(file, Path(args.data or "data"))
     else:
         model, checkpoint = load_checkpoint(file)
-        checkpoint.pop("optimizer", None)  # twice the model's memory
-        trained = checkpoint.get("train", {})
-        folder = Path(args.data or trained.get("data", "data"))
         name = file.resolve().parent.name  # runs/T3.5/last.pt
+    trained = checkpoint.get("train", {})
     model.to(device)
     out = Path(args.out or file.parent)
     if rank == 0:
@@ -814,6 +766,7 @@ def run(args: argparse.Namespace) -> None:
     lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]
     tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
+    folder = Path(args.data or trained.get("data", "data"))
     datasets = load_datasets(model, labels, tasks, args.split, folder)
     micro_batch = trained.get("micro_batch", 0) if args.micro_batch is None else args.micro_batch
     results = evaluate(model, datasets, device, micro_batch, args.num_workers, args.eval_samples,
@@ -827,7 +780,7 @@ def run(args: argparse.Namespace) -> None:
         results = json.loads(path.read_text()) | results
     write_json(path, results)
     if args.figures:
-        predictions_picture(model, datasets, device, out / "predictions.png")
+        predictions_picture(model, datasets, out / "predictions.png")
         curves_picture(file.parent / "log.jsonl", out / "curves.png")
 
 
