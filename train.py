@@ -429,20 +429,25 @@ def require_finite_weights(model: UniT, iteration: int) -> None:
 # ---- Starting from another model (COCO init., Section 4.1) ---------------------------------------
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool) -> str:
     """Copies from a checkpoint of train.py, or from a file of the authors', what fits by name and
-    shape, and leaves the rest as it is -> a report. `parts`: only these, and it is an error if a
-    tensor of theirs has another shape, or if nothing is found for one of them."""
+    shape, and leaves the rest as it is -> a report. `parts`: only these. Then it is an error if
+    nothing of a part fits, or if a head has another shape."""
     theirs, origin = evaluation.starting_weights(path)
-    ours, sources = model.state_dict(), {}  # {our name: theirs}
+    ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}, {part: a misfit}
     wanted = [name for name in ours if not parts or part_of(name) in parts]
     for name in wanted:
         source = source_of(name, theirs, as_released)
-        if source in theirs and theirs[source].shape == ours[name].shape:
+        if source not in theirs:
+            continue
+        if theirs[source].shape == ours[name].shape:
             sources[name] = source
-        elif source in theirs and parts:
-            raise InputError(f"{path}: {name} is {tuple(theirs[source].shape)}, here it is "
-                             f"{tuple(ours[name].shape)}; leave {part_of(name)} out of "
-                             "--init_parts, or give the data and sizes of its training")
+        else:
+            shapes = f"{tuple(theirs[source].shape)}, here it is {tuple(ours[name].shape)}"
+            misfits.setdefault(part_of(name), f"{name} is {shapes}")
     taken = {part_of(name) for name in sources if ours[name].dim() > 1}  # a bias alone is no part
+    for part in parts:
+        if part in misfits and (part == "heads" or part not in taken):
+            raise InputError(f"{path}: {misfits[part]}; leave {part} out of --init_parts, or give "
+                             "the data and sizes of its training")
     # Queries and heads may be lacking there: the tasks may be new here.
     lost = set(parts) - taken - {"queries", "heads"}
     if lost or not taken:
