@@ -323,7 +323,7 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
     else:
         chosen = fit if len(fit) == 1 else []
     if not chosen:
-        given = " and ".join(["a picture"] * image + ["a text"] * text)
+        given = "an image and a text" if image and text else "an image" if image else "a text"
         names = ", ".join(t.name for t in fit) or "none"
         raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take "
                          f"{given} are: {names}")
@@ -404,7 +404,6 @@ def write_detections(path: Path, names: list[str], items: list) -> None:
 WIDTH, PAD, SIZE = 320, 10, 14  # of a tile, around it, of its letters; in pixels
 FONT = ImageFont.load_default(SIZE)
 COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c2185b", "#6d4c41"]
-GREEN, RED = "#1b7f3b", "#c62828"  # an answer that is right, or wrong
 
 
 def title(found: dict) -> str:
@@ -457,25 +456,38 @@ def likely(found: list[dict]) -> list[dict]:
     return [thing for thing in found if thing["score"] >= 0.5]
 
 
-def show_sample(model: UniT, dataset, index: int) -> Image.Image:
-    """One held-out input, the model's answer (in a picture its boxes) and the truth."""
+def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
+    """The boxes of a sample as `predict` returns its own, with a score of 1."""
+    found = []
+    for n, box in enumerate(in_pixels(sample.boxes, torch.tensor(sample.size)).tolist()):
+        found.append({"label": labels["classes"][sample.labels[n]], "score": 1.0, "box": box})
+        if sample.attributes is not None:  # the first of each; the name of 0 is empty
+            found[n]["attribute"] = labels["attributes"][sample.attributes[n, 0].clamp(min=0)]
+    return found
+
+
+def show_sample(model: UniT, dataset, index: int) -> list[Image.Image]:
+    """One held-out input with the model's answer and the truth: green if it is right, red if not.
+    For detection two tiles, the prediction's boxes and the truth's."""
     task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
     labels = {"classes": names, "attributes": dataset.attribute_names}
-    answers, found = answers_to(model, task, sample, labels), []
+    answers = answers_to(model, task, sample, labels)
     picture, colour = Image.new("RGB", (WIDTH, 1), "white"), "black"
     if task.image:  # boxes are in the pixels of this size
         picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
+    scale = WIDTH / picture.width
     if task.kind == "detection":
-        found, lines = likely(answers), []
-        truth = [] if sample.labels is None else [names[n] for n in sample.labels.tolist()]
-    else:
-        lines = [*dataset.texts(index), f"prediction: {answers[0]['label']}"]
-        truth = [] if sample.scores is None else [names[sample.scores.argmax()]]
-        if truth:
-            right = sample.scores[names.index(answers[0]["label"])] >= 0.5
-            colour = GREEN if right else RED
-    lines = [task.name, *lines, f"truth: {', '.join(truth)}"]
-    return tile(draw_boxes(picture, found, WIDTH / picture.width), lines, colour)
+        shown = {"prediction": likely(answers)}
+        if sample.boxes is not None:
+            shown["truth"] = true_boxes(sample, labels)
+        return [tile(draw_boxes(picture, found, scale), [f"{task.name}, {whose}"], colour)
+                for whose, found in shown.items()]
+    lines = [task.name, *dataset.texts(index), f"prediction: {answers[0]['label']}"]
+    if sample.scores is not None:
+        lines.append(f"truth: {names[sample.scores.argmax()]}")
+        right = sample.scores[names.index(answers[0]["label"])] >= 0.5
+        colour = "#1b7f3b" if right else "#c62828"
+    return [tile(draw_boxes(picture, [], scale), lines, colour)]
 
 
 def predictions_picture(model: UniT, datasets: dict, path) -> None:
@@ -484,7 +496,7 @@ def predictions_picture(model: UniT, datasets: dict, path) -> None:
     for dataset in datasets.values():
         for index in drawn_indices(len(dataset), 4):
             with contextlib.suppress(data.UnusablePicture):  # `evaluate` has printed which
-                tiles.append(show_sample(model, dataset, index))
+                tiles += show_sample(model, dataset, index)
     save_grid(tiles, path)
 
 

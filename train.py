@@ -220,10 +220,12 @@ def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
 
 
 def score(model: UniT, held_out: dict, train: TrainConfig, log: Log) -> dict:
+    """The results of an evaluation, which go to the log; to the screen each task's first metric."""
     device = next(model.parameters()).device
     results = evaluation.evaluate(model, held_out, device, train.micro_batch, train.num_workers,
                                   train.eval_samples, train.precision, log.out)
-    log.add_results(results)
+    first = "  ".join(f"{task} {[*x.values()][0]:.1f}" for task, x in results.items())
+    log.write([{"iteration": log.done, "results": results}], f"held out:  {first}")
     return results
 
 
@@ -300,6 +302,9 @@ TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablati
 # "COCO init." copies other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
+# The authors' own models of these runs, for --init in place of ours.
+AUTHORS_RUNS = {"T1.1-coco": "unit.coco.single_task.tar.gz",
+                "T3.5": "unit.all_8_datasets.shared_dec_with_coco_init.tar.gz"}
 
 EXPERIMENTS = {  # where no iterations are given: 500k
     # Table 1: 150k, 300k, 450k iterations for one, two, three data sets (Section 4.1)
@@ -500,10 +505,10 @@ class Record:
         for name, value in self.terms.items():
             if not math.isfinite(value):
                 return f"term {name}, samples {self.ids} (this process's)"
-        for name, norm in {**self.norms, "all parameters together": self.norm}.items():
-            if not norm.isfinite():
-                return f"gradient of {name}"
-        return ""
+        if self.norm.isfinite():
+            return ""
+        faulty = [name for name, norm in self.norms.items() if not norm.isfinite()]
+        return f"gradient of {faulty[0] if faulty else 'all parameters together'}"
 
 
 def gather(records: list[Record]) -> None:
@@ -624,11 +629,6 @@ class Log:
             raise InputError(f"the numbers are not finite: iteration {record.iteration}, task "
                              f"{record.task}, {fault}; {saved}; a lower --lr may help{fix}")
 
-    def add_results(self, results: dict) -> None:
-        """An evaluation: its entry, and a line with the first metric of each task."""
-        first = "  ".join(f"{task} {[*x.values()][0]:.1f}" for task, x in results.items())
-        self.write([{"iteration": self.done, "results": results}], f"held out:  {first}")
-
 
 # ---- The command line ----------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
@@ -648,9 +648,9 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--overwrite", action="store_true", help="replace what is in --out")
     flag("--as_released", action="store_true",
          help="the authors' released system where it differs from the paper")
-    run, model = (parser.add_argument_group(title) for title in (
-        "the run (Section 3.5, Appendix A)", "the model (Section 3, Table A.1)"))
+    run = parser.add_argument_group("the run (Section 3.5, Appendix A)")
     unit.add_flags(run, TrainConfig, {"tiny": TINY})
+    model = parser.add_argument_group("the model (Section 3, Table A.1)")
     unit.add_flags(model, Config, {"tiny": TINY})
     return parser
 
@@ -724,17 +724,22 @@ def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -
         raise InputError(f"--batch_size must be a multiple of {world_size} (processes)")
     init = Path(train.init)
     if starting and train.init and not init.exists() and init.name not in unit.PUBLISHED:
-        raise InputError(f"{init}: the checkpoint to start from is not there; {how_to_make(init)}")
+        raise InputError(f"{init}: the checkpoint to start from is not there; "
+                         f"{how_to_make(init, train.data)}")
 
 
-def how_to_make(init: Path) -> str:
-    """The command that makes the checkpoint of an experiment."""
+def how_to_make(init: Path, data_folder: str) -> str:
+    """The command that makes the checkpoint of an experiment; the authors' file in its place."""
     folder = init.parent
     name = folder.name.removeprefix("tiny-")
     if name not in EXPERIMENTS:
         return "check --init"
-    tiny = "" if folder.name == name else "--tiny "
-    return f"`python train.py {tiny}--experiment {name} --out {folder}` makes it"
+    if folder.name != name:
+        return f"`python train.py --tiny --experiment {name} --out {folder}` makes it"
+    how = f"`python train.py --experiment {name} --out {folder}` makes it"
+    if name in AUTHORS_RUNS:
+        how += f"; --init {data_folder}/{AUTHORS_RUNS[name]} fetches the authors' own"
+    return how
 
 
 def resume(out: Path, values: dict, flags) -> tuple[dict, dict]:
@@ -784,8 +789,8 @@ def write_tiny_data(folder: Path) -> None:
 
 
 def build(config: Config, train: TrainConfig, as_released: bool, state: dict | None):
-    """-> model, data sets to train on, held-out ones, and `extras`: labels and vocabulary, which go
-    into each checkpoint."""
+    """-> model, data sets to train on, held-out ones, and `extras`: labels, vocabulary and numbers
+    of samples, which go into each checkpoint."""
     folder, vocab = Path(train.data), []
     data.require_folder(folder)
     if any(task.text for task in data.tasks_named(train.tasks)):
@@ -807,10 +812,13 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
         if task.kind == "detection" and (count := dataset.crowded(task.num_queries)):
             print(f"WARNING: {task.name}: {count} pictures have more than {task.num_queries} "
                   "boxes: some are not learned; raise --detection_queries")
+    samples = {name: len(dataset) for name, dataset in datasets.items()}
     if state:
         unit.copy_weights(model.state_dict(), state["model"], f"checkpoint and data in {folder}",
                           "give the --data of its training")
         print(f"going on after iteration {state['iteration']} of {train.iterations}")
+        if samples != state.get("samples"):
+            print(f"WARNING: samples were {state.get('samples')}, now {samples}: another order")
     elif train.pretrained:
         print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
@@ -818,7 +826,7 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     for name, p in model.named_parameters():
         if part_of(name) in train.freeze:  # Table C.1 lines 10-12
             p.requires_grad_(False)
-    return model, datasets, held_out, {"labels": labels, "vocab": vocab}
+    return model, datasets, held_out, {"labels": labels, "vocab": vocab, "samples": samples}
 
 
 def list_experiments() -> None:

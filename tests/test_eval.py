@@ -312,20 +312,29 @@ def test_pictures(val_run):
         assert counts[ImageColor.getrgb(f"hsl({hue}, 80%, 40%)")] > 500  # a line and its name
 
 
-def test_an_input_is_drawn_with_answer_and_truth(checkpoint, folder, monkeypatch):
+def test_an_answer_is_green_if_right_and_red_if_not(checkpoint, folder, monkeypatch):
     model, _ = evaluation.load_checkpoint(checkpoint)
-    _, datasets = data.load(folder, ["coco", "vqa2", "sst2"], "val", 32)
-    seen = {}
+    _, datasets = data.load(folder, ["vqa2"], "val", 32)
     monkeypatch.setattr(evaluation, "tile", lambda picture, lines, colour: (lines, colour))
-    monkeypatch.setattr(evaluation, "answers_to", lambda *_: answers)
-    for answer, colour in (("cat", evaluation.GREEN), ("<unk>", evaluation.RED)):
-        answers = [{"label": answer, "score": 0.7}]
+    for answer, colour in (("cat", "#1b7f3b"), ("<unk>", "#c62828")):
+        monkeypatch.setattr(evaluation, "answers_to", lambda *_: [{"label": answer}])
         lines = ["vqa2", "what is it?", f"prediction: {answer}", "truth: dog"]
-        assert evaluation.show_sample(model, datasets["vqa2"], 0) == (lines, colour)
-    answers = [{"label": "disc", "score": x, "box": [x, 0, 9, 9]} for x in (0.7, 0.4)]
-    monkeypatch.setattr(evaluation, "draw_boxes", lambda _, found, scale: seen.update(found=found))
-    assert evaluation.show_sample(model, datasets["coco"], 0)[0] == ["coco", "truth: disc"]
-    assert seen["found"] == answers[:1]
+        assert evaluation.show_sample(model, datasets["vqa2"], 0) == [(lines, colour)]
+
+
+def test_truth_is_drawn_beside_the_prediction(checkpoint, folder):
+    """Where the true boxes are, in the pixels of the picture; VG's with their attribute."""
+    model, _ = evaluation.load_checkpoint(checkpoint)
+    _, datasets = data.load(folder, ["coco", "vg"], "val", 32)
+    for name, dataset in datasets.items():
+        labels = {"classes": dataset.class_names, "attributes": dataset.attribute_names}
+        found, = evaluation.true_boxes(dataset.sample(0), labels)
+        assert found.pop("box") == pytest.approx([4, 5, 16, 15], abs=1e-3)
+        wanted = {"label": "disc", "score": 1.0}
+        assert found == (wanted if name == "coco" else wanted | {"attribute": "blue"})
+        prediction, truth = evaluation.show_sample(model, dataset, 0)
+        line = tuple(bytes.fromhex(evaluation.COLOURS[0][1:]))
+        assert prediction.size == truth.size and truth.getpixel((41, 100)) == line
 
 
 def test_tiny_pictures_are_enlarged_before_drawing():

@@ -125,6 +125,15 @@ def test_unused_parameters_are_skipped_unless_asked(model):
         assert equal(before, model.heads["a"].state_dict()) != update_unused
 
 
+def test_the_gradient_is_clipped(model):
+    """AdamW's first average is a tenth of the gradient that it gets."""
+    config = train.TrainConfig(clip=0.01)
+    optimizer = train.make_optimizer(model, config)
+    _, norm, _ = one_update(model, "a", config, optimizer)
+    averages = [state["exp_avg"].flatten() for state in optimizer.state.values()]
+    assert norm > 0.02 and 10 * torch.cat(averages).norm() == pytest.approx(0.01, rel=1e-3)
+
+
 def test_the_backbone_has_its_own_learning_rate():
     model = detector()
     groups = train.make_optimizer(model, train.TrainConfig()).param_groups
@@ -542,8 +551,8 @@ def test_init_takes_what_fits_and_reports_the_rest(tmp_path):
 @pytest.mark.parametrize("part, changes, says", [
     ("heads", dict(num_classes=2), r"heads.coco.class_head.weight is \(5, 8\), here it is \(3, 8\);"
      " leave heads out of --init_parts"),
-    ("queries", dict(num_queries=9), r"queries.coco is \(5, 8\), here it is \(9, 8\); leave queries"),
-    ("decoder", dict(width=16), r"decoders.shared.layers.0.self_attention.q_proj.weight is \(8, 8\)"),
+    ("queries", dict(num_queries=9), r"queries.coco is \(5, 8\), here it is \(9, 8\); leave queri"),
+    ("decoder", dict(width=16), r"decoders.shared.layers.0.self_attention.q_proj.weight is \(8, 8"),
     ("text_encoder", {}, "none of its weights fit text_encoder")])
 def test_init_parts_that_do_not_fit_are_errors(tmp_path, part, changes, says):
     """Asked for by name; the model is left as it was."""
@@ -561,11 +570,13 @@ def test_init_leaves_heads_that_the_other_model_lacks(tmp_path):
 
 
 @pytest.mark.parametrize("init, says", [
-    ("runs/T1.1-coco/last.pt", "train.py --experiment T1.1-coco --out runs/T1.1-coco` makes it"),
+    ("runs/T1.1-coco/last.pt", "T1.1-coco --out runs/T1.1-coco` makes it.* --init "
+     "DATA/unit.coco.single_task.tar.gz fetches"),
+    ("runs/T3.5/last.pt", "--init DATA/unit.all_8_datasets.shared_dec_with_coco_init.tar.gz"),
     ("runs/tiny-T1.1-coco/last.pt", "python train.py --tiny --experiment T1.1-coco "),
     ("mine.pt", "check --init"), ("elsewhere/unit.coco.single_task.tar.gz", None)])
 def test_what_makes_a_missing_start(init, says):
-    settings = train.TrainConfig(init=init)
+    settings = train.TrainConfig(data="DATA", init=init)
     if says is None:  # `build` fetches it
         return train.check(unit.Config(), settings, 1, starting=True)
     with pytest.raises(unit.InputError, match=says):
