@@ -525,8 +525,8 @@ def curves_picture(log: Path, path) -> None:
 
 
 # ---- Processes and precision ---------------------------------------------------------------------
-def start_processes() -> tuple[int, int, torch.device]:
-    """rank, number of processes, device; joins torchrun's group if there is one (train.py's too).
+def start_processes() -> torch.device:
+    """This process's device; joins torchrun's group if there is one (train.py's too).
 
     CPU tensors travel by gloo even where gradients go by NCCL, so the numbers that processes
     exchange between iterations (boxes counted, signals received) never synchronise the GPU."""
@@ -536,10 +536,9 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         # cuDNN's attention has had NaN gradients under a mask (torch 2.13 on Hopper).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return *processes(), device
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def processes() -> tuple[int, int]:
@@ -755,7 +754,8 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, _, device = start_processes()
+    device = start_processes()
+    rank, _ = processes()
     one_input = args.image, args.question, args.text, args.text_pair
     if "" in one_input or (args.text_pair and not args.text):
         # An empty one would silently evaluate whole data sets.

@@ -391,7 +391,6 @@ def save(log: Log, model, optimizer, scaler, extras) -> None:
     Atomic: at any moment `last.pt` or `previous.pt` is whole."""
     log.flush()  # first: what is not finite must not reach a checkpoint
     require_finite_weights(model, log.done)
-    log.saved = log.done
     if processes()[0] > 0:
         return
     tasks = []
@@ -542,7 +541,7 @@ class Log:
 
     def __init__(self, out: Path, train: TrainConfig, start: int):
         self.out, self.path, self.train = out, out / "log.jsonl", train
-        self.done, self.saved, self.since = start, start, time.perf_counter()
+        self.done, self.since = start, time.perf_counter()
         self.pending: list[Record] = []
         self.faults_in_a_row = 0
         self.met, self.unusable = Counter(), defaultdict(list)  # {task: samples}, {task: reasons}
@@ -624,10 +623,10 @@ class Log:
         fault, precision = record.fault(), self.train.precision
         self.faults_in_a_row = self.faults_in_a_row + 1 if fault else 0
         if self.faults_in_a_row > (20 if precision == "fp16" else 0):
-            saved = f"iteration {self.saved} was saved last" if self.saved else "nothing was saved"
             fix = "" if precision == "fp32" else ", or --precision fp32"
             raise InputError(f"the numbers are not finite: iteration {record.iteration}, task "
-                             f"{record.task}, {fault}; {saved}; a lower --lr may help{fix}")
+                             f"{record.task}, {fault}; this is not saved, what was before is "
+                             f"intact; a lower --lr may help{fix}")
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -845,7 +844,8 @@ def run(args: argparse.Namespace) -> None:
     if args.list:
         return list_experiments()
     values, out = chosen_settings(args)
-    rank, world_size, device = evaluation.start_processes()
+    device = evaluation.start_processes()
+    rank, world_size = processes()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # only one process prints
     state = None

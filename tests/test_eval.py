@@ -515,25 +515,19 @@ def test_one_input_on_the_command_line(checkpoint, folder, tmp_path, capsys):
     assert Image.open(tmp_path / "prediction_coco.png").width == 320
 
 
-@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
-def test_one_picture_is_turned_upright(orientation, checkpoint, tmp_path, capsys):
+def test_one_picture_is_turned_upright(checkpoint, tmp_path, capsys):
     """As its EXIF says, for the model and in what is drawn. A PNG: nothing is lost."""
     pixels = np.random.default_rng(0).integers(0, 255, (24, 40, 3), np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    upright = {2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 6: np.rot90(pixels, -1),
-               8: np.rot90(pixels)}[orientation]
-    Image.fromarray(np.ascontiguousarray(upright)).save(tmp_path / "upright.png")
-    printed, drawn = [], []
+    Image.fromarray(np.rot90(pixels, -1).copy()).save(tmp_path / "upright.png")
+    seen = []
     for name in ("turned", "upright"):
-        evaluation.main(["--checkpoint", str(checkpoint), "--tasks", "coco", "--out", str(tmp_path),
-                         "--image", str(tmp_path / f"{name}.png")])
-        printed.append(capsys.readouterr().out)
+        evaluate(checkpoint, tmp_path, "--tasks", "coco", "--image", tmp_path / f"{name}.png")
         with Image.open(tmp_path / "prediction_coco.png") as picture:
-            drawn.append((picture.size, picture.tobytes()))
-    assert printed[0] == printed[1] and drawn[0] == drawn[1]
-    assert drawn[0][0] == (320, round(320 / upright.shape[1] * upright.shape[0]))
+            seen.append((capsys.readouterr().out, picture.size, picture.tobytes()))
+    assert seen[0] == seen[1] and seen[0][1] == (320, 533)
 
 
 def test_a_console_that_lacks_a_letter_prints_a_question_mark(checkpoint, tmp_path, monkeypatch):
@@ -573,14 +567,10 @@ def test_mistakes_are_one_line_and_status_2(flags, message, checkpoint, capsys):
     assert re.search(message, printed)
 
 
-def test_torn_and_foreign_checkpoints(checkpoint, tmp_path):
-    torn = tmp_path / "torn.pt"
-    torn.write_bytes(checkpoint.read_bytes()[:2000])
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pt")
-    torch.save({"model": Path("x")}, tmp_path / "pickle.pt")  # more than tensors and plain values
-    for name in ("torn.pt", "foreign.pt", "pickle.pt"):
-        with pytest.raises(unit.InputError, match=f"{name}: .*torn, or no checkpoint"):
-            evaluation.load_checkpoint(tmp_path / name)
+def test_a_checkpoint_that_could_run_code_is_refused(tmp_path):
+    torch.save({"model": Path("x")}, tmp_path / "pickle.pt")
+    with pytest.raises(unit.InputError, match="pickle.pt: .*torn, or no checkpoint"):
+        evaluation.load_checkpoint(tmp_path / "pickle.pt")
 
 
 def test_results_of_other_tasks_stay(checkpoint, tmp_path, capsys):
