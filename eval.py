@@ -418,8 +418,10 @@ def draw_boxes(picture: Image.Image, found: list[dict], scale: float) -> Image.I
     width, height = (max(1, round(side * scale)) for side in picture.size)
     picture = picture.convert("RGB").resize((width, height), Image.Resampling.BOX)  # stays sharp
     draw, corner = ImageDraw.Draw(picture), [width - 1, height - 1] * 2
-    for thing, colour in reversed(list(zip(found, itertools.cycle(COLOURS)))):
-        x, y, right, low = (np.array(thing["box"]) * scale).clip(0, corner).tolist()
+    coloured = list(zip(found, itertools.cycle(COLOURS)))
+    for thing, colour in reversed(coloured):
+        box = np.array(thing["box"]) * scale
+        x, y, right, low = box.clip(0, corner).tolist()
         draw.rectangle((x, y, right, low), outline=colour, width=3)
         name = f"{title(thing)} {thing['score']:.2f}"
         x = max(0, min(x, width - draw.textlength(name, FONT) - 8))
@@ -617,9 +619,9 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
     labels["coco"] = {"classes": FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]}
     labels["vqa2"] = {"classes": lines("vqa2/answers_vqa.txt")}
     # VG's ids start at 1; lines are names with aliases behind commas.
-    classes, attributes = lines("vg/objects_vocab.txt"), lines("vg/attributes_vocab.txt")
-    labels["vg"] = {"classes": [""] + [line.split(",")[0] for line in classes],
-                    "attributes": [""] + [line.split(",")[0] for line in attributes]}
+    classes = [line.split(",")[0] for line in lines("vg/objects_vocab.txt")]
+    attributes = [line.split(",")[0] for line in lines("vg/attributes_vocab.txt")]
+    labels["vg"] = {"classes": ["", *classes], "attributes": ["", *attributes]}
     name = "released-all" if len(model.tasks) > 1 else "released-coco"
     if not model.config.task_embedding:
         name += "-no-task"

@@ -52,13 +52,13 @@ class TrainConfig:
     seed: int = option(0, "seed of weights, sampling, augmentation and dropout", most=2**63 - 1)
     precision: str = option("fp32", "fp32 (the paper's), fp16 (with loss scaling) or bf16",
                             choices=tuple(evaluation.PRECISIONS))
-    augment: str = option("full", "detection's pictures: full (flips, scales, crops; Section 3.5), "
-                                  "flip or none", choices=("full", "flip", "none"))
+    augment: str = option("full", "of detection's training pictures: full (flips, scales, crops; "
+                                  "Section 3.5), flip or none", choices=("full", "flip", "none"))
     num_workers: int = option(4, "data workers per process", least=0)
     threads: int = option(0, "threads of a process on the CPU; 0: as PyTorch chooses")
     log_every: int = option(50, "iterations per line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(10_000, "the same of evaluations; 0: only at the end", least=0)
+    eval_every: int = option(10_000, "iterations between evaluations; 0: only at the end", least=0)
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
     pretrained: bool = option(True, "start from published BERT and backbone (Sections 3.1, 3.2)")
     imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
@@ -516,7 +516,8 @@ def gather(records: list[Record]) -> None:
         record.terms = {name: float(value) for name, value in record.terms.items()}  # waits
     shares = gathered([(record.terms, record.replaced) for record in records])
     for record, parts in zip(records, zip(*shares)):
-        record.terms = {name: sum(terms[name] for terms, _ in parts) for name in record.terms}
+        for name in record.terms:
+            record.terms[name] = sum(terms[name] for terms, _ in parts)
         record.replaced = sum((replaced for _, replaced in parts), [])
 
 

@@ -260,17 +260,16 @@ def transformers_bert():
 
 # ---- Models and batches of random numbers, at the paper's sizes
 
-def make_model(names=("coco",), device=CPU, tasks=(), **config) -> unit.UniT:
+def make_model(names=("coco",), device=CPU, **config) -> unit.UniT:
     torch.manual_seed(0)
-    tasks = [*(TASKS[name] for name in names), *tasks]
-    return unit.UniT(unit.Config(**config), tasks).to(device)
+    return unit.UniT(unit.Config(**config), [TASKS[name] for name in names]).to(device)
 
 
 def make_batch(task: str, size: int, image=None, tokens=None, num_boxes=7, device=CPU):
     """`size` samples: pictures of `image` (height, width), texts of `tokens` word pieces. 7: the
     boxes of an average picture of COCO."""
     torch.manual_seed(1)
-    batch, row = unit.Batch(task, list(range(size))), TASKS.get(task, TASKS["qnli"])
+    batch, row = unit.Batch(task, list(range(size))), TASKS[task]
     if image:
         batch.images = torch.randn(size, 3, *image)
         batch.sizes = torch.tensor([image] * size)
@@ -627,14 +626,11 @@ def vg_peak(num_images: int) -> tuple[float, float]:
 
 # ---- Growth and GPU
 
-def step_cost(image=None, tokens=None, queries=100, num_tasks=1, backbone="resnet50",
-              pair=False) -> tuple[float, float]:
+def step_cost(image=None, tokens=None, backbone="resnet50", pair=False) -> tuple[float, float]:
     """Seconds and peak MiB of a training step: COCO of one picture, or QNLI of 4 texts. `pair`: two
     pictures in a micro-batch, the second a quarter narrower and so padded."""
     task = "coco" if image else "qnli"
-    base = replace(TASKS[task], num_queries=queries)
-    more = [replace(base, name=f"task {n}") for n in range(1, num_tasks)]
-    model = make_model((), tasks=[base, *more], dropout=0.0, backbone=backbone).train()
+    model = make_model([task], dropout=0.0, backbone=backbone).train()
     samples = 2 if pair else 1 if image else 4
     batch = make_batch(task, samples, image and (image, image), tokens)
     if pair:
@@ -648,14 +644,12 @@ def step_cost(image=None, tokens=None, queries=100, num_tasks=1, backbone="resne
 def growth(flags) -> None:
     heading("How a training step grows (dropout 0), cpu", ("time", "peak"))
     sizes, small = (32, 96, 160, 320, 800), dict(backbone="small")
-    parts = (("a picture of side", "image", (*sizes, 1066, 1333), {}),
-             ("small backbone, a picture of side", "image", sizes, small),
-             ("two unequal pictures of side", "image", sizes, dict(pair=True)),
-             ("small, two unequal pictures of side", "image", sizes, small | dict(pair=True)),
-             ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), dict(queries=25)),
-             ("queries (picture of 640)", "queries", (25, 100, 200, 300), dict(image=640)),
-             ("tasks (picture of 640)", "num_tasks", (1, 4, 8, 16), dict(image=640)))
-    for what, key, values, fixed in parts[:5] if flags.quick else parts:
+    for what, key, values, fixed in (
+            ("a picture of side", "image", (*sizes, 1066, 1333), {}),
+            ("small backbone, a picture of side", "image", sizes, small),
+            ("two unequal pictures of side", "image", sizes, dict(pair=True)),
+            ("small, two unequal pictures of side", "image", sizes, small | dict(pair=True)),
+            ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), {})):
         for value in values[:3:2] if flags.quick else values:
             seconds, peak = in_child(functools.partial(step_cost, **fixed, **{key: value}))
             row(f"{what} {value}", f"{seconds:.3g} s", f"{peak:.0f} MiB")
