@@ -41,6 +41,7 @@ from unit import Batch, Config, Detections, InputError, Task, UniT
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops import box_convert, box_iou
+from torchvision.transforms.functional import to_pil_image
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -148,8 +149,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
     model.eval()
     for name, dataset in datasets.items():
         indices, total = drawn_indices(len(dataset), limit), len(dataset) + dataset.missing
-        must_be_whole = dataset.split == "test" and out is not None and not allow_partial
-        if must_be_whole:
+        if not allow_partial:
             require_whole(dataset, total - len(indices))  # before the work
         items, unusable = predict_split(model, dataset, indices, device, micro_batch, num_workers,
                                         precision)
@@ -160,7 +160,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
         if dataset.missing or unusable:
             print(f"warning: {name}: evaluated on {len(items)} of {total} samples (pictures "
                   f"missing: {dataset.missing}, unusable: {len(unusable)})", flush=True)
-        if must_be_whole:
+        if not allow_partial:
             require_whole(dataset, total - len(items))
         if not items:
             print(f"{name}: no samples")
@@ -184,7 +184,7 @@ def drawn_indices(total: int, limit: int) -> np.ndarray:
 
 def require_whole(dataset, lacking: int) -> None:
     """A test server refuses a file that lacks samples, or counts them as wrong."""
-    if lacking:
+    if dataset.split == "test" and lacking:
         raise InputError(f"{dataset.path}: {lacking} of its samples are missing ({dataset.missing} "
                          "without picture): no file for the test server, unless --allow_partial")
 
@@ -204,11 +204,9 @@ def predict_split(model: UniT, dataset, indices, device, micro_batch: int, num_w
         unusable |= faults
         if batch is not None:
             items += predictions(model, batch, device, precision)
-    all_items, all_unusable = [], {}
-    for items, unusable in gathered((items, unusable)):
-        all_items += items
-        all_unusable |= unusable
-    return all_items, all_unusable
+    for part in gathered(unusable):
+        unusable |= part
+    return sum(gathered(items), []), unusable
 
 
 def predictions(model: UniT, batch: Batch, device, precision: str = "fp32") -> list[tuple]:
@@ -290,12 +288,12 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
         text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))
         tokenizer = data.Tokenizer(checkpoint["vocab"])
         sample.tokens, sample.types = tokenizer.encode(text, text_pair, task.max_tokens)
-    device = next(model.parameters()).device
-    return answers_to(model, task, sample, checkpoint["labels"][task.name], device)
+    return answers_to(model, task, sample, checkpoint["labels"][task.name])
 
 
-def answers_to(model: UniT, task: Task, sample, labels: dict, device) -> list[dict]:
+def answers_to(model: UniT, task: Task, sample, labels: dict) -> list[dict]:
     """The answers of `predict` to a data.Sample; `labels` are the checkpoint's, of this task."""
+    device = next(model.parameters()).device
     answer, = run_model(model, data.collate(task, [sample]), device)
     if task.kind == "classification":
         # Trained with binary cross entropy, each answer is a yes-no question of its own.
@@ -317,13 +315,13 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
     """The task of that name. Without a name, the model's first task with these inputs: for a
     picture and a text VQA (soft scores) if the text is a `question`, else SNLI-VE. A text alone
     does not say which task is meant, unless the model has only one."""
-    chosen = fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
+    fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
     if name is not None:
         chosen = [t for t in fit if t.name == name]
-    elif image and text:
-        chosen = [t for t in fit if t.soft_scores == question] or fit
-    elif text and len(fit) > 1:
-        chosen = []
+    elif image:
+        chosen = [t for t in fit if t.soft_scores == (text and question)] or fit
+    else:
+        chosen = fit if len(fit) == 1 else []
     if not chosen:
         given = "an image and a text" if image and text else "an image" if image else "a text"
         names = ", ".join(t.name for t in fit) or "none"
@@ -356,10 +354,10 @@ def read_log(path: Path) -> list[dict]:
     """The records of a log.jsonl, if there is one, without any that a crash left half written."""
     records = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            if line.endswith("}\n") and "iteration" in record:
+            if "iteration" in record:
                 records.append(record)
     return records
 
@@ -410,10 +408,6 @@ COLOURS = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#d95f02", "#17808f", "#c
 
 def title(found: dict) -> str:
     return f"{found.get('attribute', '')} {found['label']}".strip()
-
-
-def to_picture(pixels: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())           # (3, H, W) uint8 -> (H, W, 3)
 
 
 def save_picture(picture: Image.Image, path) -> None:
@@ -470,6 +464,10 @@ def save_grid(tiles: list[Image.Image], path) -> None:
     save_picture(sheet, path)
 
 
+def likely(found: list[dict]) -> list[dict]:
+    return [thing for thing in found if thing["score"] >= 0.5]
+
+
 def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
     """The boxes of a sample as `predict` returns its own, without scores."""
     boxes = in_pixels(sample.boxes, torch.tensor(sample.size))
@@ -481,18 +479,18 @@ def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
     return found
 
 
-def show_sample(model: UniT, dataset, index: int, device) -> list[Image.Image]:
+def show_sample(model: UniT, dataset, index: int) -> list[Image.Image]:
     """One held-out input with the model's answer: green if right, red with the truth if wrong. For
     detection two tiles, the prediction's boxes and the truth's."""
     task, sample, names = dataset.task, dataset.sample(index), dataset.class_names
     labels = {"classes": names, "attributes": dataset.attribute_names}
-    answers = answers_to(model, task, sample, labels, device)
+    answers = answers_to(model, task, sample, labels)
     picture, scale = Image.new("RGB", (WIDTH, 1), "white"), 1
     if task.image:  # boxes are in the pixels of this size
-        picture = to_picture(dataset.picture(index)).resize(sample.size[::-1])
+        picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
         scale = WIDTH / picture.width
     if task.kind == "detection":
-        shown = {"prediction": [a for a in answers if a["score"] >= 0.5]}
+        shown = {"prediction": likely(answers)}
         if sample.boxes is not None:
             shown["truth"] = true_boxes(sample, labels)
         return [tile(draw_boxes(picture, things, scale), [(f"{task.name}, {whose}", "#808080")])
@@ -506,13 +504,13 @@ def show_sample(model: UniT, dataset, index: int, device) -> list[Image.Image]:
     return [tile(draw_boxes(picture, [], scale), [*lines, (line, colour)])]
 
 
-def predictions_picture(model: UniT, datasets: dict, device, path) -> None:
+def predictions_picture(model: UniT, datasets: dict, path) -> None:
     """Figures 3 and E.1: four inputs of each data set, and the answers of a model in eval mode."""
     tiles = []
     for dataset in datasets.values():
         for index in drawn_indices(len(dataset), 4):
             with contextlib.suppress(data.UnusablePicture):  # `evaluate` has printed which
-                tiles += show_sample(model, dataset, index, device)
+                tiles += show_sample(model, dataset, index)
     save_grid(tiles, path)
 
 
@@ -550,8 +548,8 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
 
 
 # ---- Processes and precision ---------------------------------------------------------------------
-def start_processes() -> tuple[int, int, torch.device]:
-    """rank, number of processes, device; joins torchrun's group if there is one (train.py's too).
+def start_processes() -> torch.device:
+    """This process's device; joins torchrun's group if there is one (train.py's too).
 
     CPU tensors travel by gloo even where gradients go by NCCL, so the numbers that processes
     exchange between iterations (boxes counted, signals received) never synchronise the GPU."""
@@ -561,10 +559,9 @@ def start_processes() -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         # cuDNN's attention has had NaN gradients under a mask (torch 2.13 on Hopper).
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return *processes(), device
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def processes() -> tuple[int, int]:
@@ -593,13 +590,13 @@ def autocast(device, precision: str):
 
 # ---- A trained model from its file ---------------------------------------------------------------
 CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always saves
+TORN = "previous.pt beside it may be whole; or get it again"
 
 
 def read_checkpoint(path) -> dict:
     """The dict that train.py saved. A file that needs more than tensors and plain values is refused
     before any of its code runs."""
-    fix = ("it is torn, or no checkpoint of train.py; previous.pt beside it may be whole (the "
-           "authors' files: --released)")
+    fix = f"it is torn, or no checkpoint of train.py (the authors' files: --released); {TORN}"
     checkpoint = unit.read_file(unit.fetch(path), fix)
     if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
         raise InputError(f"{path}: lacks model, config, tasks or labels; {fix}")
@@ -609,6 +606,7 @@ def read_checkpoint(path) -> dict:
 def load_checkpoint(path) -> tuple[UniT, dict]:
     """(model in eval mode, the file's dict): the file carries all settings that the model needs."""
     checkpoint = read_checkpoint(path)
+    checkpoint.pop("optimizer", None)  # twice the model's memory
     try:
         model = UniT(Config(**checkpoint["config"]), [Task(**t) for t in checkpoint["tasks"]])
         model.load_state_dict(checkpoint["model"])
@@ -621,8 +619,7 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
 def starting_weights(path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]], str]:
     """Of a checkpoint of train.py, or a file of the authors': the tensors under our names, the
     names of each task's classes (where it has them), and its origin in words."""
-    fix = "previous.pt beside it may be whole; or get it again"
-    content = unit.read_file(unit.fetch(path), fix)
+    content = unit.read_file(unit.fetch(path), TORN)
     found = unit.weights_in(content, path)
     if CHECKPOINT <= set(content):
         classes = {task: names["classes"] for task, names in content["labels"].items()}
@@ -640,14 +637,14 @@ def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
         return data.read_lines(file) if file.exists() else [str(n) for n in range(1, 3130)]
 
     model = unit.load_released(path)
-    classes = {t.name: t.dataset.class_names for t in data.TASKS}
+    labels = {t.name: {"classes": t.dataset.class_names} for t in data.TASKS}
     # torchvision knows COCO's names by category id.
-    classes["coco"] = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    classes["vqa2"] = lines("vqa2/answers_vqa.txt")
+    labels["coco"] = {"classes": FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]}
+    labels["vqa2"] = {"classes": lines("vqa2/answers_vqa.txt")}
     # VG's ids start at 1; lines are names with aliases behind commas.
-    classes["vg"] = [""] + [line.split(",")[0] for line in lines("vg/objects_vocab.txt")]
-    attributes = [""] + [line.split(",")[0] for line in lines("vg/attributes_vocab.txt")]
-    labels = {name: {"classes": x, "attributes": attributes} for name, x in classes.items()}
+    classes = [line.split(",")[0] for line in lines("vg/objects_vocab.txt")]
+    attributes = [line.split(",")[0] for line in lines("vg/attributes_vocab.txt")]
+    labels["vg"] = {"classes": ["", *classes], "attributes": ["", *attributes]}
     name = "released-all" if len(model.tasks) > 1 else "released-coco"
     if not model.config.task_embedding:
         name += "-no-task"
@@ -774,19 +771,20 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
         task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
         answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
         detection = task.kind == "detection"
-        shown = [a for a in answers if a["score"] >= 0.5] if detection else answers[:5]
+        shown = likely(answers) if detection else answers[:5]
         print(f"{task.name}:")
         for a in shown:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())
         if detection:
-            picture = to_picture(data.read_image(args.image))
+            picture = to_pil_image(data.read_image(args.image))
             path = out / f"prediction_{task.name}.png"
             save_picture(draw_boxes(picture, shown, max(1, WIDTH / picture.width)), path)
             print(f"{len(shown)} boxes of at least 50%, drawn into {path}")
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, _, device = start_processes()
+    device = start_processes()
+    rank, _ = processes()
     one_input = args.image, args.question, args.text, args.text_pair
     if args.question and not args.image:
         raise InputError("--question is about a picture: give --image, too")
@@ -796,14 +794,11 @@ def run(args: argparse.Namespace) -> None:
                          "comes without --text")
     file = Path(args.checkpoint or args.released)
     if args.released:
-        folder, trained = Path(args.data or "data"), {}
-        model, checkpoint, name = released_checkpoint(file, folder)
+        model, checkpoint, name = released_checkpoint(file, Path(args.data or "data"))
     else:
         model, checkpoint = load_checkpoint(file)
-        checkpoint.pop("optimizer", None)  # twice the model's memory
-        trained = checkpoint.get("train", {})
-        folder = Path(args.data or trained.get("data", "data"))
         name = file.resolve().parent.name  # runs/T3.5/last.pt
+    trained = checkpoint.get("train", {})
     model.to(device)
     out = Path(args.out or file.parent)
     if rank == 0:
@@ -814,6 +809,7 @@ def run(args: argparse.Namespace) -> None:
     lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]
     tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
     labels = {} if args.released else checkpoint["labels"]
+    folder = Path(args.data or trained.get("data", "data"))
     datasets = load_datasets(model, labels, tasks, args.split, folder)
     micro_batch = trained.get("micro_batch", 0) if args.micro_batch is None else args.micro_batch
     results = evaluate(model, datasets, device, micro_batch, args.num_workers, args.eval_samples,
@@ -827,7 +823,7 @@ def run(args: argparse.Namespace) -> None:
         results = json.loads(path.read_text()) | results
     write_json(path, results)
     if args.figures:
-        predictions_picture(model, datasets, device, out / "predictions.png")
+        predictions_picture(model, datasets, out / "predictions.png")
         curves_picture(file.parent / "log.jsonl", out / "curves.png")
 
 

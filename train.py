@@ -59,8 +59,7 @@ class TrainConfig:
     threads: int = option(0, "threads of a process on the CPU; 0: as PyTorch chooses")
     log_every: int = option(50, "iterations per line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
-    eval_every: int = option(10_000, "iterations between evaluations (released config); 0: only at "
-                                     "the end", least=0)
+    eval_every: int = option(10_000, "iterations between evaluations; 0: only at the end", least=0)
     eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
     pretrained: bool = option(True, "start from published BERT and backbone (Sections 3.1, 3.2)")
     imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
@@ -81,6 +80,7 @@ class TrainConfig:
     update_unused: bool = option(False, "update what the task did not reach, too (footnote 2)")
 
 
+DEFAULTS = asdict(Config()) | asdict(TrainConfig())
 # These may differ when a run is resumed. Only micro_batch changes the weights: by padding, and by
 # the order in which dropout draws.
 FREE_ON_RESUME = {"data", "num_workers", "threads", "log_every", "save_every", "eval_every",
@@ -104,57 +104,39 @@ def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, st
     and vocabulary, go into each checkpoint."""
     start = state["iteration"] if state else 0
     rank, world_size = processes()
-    device = next(model.parameters()).device
-    step, optimizer, scaler = set_up(model, train, state, device)
+    step, optimizer, scaler = set_up(model, train, state)
     stream = data.train_loader(datasets, make_schedule(datasets, train), start, rank, world_size,
                                train.micro_batch, train.num_workers)
     log, signals, torchrun = Log(out, train, start), note_signals(), os.getppid()
-
-    def keep(iteration):
-        log.flush()  # first: what is not finite must not reach a checkpoint
-        require_finite_weights(model, iteration)
-        if rank == 0:
-            save(out, model, optimizer, scaler, iteration, train, extras)
-        log.saved = iteration
-
-    def score():
-        results = evaluation.evaluate(model, held_out, device, train.micro_batch,
-                                      train.num_workers, train.eval_samples, train.precision, out)
-        log.add_results(results)
-        return results
-
     gc.freeze()  # or the first full collection copies 75 MB that the data workers share
     model.train()
     with contextlib.closing(stream):  # ends its workers
         for iteration in range(start, train.iterations):
-            batches, replaced, problem = fetch(stream)
+            batches, replaced, problem = next_batches(stream)
             problem = problem or log.too_many_unusable()
-            boxes = sum(len(x) for batch in batches for x in batch.labels or [])
             orphan = world_size > 1 and os.getppid() != torchrun  # a signal has ended it
-            num_boxes, stopping = sum_over_processes(boxes, bool(signals or problem or orphan))
+            boxes, stopping = count_boxes(batches), bool(signals or problem or orphan)
+            num_boxes, stopping = sum_over_processes(boxes, stopping)
             if stopping:  # all processes, before the same iteration
-                keep(iteration)
-                leave(out, iteration, signals, problem)
-            # This alone determines dropout, so checkpoints need not store generator states.
-            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
+                save(log, model, optimizer, scaler, extras)
+                leave(log, signals, problem)
+            seed_dropout(train.seed, iteration, rank)
             lr = set_learning_rate(optimizer, iteration, train)
             terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
-            ids = sum((batch.ids for batch in batches), [])
-            log.pending.append(Record(batches[0].task, ids, lr, terms, norm, norms, replaced))
             done = iteration + 1
-            last = done == train.iterations
+            ids = sum((batch.ids for batch in batches), [])
+            log.add(Record(done, batches[0].task, ids, replaced, lr, terms, norm, norms))
             scoring = train.eval_every and done % train.eval_every == 0
-            if done % train.log_every == 0:
-                log.flush()
-            if last or scoring or done % train.save_every == 0:
-                keep(done)  # before the evaluation, in which a job's time may run out
-            if scoring and not last:
-                score()
-    return score()
+            if scoring or done % train.save_every == 0 or done == train.iterations:
+                save(log, model, optimizer, scaler, extras)  # a job's time may run out in `score`
+            if scoring and done < train.iterations:
+                score(model, held_out, train, log)
+    return score(model, held_out, train, log)
 
 
-def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
+def set_up(model: UniT, train: TrainConfig, state: dict | None):
     """The step, for all processes, and optimiser and loss scaler as `state` left them."""
+    device = next(model.parameters()).device
     optimizer = make_optimizer(model, train)
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
     if state:
@@ -170,7 +152,7 @@ def set_up(model: UniT, train: TrainConfig, state: dict | None, device):
     return step, optimizer, scaler
 
 
-def fetch(stream) -> tuple[list[Batch], list[str], str]:
+def next_batches(stream) -> tuple[list[Batch], list[str], str]:
     """The next iteration's micro-batches, and why pictures were replaced by others; or the problem,
     as text: the exception itself would keep the data workers alive."""
     try:
@@ -179,12 +161,17 @@ def fetch(stream) -> tuple[list[Batch], list[str], str]:
         return [], [], str(error)
 
 
-def leave(out: Path, iteration: int, signals: list[int], problem: str) -> None:
-    barrier()  # until it is saved: torchrun kills all once one has left
-    print(f"stopped after iteration {iteration}; saved in {out}: go on with --resume")
-    if problem:
-        raise InputError(problem)
-    sys.exit(128 + signals[0] if signals else 1)
+def count_boxes(batches: list[Batch]) -> int:
+    return sum(len(boxes) for batch in batches for boxes in batch.boxes or [])
+
+
+def sum_over_processes(*numbers: float) -> list[float]:
+    return [sum(values) for values in zip(*gathered(numbers))]
+
+
+def seed_dropout(seed: int, iteration: int, rank: int) -> None:
+    """This alone determines dropout, so checkpoints need not store generator states."""
+    torch.manual_seed(((seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
 
 
 def update(step, optimizer, scaler, batches, train, num_boxes):
@@ -233,13 +220,14 @@ def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
     return totals
 
 
-def barrier() -> None:
-    """All processes wait until all are here."""
-    gathered(None)
-
-
-def sum_over_processes(*numbers: float) -> list[float]:
-    return [sum(values) for values in zip(*gathered(numbers))]
+def score(model: UniT, held_out: dict, train: TrainConfig, log: Log) -> dict:
+    """The results of an evaluation, which go to the log; to the screen each task's first metric."""
+    device = next(model.parameters()).device
+    results = evaluation.evaluate(model, held_out, device, train.micro_batch, train.num_workers,
+                                  train.eval_samples, train.precision, log.out)
+    first = "  ".join(f"{task} {[*x.values()][0]:.1f}" for task, x in results.items())
+    log.write([{"iteration": log.done, "results": results}], f"held out:  {first}")
+    return results
 
 
 def note_signals() -> list[int]:
@@ -257,6 +245,14 @@ def note_signals() -> list[int]:
     return noted
 
 
+def leave(log: Log, signals: list[int], problem: str) -> None:
+    gathered(None)  # waits until it is saved: torchrun kills all once one has left
+    print(f"stopped after iteration {log.done}; saved in {log.out}: go on with --resume")
+    if problem:
+        raise InputError(problem)
+    sys.exit(128 + signals[0] if signals else 1)
+
+
 # ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
 def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
@@ -267,10 +263,9 @@ def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     for name, p in model.named_parameters():
         if p.requires_grad:
             (backbone if "backbone" in name else others).append((name, p))
-    groups = []
-    for parameters, lr in ((others, train.lr), (backbone, train.lr_backbone)):
-        if parameters:
-            groups.append({"params": parameters, "base_lr": lr})
+    groups = [{"params": others, "base_lr": train.lr},
+              {"params": backbone, "base_lr": train.lr_backbone}]
+    groups = [group for group in groups if group["params"]]
     if not groups:
         raise InputError("--freeze leaves no parameter to train; freeze fewer parts")
     return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.999), eps=1e-8,
@@ -294,12 +289,11 @@ def set_learning_rate(optimizer, iteration: int, train: TrainConfig) -> float:
 
 def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
     chances = dict(zip(train.tasks, train.probabilities or table_a2(train.tasks)))
-    first = {task: chances[task] for task in train.first_tasks}
-    if train.first_probabilities:
-        first = dict(zip(train.first_tasks, train.first_probabilities))
+    first = train.first_probabilities or [chances[task] for task in train.first_tasks]
     sizes = {task: len(datasets[task]) for task in train.tasks}
     return data.Schedule(sizes, chances, train.batch_size, train.iterations, train.seed,
-                         first, round(train.first_share * train.iterations))
+                         dict(zip(train.first_tasks, first)),
+                         round(train.first_share * train.iterations))
 
 
 # ---- Experiments: every line of Tables 1-4 and C.1 (data, not code) ------------------------------
@@ -393,28 +387,32 @@ def table_a2(tasks: tuple[str, ...]) -> tuple[float, ...]:
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
-def save(out: Path, model, optimizer, scaler, iteration, train, extras) -> None:
+def save(log: Log, model, optimizer, scaler, extras) -> None:
     """Plain values and tensors only, so that it opens with `torch.load(weights_only=True)`.
     Atomic: at any moment `last.pt` or `previous.pt` is whole."""
+    log.flush()  # first: what is not finite must not reach a checkpoint
+    require_finite_weights(model, log.done)
+    if processes()[0] > 0:
+        return
     tasks = []
     for task in model.tasks.values():
         tasks.append({key: value for key, value in vars(task).items() if key != "dataset"})
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scaler": scaler.state_dict(), "iteration": iteration, "tasks": tasks,
-             "config": asdict(model.config), "train": asdict(train), **extras}
-    with data.whole_file(out / "last.pt", "wb") as file:
+             "scaler": scaler.state_dict(), "iteration": log.done, "tasks": tasks,
+             "config": asdict(model.config), "train": asdict(log.train), **extras}
+    last = log.out / "last.pt"
+    with data.whole_file(last, "wb") as file:
         torch.save(state, file)
-        if (out / "last.pt").exists():
+        if last.exists():
             file.flush()
             os.fsync(file.fileno())  # the new one is on the disk before the old one moves
-            os.replace(out / "last.pt", out / "previous.pt")
+            os.replace(last, log.out / "previous.pt")
 
 
 def load_newest(out: Path) -> dict:
     """The newest whole checkpoint under `out`: last.pt, or previous.pt if a crash tore that one."""
-    for path in (out / "last.pt", out / "previous.pt"):
-        if not path.exists():
-            continue
+    paths = [out / "last.pt", out / "previous.pt"]
+    for path in filter(Path.exists, paths):
         try:
             state = evaluation.read_checkpoint(path)
             if lost := {"optimizer", "scaler", "iteration", "train"} - set(state):
@@ -501,22 +499,32 @@ def named(classes: list[str] | None) -> str:
 class Record:
     """One iteration until it is logged. Tensors stay on the device: nothing waits for them."""
 
+    iteration: int            # iterations done, this one included
     task: str
     ids: list                 # of this process's samples
+    replaced: list[str]       # why pictures of this process were replaced by others
     lr: float
     terms: dict[str, Tensor]  # this process's shares of the loss terms; after `gather` their sums
     norm: Tensor              # of the gradient before clipping
     norms: dict[str, Tensor]  # the same of each parameter that the task reached
-    replaced: list[str]       # why pictures of this process were replaced by others
+
+    def fault(self) -> str:
+        """Names a number that is not finite; "" if there is none."""
+        for name, value in self.terms.items():
+            if not math.isfinite(value):
+                return f"term {name}, samples {self.ids} (this process's)"
+        if self.norm.isfinite():
+            return ""
+        faulty = [name for name, norm in self.norms.items() if not norm.isfinite()]
+        return f"gradient of {faulty[0] if faulty else 'all parameters together'}"
 
 
-def gather(pending: list[Record]) -> None:
+def gather(records: list[Record]) -> None:
     """Sums the processes' shares of loss terms, now numbers, and joins their `replaced`."""
-    mine = []
-    for record in pending:
-        terms = {name: float(value) for name, value in record.terms.items()}  # waits for the device
-        mine.append((terms, record.replaced))
-    for record, *parts in zip(pending, *gathered(mine)):
+    for record in records:
+        record.terms = {name: float(value) for name, value in record.terms.items()}  # waits
+    shares = gathered([(record.terms, record.replaced) for record in records])
+    for record, parts in zip(records, zip(*shares)):
         for name in record.terms:
             record.terms[name] = sum(terms[name] for terms, _ in parts)
         record.replaced = sum((replaced for _, replaced in parts), [])
@@ -542,24 +550,63 @@ class Log:
     Numbers that are not finite are written as null, since JSON has no NaN."""
 
     def __init__(self, out: Path, train: TrainConfig, start: int):
-        self.path, self.train, self.main = out / "log.jsonl", train, processes()[0] == 0
-        self.done, self.saved, self.since = start, start, time.perf_counter()
+        self.out, self.path, self.train = out, out / "log.jsonl", train
+        self.done, self.since = start, time.perf_counter()
         self.pending: list[Record] = []
         self.faults_in_a_row = 0
         self.met, self.unusable = Counter(), defaultdict(list)  # {task: samples}, {task: reasons}
         before = [x for x in evaluation.read_log(self.path) if x["iteration"] <= start]
-        for record in before:
-            self.count(record.get("task"), record.get("unusable", []))
-        if self.main:
+        for entry in before:
+            self.count(entry.get("task"), entry.get("unusable", []))
+        if processes()[0] == 0:
             with data.whole_file(self.path) as file:  # killed here, the log stays as it was
-                file.writelines(json.dumps(x) + "\n" for x in before)
+                file.writelines(json.dumps(entry) + "\n" for entry in before)
 
-    def write(self, records: list[dict], line: str) -> None:
-        """Records, and a line for the screen. One system call writes all records (the usual buffer
+    def add(self, record: Record) -> None:
+        self.pending.append(record)
+        if record.iteration % self.train.log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending; an error if it was not finite."""
+        records, self.pending = self.pending, []
+        if not records:
+            return
+        gather(records)
+        seconds = (time.perf_counter() - self.since) / len(records)  # of an iteration
+        self.done = records[-1].iteration
+        speed = round(self.train.batch_size / seconds, 2)
+        eta = round((self.train.iterations - self.done) * seconds)
+        pace = {"samples_per_second": speed, "eta": eta}
+        losses = defaultdict(list)
+        for record in records:
+            losses[record.task].append(sum(record.terms.values()))
+        line = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
+        if skipped := sum(not record.norm.isfinite() for record in records):
+            line += f"  skipped {skipped}"  # steps not taken: in fp16, to find the scale
+        self.write([self.entry(record) | pace for record in records],
+                   f"{line}  lr {records[-1].lr:.2e}  {speed:.1f} samples/s  "
+                   f"ETA {timedelta(seconds=eta)}")
+        for record in records:
+            self.require_finite(record)
+
+    def entry(self, record: Record) -> dict:
+        """An iteration's line of log.jsonl."""
+        numbers = {"loss": sum(record.terms.values()), **record.terms, "lr": record.lr,
+                   "grad_norm": record.norm.item()}
+        numbers = {key: x if math.isfinite(x) else None for key, x in numbers.items()}
+        entry = {"iteration": record.iteration, "task": record.task, **numbers}
+        if new := self.count(record.task, record.replaced):
+            entry["unusable"] = new
+            print("\n".join(f"left out: {reason}" for reason in new))
+        return entry
+
+    def write(self, entries: list[dict], line: str) -> None:
+        """Entries, and a line for the screen. One system call writes all entries (the usual buffer
         cuts at 8 KB), so that a kill leaves no half of one."""
-        if self.main:
+        if processes()[0] == 0:
             try:
-                lines = "".join(json.dumps(record) + "\n" for record in records)
+                lines = "".join(json.dumps(entry) + "\n" for entry in entries)
                 with open(self.path, "ab", buffering=2**20) as file:
                     file.write(lines.encode())
             except OSError as error:
@@ -568,56 +615,12 @@ class Log:
         print(f"{self.done:>7}/{self.train.iterations}  {line}", flush=True)
         self.since = time.perf_counter()
 
-    def flush(self) -> None:
-        """Writes what is pending; an error if it was not finite."""
-        pending, self.pending = self.pending, []
-        if not pending:
-            return
-        gather(pending)
-        seconds = (time.perf_counter() - self.since) / len(pending)  # of an iteration
-        first, self.done = self.done + 1, self.done + len(pending)
-        speed = round(self.train.batch_size / seconds, 2)
-        eta = round((self.train.iterations - self.done) * seconds)
-        pace = {"samples_per_second": speed, "eta": eta}
-        records = [self.entry(number, x) | pace for number, x in enumerate(pending, first)]
-        self.write(records, f"{summary(pending)}  {speed:.1f} samples/s  "
-                            f"ETA {timedelta(seconds=eta)}")
-        for number, record in enumerate(pending, first):
-            self.require_finite(number, record)
-
-    def entry(self, number: int, record: Record) -> dict:
-        """An iteration's line of log.jsonl."""
-        numbers = {"loss": sum(record.terms.values()), **record.terms, "lr": record.lr,
-                   "grad_norm": record.norm.item()}
-        numbers = {key: x if math.isfinite(x) else None for key, x in numbers.items()}
-        entry = {"iteration": number, "task": record.task, **numbers}
-        if new := self.count(record.task, record.replaced):
-            entry["unusable"] = new
-            print("\n".join(f"left out: {reason}" for reason in new))
-        return entry
-
     def count(self, task: str, reasons: list[str]) -> list[str]:
         """Counts an iteration's samples, and pictures that could not be used -> the new ones."""
         new = [x for x in dict.fromkeys(reasons) if x not in self.unusable[task]]
         self.unusable[task] += new
         self.met[task] += self.train.batch_size
         return new
-
-    def require_finite(self, number: int, record: Record) -> None:
-        """An iteration that is not finite ends the run; in fp16 only 21 in a row: its scaler skips
-        such a step and halves the scale, which begins at 65536."""
-        faults = [f"term {name}, samples {record.ids} (this process's)"
-                  for name, value in record.terms.items() if not math.isfinite(value)]
-        if not record.norm.isfinite():  # this step was not taken
-            faults += [f"gradient of {name}" for name, x in record.norms.items()
-                       if not x.isfinite()] + ["gradient of all parameters together"]
-        self.faults_in_a_row = self.faults_in_a_row + 1 if faults else 0
-        precision = self.train.precision
-        if self.faults_in_a_row > (20 if precision == "fp16" else 0):
-            saved = f"iteration {self.saved} was saved last" if self.saved else "nothing was saved"
-            fix = "" if precision == "fp32" else ", or --precision fp32"
-            raise InputError(f"the numbers are not finite: iteration {number}, task {record.task}, "
-                             f"{faults[0]}; {saved}; a lower --lr may help{fix}")
 
     def too_many_unusable(self) -> str:
         """Why so many pictures end the run; "" if they do not."""
@@ -626,20 +629,16 @@ class Log:
                 return str(data.too_many_unusable(task, reasons, self.met[task], self.train.data))
         return ""
 
-    def add_results(self, results: dict) -> None:
-        """An evaluation: its record, and a line with the first metric of each task."""
-        first = "  ".join(f"{task} {[*x.values()][0]:.1f}" for task, x in results.items())
-        self.write([{"iteration": self.done, "results": results}], f"held out:  {first}")
-
-
-def summary(pending: list[Record]) -> str:
-    """Each task's mean loss, the learning rate, and how many steps were not taken."""
-    losses = defaultdict(list)
-    for record in pending:
-        losses[record.task].append(sum(record.terms.values()))
-    means = "  ".join(f"{task} {sum(x) / len(x):.3f}" for task, x in losses.items())
-    skipped = sum(not record.norm.isfinite() for record in pending)
-    return f"{means}  lr {pending[-1].lr:.2e}" + (f"  skipped {skipped}" if skipped else "")
+    def require_finite(self, record: Record) -> None:
+        """An iteration that is not finite ends the run; in fp16 only 21 in a row: its scaler skips
+        such a step and halves the scale, which begins at 65536."""
+        fault, precision = record.fault(), self.train.precision
+        self.faults_in_a_row = self.faults_in_a_row + 1 if fault else 0
+        if self.faults_in_a_row > (20 if precision == "fp16" else 0):
+            fix = "" if precision == "fp32" else ", or --precision fp32"
+            raise InputError(f"the numbers are not finite: iteration {record.iteration}, task "
+                             f"{record.task}, {fault}; this is not saved, what was before is "
+                             f"intact; a lower --lr may help{fix}")
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -660,58 +659,58 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--overwrite", action="store_true", help="replace what is in --out")
     flag("--as_released", action="store_true",
          help="the authors' released system where it differs from the paper")
-    for title, settings_class in (("the run (Section 3.5, Appendix A)", TrainConfig),
-                                  ("the model (Section 3, Table A.1)", Config)):
-        unit.add_flags(parser.add_argument_group(title), settings_class, {"tiny": TINY})
+    run = parser.add_argument_group("the run (Section 3.5, Appendix A)")
+    unit.add_flags(run, TrainConfig, {"tiny": TINY})
+    model = parser.add_argument_group("the model (Section 3, Table A.1)")
+    unit.add_flags(model, Config, {"tiny": TINY})
     return parser
 
 
-def settings(args: argparse.Namespace) -> tuple[Config, TrainConfig, Path]:
-    """The model's and the run's settings, and the run's folder. Order: defaults < --tiny <
-    --experiment < flags."""
+def chosen_settings(args: argparse.Namespace) -> tuple[dict, Path]:
+    """{name: value} of all settings of model and run, and the run's folder. Order: defaults <
+    --tiny < --experiment < flags."""
     flags, prefix = vars(args), "tiny-" if args.tiny else ""
     name = args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
         raise InputError(f"--experiment {name}: no such line; `python train.py --list` shows all")
-    values = EXPERIMENTS.get(name, {})
-    if args.tiny:
-        values = TINY | scaled_to_tiny(values)
+    changes = EXPERIMENTS.get(name, {})
+    values = DEFAULTS | (TINY | scaled_to_tiny(changes) if args.tiny else changes)
     if args.as_released:
-        states = {*unit.AS_RELEASED["all_text_states"], *values.get("all_text_states", ())}
-        values = values | unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(states))
-    values = {"tasks": EIGHT} | values | flags
+        states = {*unit.AS_RELEASED["all_text_states"], *values["all_text_states"]}
+        values |= unit.AS_RELEASED | dict(init_parts=(), all_text_states=tuple(states))
+    values |= flags
+    if values["tasks"] != EIGHT:  # tiny's chances are for all eight
+        first = tuple(task for task in values["first_tasks"] if task in values["tasks"])
+        values |= dict(probabilities=(), first_tasks=first, first_probabilities=())
+    if values["init"]:  # its first tasks are for random weights
+        values |= dict(first_tasks=(), first_probabilities=())
+    values |= flags
     out = Path(args.out or f"runs/{prefix}{name}".rstrip("-"))
-    if "probabilities" not in flags and values["tasks"] != EIGHT:  # tiny's own are for all eight
-        values["probabilities"] = ()
-    if "first_tasks" not in flags and (values.get("init") or values["tasks"] != EIGHT):
-        first = () if values.get("init") else values.get("first_tasks", ())
-        values["first_tasks"] = tuple(t for t in first if t in values["tasks"])
-        values["first_probabilities"] = ()
-    if values.get("init") in EXPERIMENTS:  # the run beside this one: runs/T1.1-coco, runs/T1.4
+    if values["init"] in EXPERIMENTS:  # the run beside this one: runs/T1.1-coco, runs/T1.4
         values["init"] = str(out.parent / (prefix + values["init"]) / "last.pt")
-    return *configs(values), out
+    return values, out
 
 
 def scaled_to_tiny(experiment: dict) -> dict:
     """An experiment's settings at tiny's sizes. Iterations are tiny's, or twice as many if the
     paper's are twice the usual number (Table C.1 line 8)."""
-    usual, result = asdict(Config()) | asdict(TrainConfig()), dict(experiment)
-    longer = result.get("iterations", 0) // usual["iterations"]
+    result = dict(experiment)
+    longer = result.get("iterations", 0) // DEFAULTS["iterations"]
     result["iterations"] = TINY["iterations"] * max(1, longer)
     for name in SCALED & experiment.keys():
-        value = TINY[name] * experiment[name] / usual[name]
+        value = TINY[name] * experiment[name] / DEFAULTS[name]
         step = 4 if "width" in name else 1  # tiny's 4 heads must divide it
         result[name] = value if name == "lr" else max(1, round(value / step)) * step
     return result
 
 
-def configs(values: dict) -> tuple[Config, TrainConfig]:
+def configs(values: dict) -> list:
     """Config and TrainConfig from these settings; other keys are ignored."""
     made = []
     for settings_class in (Config, TrainConfig):
         names = values.keys() & {field.name for field in fields(settings_class)}
         made.append(settings_class(**{name: values[name] for name in names}))
-    return tuple(made)
+    return made
 
 
 def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -> None:
@@ -722,13 +721,13 @@ def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -
                          f"{', '.join(known)}; --tasks_from reads a task of your own")
     if not train.tasks or len(set(train.tasks)) < len(train.tasks):
         raise InputError("--tasks is empty or names a task twice; name at least one, each once")
-    chances = train.probabilities
-    if chances and (len(chances) != len(train.tasks) or sum(chances) == 0):
-        raise InputError("--probabilities: give one for each of --tasks, in order, and not all 0")
-    if train.first_probabilities and len(train.first_probabilities) != len(train.first_tasks):
-        raise InputError("--first_probabilities: give one for each of --first_tasks, in order")
     if lost := set(train.first_tasks) - set(train.tasks):
         raise InputError(f"--first_tasks: {min(lost)} is not among --tasks")
+    for flag, chances, tasks in (
+            ("probabilities", train.probabilities, train.tasks),
+            ("first_probabilities", train.first_probabilities, train.first_tasks)):
+        if chances and (len(chances) != len(tasks) or sum(chances) == 0):
+            raise InputError(f"--{flag}: give one for each of the tasks, in order, and not all 0")
     if train.warmup > train.iterations:
         print(f"WARNING: the run of {train.iterations} iterations ends within the warm-up of "
               f"{train.warmup}; a shorter --warmup lets it reach its learning rate")
@@ -737,36 +736,37 @@ def check(config: Config, train: TrainConfig, world_size: int, starting: bool) -
     init = Path(train.init)
     if starting and train.init and not init.exists() and init.name not in unit.PUBLISHED:
         raise InputError(f"{init}: the checkpoint to start from is not there; "
-                         f"{how_to_get(init, train.data)}")
+                         f"{how_to_make(init, train.data)}")
 
 
-def how_to_get(init: Path, data_folder: str) -> str:
-    """How to make, or fetch, the checkpoint of an experiment."""
+def how_to_make(init: Path, data_folder: str) -> str:
+    """The command that makes the checkpoint of an experiment; the authors' file in its place."""
     folder = init.parent
     name = folder.name.removeprefix("tiny-")
     if name not in EXPERIMENTS:
         return "check --init"
-    tiny = "" if folder.name == name else "--tiny "
-    how = f"`python train.py {tiny}--experiment {name} --out {folder}` makes it"
-    if name in AUTHORS_RUNS and not tiny:
+    if folder.name != name:
+        return f"`python train.py --tiny --experiment {name} --out {folder}` makes it"
+    how = f"`python train.py --experiment {name} --out {folder}` makes it"
+    if name in AUTHORS_RUNS:
         how += f"; --init {data_folder}/{AUTHORS_RUNS[name]} fetches the authors' own"
     return how
 
 
-def resume(out: Path, settings: dict, flags) -> tuple[Config, TrainConfig, dict]:
-    """Settings and state of the run in `out`. Those of `settings` that were given as `flags` must
-    equal the run's, except FREE_ON_RESUME."""
+def resume(out: Path, values: dict, flags) -> tuple[dict, dict]:
+    """Settings and state of the run in `out`. Those of `values` that are `flags` must equal the
+    run's, except FREE_ON_RESUME."""
     state = load_newest(out)
     saved = state["config"] | state["train"]
-    if lost := settings.keys() - saved.keys():
+    if lost := DEFAULTS.keys() - saved.keys():
         raise InputError(f"{out}: has no setting {min(lost)!r}; use the code of its training")
     for name in flags & saved.keys():
-        value, before = settings[name], saved[name]
+        value, before = values[name], saved[name]
         if value != before and name not in FREE_ON_RESUME:
             raise InputError(f"--{name} {written(value)}: the run in {out} has {written(before)}; "
                              "leave it out, or choose another --out")
         saved[name] = value
-    return *configs(saved), state
+    return saved, state
 
 
 RESULT_FILES = ("config.json", "log.jsonl", "last.pt", "previous.pt", "last.pt.part",
@@ -785,8 +785,7 @@ def earlier_run(out: Path, args: argparse.Namespace) -> list[Path]:
 def write_tiny_data(folder: Path) -> None:
     """Fills a folder that is absent or empty with the tiny data sets; under another name first, so
     that nobody finds half of them. Of two runs at once one uses what the other wrote."""
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         return
     new = f"{folder.absolute()}.{os.getpid()}"
     try:
@@ -817,20 +816,20 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
         print(dataset.summary)
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
-    for name, task in model.tasks.items():
-        if task.kind == "detection" and (count := datasets[name].pictures_over(task.num_queries)):
-            print(f"WARNING: {name}: {count} pictures have more than {task.num_queries} boxes: "
-                  "some are not learned; raise --detection_queries")
-    labels, samples = {}, {}
-    for name, d in datasets.items():
-        labels[name] = {"classes": d.class_names, "attributes": d.attribute_names}
-        samples[name] = len(d)
+    labels = {}
+    for task in model.tasks.values():
+        dataset = datasets[task.name]
+        labels[task.name] = {"classes": dataset.class_names, "attributes": dataset.attribute_names}
+        if task.kind == "detection" and (count := dataset.pictures_over(task.num_queries)):
+            print(f"WARNING: {task.name}: {count} pictures have more than {task.num_queries} "
+                  "boxes: some are not learned; raise --detection_queries")
+    samples = {name: len(dataset) for name, dataset in datasets.items()}
     if state:
         unit.copy_weights(model.state_dict(), state["model"], f"checkpoint and data in {folder}",
                           "give the --data of its training")
         print(f"going on after iteration {state['iteration']} of {train.iterations}")
-        if samples != state.get("samples", samples):
-            print(f"WARNING: samples were {state['samples']}, now {samples}: another order")
+        if samples != state.get("samples"):
+            print(f"WARNING: samples were {state.get('samples')}, now {samples}: another order")
     elif train.pretrained:
         print(*unit.load_pretrained(model, folder, train.imagenet_backbone), sep="\n")
     if train.init and not state:  # after the pretrained weights, which it replaces in part
@@ -846,28 +845,28 @@ def list_experiments() -> None:
     form = "{:<13} {:<19} {:>10}  {:<62} {}"
     print(form.format("name", "tasks", "iterations", "changes", "paper"))
     for name, row in EXPERIMENTS.items():
-        changes = dict(row)
-        tasks = changes.pop("tasks")
+        changes = {"iterations": TrainConfig.iterations} | row
+        tasks, iterations = changes.pop("tasks"), changes.pop("iterations")
         tasks = "all eight" if tasks == EIGHT else ",".join(tasks)
-        iterations = f"{changes.pop('iterations', TrainConfig.iterations):,}"
         changes = " ".join(f"--{k} {written(v)}" for k, v in changes.items()) or "-"
         paper = " ".join(f"{t} {v}" for t, v in evaluation.PAPER.get(name, {}).items())
-        print(form.format(name, tasks, iterations, changes, paper))
+        print(form.format(name, tasks, f"{iterations:,}", changes, paper))
 
 
 def run(args: argparse.Namespace) -> None:
     if args.list:
         return list_experiments()
-    config, train, out = settings(args)
-    rank, world_size, device = evaluation.start_processes()
+    values, out = chosen_settings(args)
+    device = evaluation.start_processes()
+    rank, world_size = processes()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # only one process prints
+    state = None
     if args.resume and (out / "config.json").exists() and not [*out.glob("*.pt")]:
         print(f"{out}: nothing was saved before the run ended; it starts anew")
-        args.resume, args.overwrite = False, True
-    state = None
-    if args.resume:
-        config, train, state = resume(out, asdict(config) | asdict(train), vars(args).keys())
+    elif args.resume:
+        values, state = resume(out, values, vars(args).keys())
+    config, train = configs(values)
     check(config, train, world_size, starting=not state)
     if train.threads:
         torch.set_num_threads(train.threads)
@@ -877,10 +876,10 @@ def run(args: argparse.Namespace) -> None:
         if args.tiny:
             write_tiny_data(Path(train.data))
     else:
-        barrier()  # rank 0 writes and fetches the files that all of them read
+        gathered(None)  # waits: rank 0 writes and fetches the files that all of them read
     model, datasets, held_out, extras = build(config, train, args.as_released, state)
     if rank == 0:
-        barrier()
+        gathered(None)
     if rank == 0 and not state:
         if replaced:  # now that data and weights are there
             print(f"the earlier run in {out} is replaced (another --out keeps it)")
@@ -894,13 +893,18 @@ def run(args: argparse.Namespace) -> None:
           f"samples on {world_size} x {device.type}; results go to {out}")
     results = training_loop(model, datasets, held_out, extras, train, out, state)
     if rank == 0:
-        evaluation.write_json(out / "results.json", results)
-        # A run's folder is named after its experiment; the paper's numbers need the same tasks.
-        paper = train.tasks == EXPERIMENTS.get(out.name, {}).get("tasks")
-        print(evaluation.results_table(results, out.name if paper else None))
-        evaluation.predictions_picture(model.eval(), held_out, device, out / "predictions.png")
-        evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
-        print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")
+        report(results, model, held_out, train, out)
+
+
+def report(results: dict, model: UniT, held_out: dict, train: TrainConfig, out: Path) -> None:
+    """results.json, the table beside the paper's numbers, and the pictures."""
+    evaluation.write_json(out / "results.json", results)
+    # A run's folder is named after its experiment; the paper's numbers need the same tasks.
+    paper = train.tasks == EXPERIMENTS.get(out.name, {}).get("tasks")
+    print(evaluation.results_table(results, out.name if paper else None))
+    evaluation.predictions_picture(model.eval(), held_out, out / "predictions.png")
+    evaluation.curves_picture(out / "log.jsonl", out / "curves.png")
+    print(f"drawn: {out / 'predictions.png'}, {out / 'curves.png'}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -219,18 +219,15 @@ def trainer(model: unit.UniT, batch: unit.Batch, authors: bool, precision: str =
             lr: float = 1e-9):
     """A function that takes one training step, as train.py does. The learning rate is so small that
     all steps see the same weights."""
-    settings = train.TrainConfig(batch_size=len(batch), precision=precision, lr=lr, lr_backbone=lr)
-    device = next(model.parameters()).device
-    step, scaler = train.Step(model), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    optimizer = train.make_optimizer(model, settings)
-    for group in optimizer.param_groups:  # as train.training_loop does
-        group["lr"] = group["base_lr"]
+    run = train.TrainConfig(batch_size=len(batch), precision=precision, lr=lr, lr_backbone=lr)
+    step, optimizer, scaler = train.set_up(model, run, None)
+    train.set_learning_rate(optimizer, run.warmup, run)
     if authors:
         optimizer = AuthorsAdamW(optimizer.param_groups, fused=False, foreach=False)
         for group in optimizer.param_groups:
             group["fused"] = False
-    boxes = sum(len(x) for x in batch.labels or [])
-    update = functools.partial(train.update, step, optimizer, scaler, [batch], settings, boxes)
+    update = functools.partial(train.update, step, optimizer, scaler, [batch], run,
+                               train.count_boxes([batch]))
     if not authors:
         return update
 
@@ -263,17 +260,16 @@ def transformers_bert():
 
 # ---- Models and batches of random numbers, at the paper's sizes
 
-def make_model(names=("coco",), device=CPU, tasks=(), **config) -> unit.UniT:
+def make_model(names=("coco",), device=CPU, **config) -> unit.UniT:
     torch.manual_seed(0)
-    tasks = [*(TASKS[name] for name in names), *tasks]
-    return unit.UniT(unit.Config(**config), tasks).to(device)
+    return unit.UniT(unit.Config(**config), [TASKS[name] for name in names]).to(device)
 
 
 def make_batch(task: str, size: int, image=None, tokens=None, num_boxes=7, device=CPU):
     """`size` samples: pictures of `image` (height, width), texts of `tokens` word pieces. 7: the
     boxes of an average picture of COCO."""
     torch.manual_seed(1)
-    batch, row = unit.Batch(task, list(range(size))), TASKS.get(task, TASKS["qnli"])
+    batch, row = unit.Batch(task, list(range(size))), TASKS[task]
     if image:
         batch.images = torch.randn(size, 3, *image)
         batch.sizes = torch.tensor([image] * size)
@@ -325,7 +321,7 @@ def training(flags) -> None:
             steps = [trainer(model, batch, authors) for model, authors in
                      ((ours, False), (authors_way(ours), True))]
             if not dropout:  # with it, both draw their own
-                (a, norm_a), (b, norm_b) = (step() for step in steps)
+                (a, norm_a, _), (b, norm_b, _) = (step() for step in steps)
                 for name in a:
                     assert_same(a[name], b[name])
                 assert_same(norm_a, norm_b)
@@ -630,14 +626,11 @@ def vg_peak(num_images: int) -> tuple[float, float]:
 
 # ---- Growth and GPU
 
-def step_cost(image=None, tokens=None, queries=100, num_tasks=1, backbone="resnet50",
-              pair=False) -> tuple[float, float]:
+def step_cost(image=None, tokens=None, backbone="resnet50", pair=False) -> tuple[float, float]:
     """Seconds and peak MiB of a training step: COCO of one picture, or QNLI of 4 texts. `pair`: two
     pictures in a micro-batch, the second a quarter narrower and so padded."""
     task = "coco" if image else "qnli"
-    base = replace(TASKS[task], num_queries=queries)
-    more = [replace(base, name=f"task {n}") for n in range(1, num_tasks)]
-    model = make_model((), tasks=[base, *more], dropout=0.0, backbone=backbone).train()
+    model = make_model([task], dropout=0.0, backbone=backbone).train()
     samples = 2 if pair else 1 if image else 4
     batch = make_batch(task, samples, image and (image, image), tokens)
     if pair:
@@ -651,14 +644,12 @@ def step_cost(image=None, tokens=None, queries=100, num_tasks=1, backbone="resne
 def growth(flags) -> None:
     heading("How a training step grows (dropout 0), cpu", ("time", "peak"))
     sizes, small = (32, 96, 160, 320, 800), dict(backbone="small")
-    parts = (("a picture of side", "image", (*sizes, 1066, 1333), {}),
-             ("small backbone, a picture of side", "image", sizes, small),
-             ("two unequal pictures of side", "image", sizes, dict(pair=True)),
-             ("small, two unequal pictures of side", "image", sizes, small | dict(pair=True)),
-             ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), dict(queries=25)),
-             ("queries (picture of 640)", "queries", (25, 100, 200, 300), dict(image=640)),
-             ("tasks (picture of 640)", "num_tasks", (1, 4, 8, 16), dict(image=640)))
-    for what, key, values, fixed in parts[:5] if flags.quick else parts:
+    for what, key, values, fixed in (
+            ("a picture of side", "image", (*sizes, 1066, 1333), {}),
+            ("small backbone, a picture of side", "image", sizes, small),
+            ("two unequal pictures of side", "image", sizes, dict(pair=True)),
+            ("small, two unequal pictures of side", "image", sizes, small | dict(pair=True)),
+            ("4 texts of tokens", "tokens", (16, 64, 128, 256, 512), {})):
         for value in values[:3:2] if flags.quick else values:
             seconds, peak = in_child(functools.partial(step_cost, **fixed, **{key: value}))
             row(f"{what} {value}", f"{seconds:.3g} s", f"{peak:.0f} MiB")
@@ -678,25 +669,15 @@ def gpu(flags) -> None:
             continue
         for size in (1, 2, 4, 8):
             speed, most, flops = gpu_speed(precision, size)
-            if not speed:
-                row(f"{precision}, micro-batch {size}", "no memory", f"{most:.0f} MiB")
-                continue
             # fp32's convolutions may take TensorFloat-32, half as fast as half precision.
             share = f"{speed * flops / (peak * 1e12):.1%} of {peak}" if peak else "peak not known"
-            row(f"{precision}, micro-batch {size}", f"{speed:.1f}", f"{most:.0f} MiB", share)
+            row(f"{precision}, micro-batch {size}", f"{speed:.1f}", f"{most:.0f} MiB",
+                share if speed else "no memory")
             if size == 1 and theirs:
                 faster, smaller = speed / theirs, most / their_peak
                 row("  beside the authors' way", f"{faster:.2f}", f"{smaller:.2f}",
                     target=f">= {least}, <= 0.4", good=faster >= least and smaller <= 0.4)
-    step = trainer(make_model(device=CUDA).train(), make_batch("coco", 1, (800, 1333), device=CUDA),
-                   False)
-    step()
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        step()
-    torch.cuda.set_sync_debug_mode("default")
-    count = sum("synchroniz" in str(w.message) for w in caught)
+    count = synchronisations()
     row("synchronisations a step", str(count), target="<= 1", good=count <= 1)
     busy, alone = gpu_busy(flags.workers)
     row(f"GPU busy with {flags.workers} data workers", f"{busy:.1%}", f"{alone:.1f}/s alone",
@@ -722,6 +703,19 @@ def gpu_speed(precision: str, size: int, authors: bool = False) -> tuple[float, 
             counter.get_total_flops() / size)
 
 
+def synchronisations() -> int:
+    """How often a step makes the host wait for the GPU."""
+    step = trainer(make_model(device=CUDA).train(), make_batch("coco", 1, (800, 1333), device=CUDA),
+                   False)
+    step()
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
 def gpu_busy(workers: int, number: int = 200) -> tuple[float, float]:
     """Share of the time in which the GPU works when pictures come from data workers (the time
     that the same steps take on pictures already there, over that with workers), and images a
@@ -731,22 +725,20 @@ def gpu_busy(workers: int, number: int = 200) -> tuple[float, float]:
         write_pictures(Path(folder) / "coco/train2017", number)
         sets = {"coco": load("coco", folder)}
         schedule = data.Schedule({"coco": number}, {"coco": 1.0}, 1, number, 0)
+        run = train.TrainConfig(batch_size=1)
+        step, optimizer, scaler = train.set_up(make_model(device=CUDA).train(), run, None)
 
-        def loader():
-            batches = data.train_loader(sets, schedule, num_workers=workers)
-            return (batch for (batch,), _ in batches)
-        model, settings = make_model(device=CUDA).train(), train.TrainConfig(batch_size=1)
-        step, optimizer = train.Step(model), train.make_optimizer(model, settings)
-        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        def loaded():
+            return data.train_loader(sets, schedule, num_workers=workers)
 
-        def run(batches):
-            for batch in batches:
-                boxes = sum(len(x) for x in batch.labels)
-                train.update(step, optimizer, scaler, [batch], settings, boxes)
-        ready = [batch.to(CUDA) for batch in loader()]
-        timed(lambda: run(ready), CUDA)  # every size of picture once
-        alone = timed(lambda: run(ready), CUDA)
-        fed = timed(lambda: run(loader()), CUDA)
+        def take_steps(stream):
+            for batches, _ in stream:
+                boxes = train.count_boxes(batches)
+                train.update(step, optimizer, scaler, batches, run, boxes)
+        ready = [([batch.to(CUDA)], reasons) for (batch,), reasons in loaded()]
+        timed(lambda: take_steps(ready), CUDA)  # every size of picture once
+        alone = timed(lambda: take_steps(ready), CUDA)
+        fed = timed(lambda: take_steps(loaded()), CUDA)
     return alone / fed, number / alone
 
 

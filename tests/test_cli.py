@@ -30,22 +30,17 @@ def results_of(out):
 
 
 def settings(line):
-    return train.settings(train.make_parser().parse_args(line.split()))
+    """Config, TrainConfig and --out of a command."""
+    values, out = train.chosen_settings(train.make_parser().parse_args(line.split()))
+    return *train.configs(values), out
 
 
 # ---- Experiments: every line of the paper's tables
 
-# Read off the paper: table -> number of lines, and the lines that are one run for each task.
-PAPER_LINES = {"T1.": 4, "T2.": 4, "T3.": 6, "T4.": 8, "TC.1.": 12}
-SINGLE_TASK = {"T1.1": 3, "T2.1": 3, "T3.1": 8, "T3.6": 8}
-
-
 def test_every_line_of_the_paper_is_an_experiment():
-    for table, lines in PAPER_LINES.items():
-        for line in range(1, lines + 1):
-            name = f"{table}{line}"
-            found = [x for x in train.EXPERIMENTS if x == name or x.startswith(name + "-")]
-            assert len(found) == SINGLE_TASK.get(name, 1), name
+    """`eval.PAPER` has them all (tests/test_eval.py). Without a number: Section 4.2, Appendix A."""
+    assert {*train.EXPERIMENTS} - {*evaluation.PAPER} == {"S4.2-1536", "A-skip", "A-update"}
+    assert {*evaluation.PAPER} <= {*train.EXPERIMENTS}
 
 
 @pytest.mark.parametrize("name", train.EXPERIMENTS)
@@ -142,12 +137,9 @@ def test_full_size_on_real_rows(tmp_path):
 @pytest.mark.parametrize("command, says", [
     ("train.py --experiment T9.9", "--list"),
     ("train.py --tiny --precision fp8", "--precision: fp8: choose from fp32, fp16, bf16"),
-    ("train.py --tiny --init_parts legs", "image_encoder"),
-    ("train.py --tiny --probabilities 1,2", "one for each"),
     ("train.py --tiny --iteration 5", "unrecognized arguments"),  # no abbreviations
     ("train.py --tiny --shared_decoder maybe", "maybe: choose from true, false"),
     ("train.py --data nowhere --out OUT", "nowhere"),
-    ("train.py --tiny --resume --out OUT", "nothing to resume"),
     ("data.py --data nowhere", "nowhere")])
 def test_mistakes_get_one_clear_line(command, says, tmp_path, monkeypatch, capsys):
     script, *words = [w.replace("OUT", str(tmp_path / "out")) for w in shlex.split(command)]
