@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-import data
 import unit
 
 # One task of each kind, small enough to follow: pictures with boxes and attributes, questions about
@@ -430,7 +429,7 @@ def test_encoder_decoder_and_heads_are_detrs(float64):
 def full_size(**changes):
     """The model of the eight tasks at its real size, on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return unit.UniT(unit.Config(**changes), unit.paper_tasks())
+        return unit.UniT(unit.Config(**changes), unit.PAPER_TASKS)
 
 
 def size(module):
@@ -544,7 +543,3 @@ def test_figure_2_alive(changes, total, capsys):
     assert sum(parts) == count and lines[-1].startswith(f"{count:,} parameters")
     assert not total or round(count / 1e6) == total
     assert all(f"Eq. {n}" in "\n".join(lines) for n in range(1, 9))
-
-
-def test_the_tasks_of_figure_2_are_those_of_the_data():
-    assert [replace(task, dataset=None) for task in data.TASKS] == unit.paper_tasks()
