@@ -13,7 +13,7 @@
     qqp      Qqp           two questions       do they mean the same?               dev
     sst2     Sst2          sentence            is it positive?                      dev
 
-A ninth data set is one more reader class and one more row of `TASKS`; no other line changes.
+A ninth data set is one more reader class and one more `Task` in `TASKS`; no other line changes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 # First, as it makes `import torchvision` safe.
-from unit import Batch, InputError, Task, what_is_wrong
+from unit import PAPER_TASKS, Batch, InputError, Task, what_is_wrong
 
 from torchvision.transforms.v2 import functional as F
 
@@ -250,7 +250,7 @@ def read_vocabulary(path: Path) -> list[str]:
     if lost := set(SPECIAL[:4]) - set(words):
         problem = "missing; texts need it"
         if path.exists():
-            problem = what_is_wrong(path, text=True) or f"no line {min(lost)}: not BERT's"
+            problem = what_is_wrong(path, f"no line {min(lost)}: not BERT's")
         raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased, "
                   "or let `python data.py --prepare vocab` make one of the training texts")
     return words
@@ -808,19 +808,8 @@ class Sst2(Glue):
 
 
 # ---- The eight data sets of Section 1 and Figure 1 -----------------------------------------------
-# The numbers are the released configuration's.
-PAIR = dict(kind="classification", image=False, text=True)
-BOTH = dict(kind="classification", image=True, text=True, max_tokens=25)
-BOXES = dict(kind="detection", image=True, text=False)
-TASKS = [
-    Task("coco", **BOXES, num_classes=91, dataset=Coco),
-    Task("vg", **BOXES, num_classes=1601, num_attributes=401, dataset=VisualGenome),
-    Task("vqa2", **BOTH, num_classes=3129, soft_scores=True, dataset=Vqa2),
-    Task("snli_ve", **BOTH, num_classes=3, dataset=SnliVe),
-    Task("qnli", **PAIR, num_classes=2, dataset=Qnli),
-    Task("mnli", **PAIR, num_classes=3, dataset=Mnli),
-    Task("qqp", **PAIR, num_classes=2, dataset=Qqp),
-    Task("sst2", **PAIR, num_classes=2, dataset=Sst2)]
+READERS = [Coco, VisualGenome, Vqa2, SnliVe, Qnli, Mnli, Qqp, Sst2]
+TASKS = [replace(task, dataset=reader) for task, reader in zip(PAPER_TASKS, READERS)]
 
 
 def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augment: str = "full"):
@@ -1152,7 +1141,7 @@ def parse_file(path: Path, parse, kind: str):
     except OSError as error:
         raise bad(path, error.strerror, LAYOUT) from None
     except (ValueError, RecursionError) as error:
-        problem = what_is_wrong(path, text=True) or f"not valid {kind} ({error})"
+        problem = what_is_wrong(path, f"not valid {kind} ({error})")
         raise bad(path, problem, "cut short? unpack it again") from None
 
 

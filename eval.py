@@ -597,7 +597,7 @@ def read_checkpoint(path) -> dict:
     """The dict that train.py saved. A file that needs more than tensors and plain values is refused
     before any of its code runs."""
     fix = f"it is torn, or no checkpoint of train.py (the authors' files: --released); {TORN}"
-    checkpoint = unit.read_file(unit.fetch(path), fix)
+    checkpoint = unit.read_file(path, fix)
     if not isinstance(checkpoint, dict) or not CHECKPOINT <= set(checkpoint):
         raise InputError(f"{path}: lacks model, config, tasks or labels; {fix}")
     return checkpoint
@@ -619,14 +619,12 @@ def load_checkpoint(path) -> tuple[UniT, dict]:
 def starting_weights(path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]], str]:
     """Of a checkpoint of train.py, or a file of the authors': the tensors under our names, the
     names of each task's classes (where it has them), and its origin in words."""
-    content = unit.read_file(unit.fetch(path), TORN)
-    found = unit.weights_in(content, path)
-    if CHECKPOINT <= set(content):
+    content = unit.read_file(path, TORN)
+    if isinstance(content, dict) and CHECKPOINT <= set(content):
         classes = {task: names["classes"] for task, names in content["labels"].items()}
         length = content.get("train", {}).get("iterations")
-        return found, classes, f"iteration {content.get('iteration')} of {length}"
-    heads = dict(encoder_heads=1, bert_heads=1, decoder_heads=1)  # no tensor's shape depends on it
-    return unit.released_model(found, path, **heads).state_dict(), {}, "the authors' weights"
+        return content["model"], classes, f"iteration {content.get('iteration')} of {length}"
+    return unit.load_released(path).state_dict(), {}, "the authors' weights"
 
 
 def released_checkpoint(path, folder: Path) -> tuple[UniT, dict, str]:
@@ -719,7 +717,7 @@ def results_table(results: dict, experiment: str | None = None, split: str = "va
 # ---- The command line ----------------------------------------------------------------------------
 def parser() -> argparse.ArgumentParser:
     result = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    path, number = os.path.expanduser, unit.between(0)
+    path, number = os.path.expanduser, functools.partial(unit.parse, kind=int)
     group = result.add_argument_group("the model (one of the two)")
     model = group.add_mutually_exclusive_group(required=True).add_argument
     model("--checkpoint", type=path, metavar="FILE", help="a file of train.py: runs/T3.3/last.pt")

@@ -806,7 +806,7 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     data.require_folder(folder)
     if any(task.text for task in data.tasks_named(train.tasks)):
         if train.pretrained:
-            unit.fetch(folder / "bert/vocab.txt")
+            unit.download(folder / "bert/vocab.txt")
             config = replace(config, **unit.bert_config(folder / "bert"))
         vocab = data.read_vocabulary(folder / "bert/vocab.txt")
         config = replace(config, vocab_size=len(vocab))

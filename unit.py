@@ -44,15 +44,12 @@ import os
 import re
 import socket
 import tarfile
-import textwrap
-import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -67,7 +64,7 @@ class InputError(Exception):
 @dataclass(frozen=True)
 class Task:
     """One data set, which the paper calls a task t. COCO and VG are both detection, but each has
-    its own w^task, q^task and head. `data.TASKS` lists the eight; add a row to add a task."""
+    its own w^task, q^task and head. `PAPER_TASKS` are the eight, `data.TASKS` add readers."""
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -79,6 +76,20 @@ class Task:
     max_tokens: int = 128        # S at most, longer texts are truncated (released config)
     soft_scores: bool = False    # targets are scores in [0, 1] for several answers (VQAv2)
     dataset: type | None = None  # the class in data.py that reads its files; unused here
+
+
+BOXES = dict(kind="detection", image=True, text=False)
+BOTH = dict(kind="classification", image=True, text=True, max_tokens=25)
+TEXT = dict(kind="classification", image=False, text=True)
+PAPER_TASKS = [  # in the sizes of the official data sets (released config)
+    Task("coco", **BOXES, num_classes=91),
+    Task("vg", **BOXES, num_classes=1601, num_attributes=401),
+    Task("vqa2", **BOTH, num_classes=3129, soft_scores=True),
+    Task("snli_ve", **BOTH, num_classes=3),
+    Task("qnli", **TEXT, num_classes=2),
+    Task("mnli", **TEXT, num_classes=3),
+    Task("qqp", **TEXT, num_classes=2),
+    Task("sst2", **TEXT, num_classes=2)]
 
 
 @dataclass
@@ -199,18 +210,15 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None):
         """query (B, n, d), key and value (B, M, d), bias (B, 1, 1, M) -> (B, n, d)"""
-        q = self.split_heads(self.q_proj(query))                      # (B, heads, n, d / heads)
-        k = self.split_heads(self.k_proj(key))                        # (B, heads, M, d / heads)
-        v = self.split_heads(self.v_proj(value))                      # (B, heads, M, d / heads)
+        heads = (self.heads, -1)
+        q = self.q_proj(query).unflatten(-1, heads).transpose(1, 2)   # (B, heads, n, d / heads)
+        k = self.k_proj(key).unflatten(-1, heads).transpose(1, 2)     # (B, heads, M, d / heads)
+        v = self.v_proj(value).unflatten(-1, heads).transpose(1, 2)   # (B, heads, M, d / heads)
         if bias is not None:
             bias = bias.to(q.dtype)  # under autocast q has the lower precision
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, bias, dropout)  # (B, heads, n, d / heads)
         return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, n, d) -> (B, heads, n, d / heads)"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class EncoderLayer(nn.Module):
@@ -265,12 +273,30 @@ class Encoder(nn.Module):
 
 
 # ---- Section 3.1. Image encoder ------------------------------------------------------------------
+def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)) as one convolution: a frozen batch norm only scales and shifts, and scaling the
+    weights is cheaper than scaling the feature map."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return F.conv2d(x, conv.weight * scale[:, None, None, None],
+                    norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
+
+
+def folded_bottleneck(block: Bottleneck, x: Tensor) -> Tensor:
+    """block(x) with folded batch norms: (B, channels, H, W) -> (B, 4 x planes, H', W')"""
+    out = F.relu_(folded(block.conv1, block.bn1, x))
+    out = F.relu_(folded(block.conv2, block.bn2, out))
+    out = folded(block.conv3, block.bn3, out)
+    return F.relu_(out.add_(x if block.downsample is None else folded(*block.downsample, x)))
+
+
 class Backbone(nn.Module):
-    """B of Eq. 1. conv1 and layer1 are never trained; neither are batch norms (released config)."""
+    """B of Eq. 1: torchvision's ResNet-50, with dilation in place of the last stride. conv1 and
+    layer1 are never trained; neither are batch norms (released config)."""
 
     def __init__(self):
         super().__init__()
-        self.body = dilated_resnet50()
+        self.body = ResNet(Bottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d,
+                           replace_stride_with_dilation=[False, False, True])
         self.channels = self.body.inplanes  # d_v^b = 2048
         del self.body.fc                    # ImageNet's classifier
         for module in (self.body.conv1, self.body.layer1):
@@ -283,8 +309,8 @@ class Backbone(nn.Module):
         if images.device.type == "cpu" and not torch.is_grad_enabled():
             images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(F.relu_(folded(body.conv1, body.bn1, images)))
-        for layer in (body.layer1, body.layer2, body.layer3, body.layer4):
-            x = layer(x)
+        for block in [*body.layer1, *body.layer2, *body.layer3, *body.layer4]:
+            x = folded_bottleneck(block, x)
         return x
 
 
@@ -659,7 +685,7 @@ def match(logits: Tensor, boxes: Tensor, labels: list[Tensor], target_boxes: lis
     cost = matching_cost(logits, boxes, box_image, torch.cat(labels), torch.cat(target_boxes))
     # The one copy to the host. If the model has diverged (NaN), any pairing will do: raising here
     # would leave other processes waiting. The loss is NaN as well, and train.py stops them all.
-    cost = np.nan_to_num(cost.cpu().numpy(), nan=1e4, posinf=1e4, neginf=-1e4)
+    cost = cost.nan_to_num(nan=1e4, posinf=1e4, neginf=-1e4).cpu().numpy()
     pairs = []
     for layer in range(len(cost)):
         start = 0
@@ -697,7 +723,7 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     matched boxes; attribute: sum over images of each image's mean over its boxes with attributes.
     With one image per process, as the paper trained, these are the released system's terms."""
     logits, boxes = outputs.logits, outputs.boxes
-    num_layers, no_object = len(logits), logits.shape[-1] - 1
+    no_object = logits.shape[-1] - 1
     pairs = match(logits, boxes, batch.labels, batch.boxes)
     layer, image, query, target = (x.to(logits.device, non_blocking=True) for x in pairs)  # (K,)
     labels = torch.cat(batch.labels)[target]                          # (K,)
@@ -709,19 +735,21 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
     cross_entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none")
     class_loss = (weight * cross_entropy.view_as(weight)).sum(-1) / weight.sum(-1)  # (N_d, B)
 
-    def per_layer(values: Tensor) -> Tensor:                          # (K,) -> (N_d,)
-        return values.new_zeros(num_layers).index_add(0, layer, values)
+    def per_image(values: Tensor) -> Tensor:                          # (K,) -> (N_d, B), sums
+        zeros = values.new_zeros(logits.shape[:2])
+        return zeros.index_put((layer, image), values, accumulate=True)
 
     predicted = boxes[layer, image, query]                            # (K, 4)
     terms = {"class": class_loss.sum(-1),
-             "l1": per_layer(F.l1_loss(predicted, targets, reduction="none").sum(-1)),
-             "giou": per_layer(1 - elementwise_giou(predicted, targets))}
+             "l1": per_image((predicted - targets).abs().sum(-1)).sum(-1),
+             "giou": per_image(1 - elementwise_giou(predicted, targets)).sum(-1)}
     if head.attribute_head is not None:
         with torch.autocast(logits.device.type, enabled=False):
             hidden = outputs.hidden[layer, image, query].to(head.class_head.weight.dtype)
             scores = head.attribute_head(hidden, labels)              # Eq. 7, (K, A)
         loss, described = attribute_loss(scores, torch.cat(batch.attributes)[target])
-        terms["attribute"] = per_layer(loss / count_in_image(described, layer, image, logits))
+        mean = per_image(loss) / per_image(described.to(loss.dtype)).clamp(min=1)  # (N_d, B)
+        terms["attribute"] = mean.sum(-1)
     return terms
 
 
@@ -732,15 +760,6 @@ def attribute_loss(scores: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
     log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))
     count = known.sum(-1)                                             # (K,)
     return -0.5 * (log_p * known).sum(-1) / count.clamp(min=1), count > 0
-
-
-def count_in_image(described: Tensor, layer: Tensor, image: Tensor, logits: Tensor) -> Tensor:
-    """described (K,) bool, layer and image (K,) -> (K,): how many of the described boxes are in the
-    same layer and image, at least 1. Dividing by it averages over an image's boxes. `logits` gives
-    the shape (N_d, B)."""
-    count = logits.new_zeros(logits.shape[:2])                        # (N_d, B)
-    count.index_put_((layer, image), described.to(count.dtype), accumulate=True)
-    return count.clamp(min=1)[layer, image]
 
 
 # ---- From outputs to detections (Section 3.4: "post-processed into object bounding boxes") -------
@@ -772,47 +791,20 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
     return [Detections(*image) for image in zip(*columns)]
 
 
-# ---- torchvision's ResNet ------------------------------------------------------------------------
+# ---- torchvision ---------------------------------------------------------------------------------
 try:
-    import torchvision
-except RuntimeError as error:
+    import torchvision.ops
+except RuntimeError:
     # torchvision compiled for CUDA beside a CPU-only torch lacks its compiled operators, and stops
     # at the first that it looks up. We use its Python parts alone: declaring two is enough.
-    if "torchvision::nms" not in str(error):
-        raise
     for _name in ("torchvision::nms", "torchvision::qnms"):
         torch.library.define(_name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 
-def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
-    """norm(conv(x)) as one convolution: a frozen batch norm only scales and shifts, and scaling the
-    weights is cheaper than scaling the feature map."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return F.conv2d(x, conv.weight * scale[:, None, None, None],
-                    norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
-
-
-class FoldedBottleneck(Bottleneck):
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, 4 x planes, H', W')"""
-        out = F.relu_(folded(self.conv1, self.bn1, x))
-        out = F.relu_(folded(self.conv2, self.bn2, out))
-        out = folded(self.conv3, self.bn3, out)
-        return F.relu_(out.add_(x if self.downsample is None else folded(*self.downsample, x)))
-
-
-def dilated_resnet50() -> ResNet:
-    """ResNet-50 with dilation in place of the stride of C5 (stride 16), batch norms frozen."""
-    return ResNet(FoldedBottleneck, [3, 4, 6, 3], norm_layer=FrozenBatchNorm2d,
-                  replace_stride_with_dilation=[False, False, True])
-
-
 # ---- Pretrained weights: BERT (Section 3.2) and the backbone (Section 3.1) -----------------------
-# A missing file raises MissingFile; an unreadable or mismatched one raises InputError and leaves
-# the model as it was.
+# A file that is missing, unreadable or mismatched raises InputError and leaves the model as it was.
 OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder; BERT has none of it
 BERT_NAMES = {  # parts of our names, and of those in BERT's files
     "word_embeddings": "embeddings.word_embeddings",
@@ -823,7 +815,6 @@ BERT_NAMES = {  # parts of our names, and of those in BERT's files
     "attention.v_proj": "attention.self.value", "attention.out_proj": "attention.output.dense",
     "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
     "linear1": "intermediate.dense", "linear2": "output.dense"}
-BERT_OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # in older files
 BERT_SIZES = {  # entries of BERT's config.json, and of Config
     "hidden_size": "bert_width", "num_attention_heads": "bert_heads",
     "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
@@ -840,15 +831,6 @@ def renamed(name: str, names: dict[str, str]) -> str:
     for ours, theirs in names.items():
         name = name.replace(ours, theirs)
     return name
-
-
-def used_weights(found: dict[str, Tensor], unused: tuple[str, ...], prefix: str):
-    """The tensors of a file whose keys have no part that is `unused`, by keys without `prefix`."""
-    used = {}
-    for key, tensor in found.items():
-        if not any(part in key for part in unused):
-            used[key.removeprefix(prefix)] = tensor
-    return used
 
 
 def copy_weights(ours: dict[str, Tensor], found: dict[str, Tensor], path, fix: str, keys=None):
@@ -886,21 +868,15 @@ def bert_config(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def pretrained_files(folder: Path, imagenet: bool = False) -> tuple[Path, Path]:
-    """Where the weights of BERT and of the backbone belong (`imagenet`: Table C.1 line 3)."""
-    bert, old = folder / "bert/model.safetensors", folder / "bert/pytorch_model.bin"
-    backbone = "resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth"
-    return old if old.exists() and not bert.exists() else bert, folder / backbone
-
-
 def load_bert(model: UniT, path: Path) -> None:
     """BERT's weights, under old names (gamma, beta) or new ones, with or without a prefix."""
     fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
     for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
         if size != (our_size := getattr(model.config, name)):
             raise InputError(f"{path.parent}: {name} is {size}, the model's is {our_size}; {fix}")
-    found = used_weights(read_weights(fetch(path)), BERT_UNUSED, "bert.")
-    found = {renamed(key, BERT_OLD_NAMES): tensor for key, tensor in found.items()}
+    found = {}
+    for key, tensor in read_weights(path, BERT_UNUSED, "bert.").items():
+        found[key.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensor
     ours = model.text_encoder.state_dict()
     ours = {name: tensor for name, tensor in ours.items() if not name.startswith(OUR_OWN)}
     copy_weights(ours, found, path, fix, {name: renamed(name, BERT_NAMES) for name in ours})
@@ -911,7 +887,7 @@ def load_bert(model: UniT, path: Path) -> None:
 def load_backbone(model: UniT, path: Path) -> None:
     """ResNet-50 from DETR's file (nothing else of it, as released) or torchvision's."""
     with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
-        found = used_weights(read_weights(fetch(path)), BACKBONE_UNUSED, "backbone.0.body.")
+        found = read_weights(path, BACKBONE_UNUSED, "backbone.0.body.")
     copy_weights(model.image_encoder.backbone.body.state_dict(), found, path,
                  "give DETR's detr-r50-dc5 or resnet50-0676ba61")
 
@@ -919,7 +895,10 @@ def load_backbone(model: UniT, path: Path) -> None:
 def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[str]:
     """The paper's start: BERT (Section 3.2) and DETR's backbone (or ImageNet's, Table C.1 line 3)
     -> a sentence about each. A missing file is a warning among them, not an error."""
-    bert, backbone = pretrained_files(folder, imagenet)
+    bert, older = folder / "bert/model.safetensors", folder / "bert/pytorch_model.bin"
+    if older.exists() and not bert.exists():
+        bert = older
+    backbone = folder / ("resnet50-0676ba61.pth" if imagenet else "detr/detr-r50-dc5-f0fb7ef5.pth")
     wanted, lines = [], []
     if model.text_encoder:
         wanted.append(("BERT", load_bert, bert))
@@ -929,11 +908,13 @@ def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[s
         lines.append("backbone: the small one starts from random weights (none are published)")
     for name, load, path in wanted:
         try:
-            load(model, path)
-            lines.append(f"{name}: pretrained weights of {path}")
-        except MissingFile as error:
+            download(path)
+        except InputError as error:
             lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has its: "
                          f"{error}")
+        else:
+            load(model, path)
+            lines.append(f"{name}: pretrained weights of {path}")
     return lines
 
 
@@ -943,7 +924,7 @@ RELEASED_TASKS = {  # our tasks: group and name in the released files, row of th
     "vqa2": ("vl", "vqa2", 3), "snli_ve": ("vl", "visual_entailment", 9),
     "qnli": ("glue", "glue_qnli", 5), "mnli": ("glue", "glue_mnli_mismatched", 6),
     "qqp": ("glue", "glue_qqp", 8), "sst2": ("glue", "glue_sst2", 7)}
-RELEASED_NAMES = {  # beginnings of our names, and of those in the released files
+RELEASED_NAMES = {  # parts of our names, and of those in the released files
     "image_encoder.backbone.": "backbone.0.", "image_encoder.input_proj.": "input_proj.",
     "image_encoder.layers.": "encoder.layers.", "image_encoder.projection.": "enc2dec_proj.",
     "image_encoder.position_projection.": "pos_embed_proj.",
@@ -960,24 +941,20 @@ RELEASED_NAMES = {  # beginnings of our names, and of those in the released file
     "heads.TASK.attribute_head.linear": "det_losses.{name}.attribute_head.attr_linear",
     "heads.TASK.linear2.": "classifiers.{group}.{name}.0.dense.",
     "heads.TASK.norm.": "classifiers.{group}.{name}.0.LayerNorm.",
-    "heads.TASK.linear1.": "classifiers.{group}.{name}.1."}
-RELEASED_ATTENTION = {".attention.": ".self_attn.", ".self_attention.": ".self_attn.",
-                      ".cross_attention.": ".multihead_attn."}
+    "heads.TASK.linear1.": "classifiers.{group}.{name}.1.",
+    ".attention.": ".self_attn.", ".self_attention.": ".self_attn.",
+    ".cross_attention.": ".multihead_attn."}
 RELEASED_PREFIXES = ("unit_base_model.", "detr_model.", "transformer.")  # in this order, or none
-RELEASED_FIX = "give one of the authors' files (README)"
 
 
 def released_key(name: str) -> str:
     """The key of our tensor `name` in what `unpack_released` returns."""
-    module, task = name.split(".")[:2]
+    task = name.split(".")[1]
     group, their_name, _ = RELEASED_TASKS.get(task, ("", "", 0))
-    if group:
-        name = name.replace(f"{module}.{task}", f"{module}.TASK")
-    for ours, theirs in RELEASED_NAMES.items():
-        if name.startswith(ours):
-            rest = renamed(name.removeprefix(ours), RELEASED_ATTENTION)
-            return theirs.format(group=group, name=their_name) + rest
-    return "bert_model.module." + renamed(name.removeprefix("text_encoder."), BERT_NAMES)
+    key = renamed(name.replace(f".{task}", ".TASK") if group else name, RELEASED_NAMES)
+    if key.startswith("text_encoder."):
+        return "bert_model.module." + renamed(name.removeprefix("text_encoder."), BERT_NAMES)
+    return key.format(group=group, name=their_name)
 
 
 def unpack_released(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -997,63 +974,27 @@ def unpack_released(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_released(path: Path | str, **overrides) -> UniT:
-    """The authors' model in eval mode, from their archive or the file in it. The number of
-    attention heads cannot be read off the shapes: it is Config's, unless `overrides` sets it."""
-    return released_model(read_weights(fetch(path)), path, **overrides)
-
-
-def released_model(found: dict[str, Tensor], path, **overrides) -> UniT:
-    """The model of `load_released`, from the tensors `found` in the file `path`. Ignored are BERT's
+def load_released(path: Path | str) -> UniT:
+    """The authors' model in eval mode, from their archive or the file in it. Not used are BERT's
     pooler, queries of tasks without a head, and duplicates."""
-    try:
-        found = unpack_released(found)
-        tasks, sizes = released_settings(found)
-    except (LookupError, RuntimeError, TypeError, ValueError):
-        raise InputError(f"{path}: not a model of the authors'; {RELEASED_FIX}") from None
-    with torch.device("meta"):  # no memory yet, and no initial weights drawn for nothing
-        model = UniT(Config(**sizes | AS_RELEASED | overrides), tasks)
-    model.to_empty(device="cpu")
+    fix = "give one of the authors' files (README)"
+    found, tasks = unpack_released(read_weights(path)), []
+    for task in PAPER_TASKS:
+        last = "class_head" if task.kind == "detection" else "linear1"
+        if released_key(f"heads.{task.name}.{last}.bias") in found:
+            tasks.append(task)
+    if not tasks:
+        raise InputError(f"{path}: not a model of the authors'; {fix}")
+    config = Config(shared_decoder="decoder.norm.weight" in found,
+                    task_embedding="task_embeddings_enc.coco" in found, **AS_RELEASED)
+    model = UniT(config, tasks)
     keys = {name: released_key(name) for name in model.state_dict()}
     used = {key: found[key] for key in keys.values() if key in found}
-    copy_weights(model.state_dict(), used, path, RELEASED_FIX, keys)
+    copy_weights(model.state_dict(), used, path, fix, keys)
     return model.eval()
 
 
-def released_settings(found: dict[str, Tensor]) -> tuple[list[Task], dict]:
-    """Tasks and fields of Config, read off the keys and shapes that `unpack_released` returned."""
-    def length(name: str) -> int:
-        return len(found.get(released_key(name), ()))
-
-    tasks = []
-    for task in paper_tasks():
-        head = f"heads.{task.name}"
-        classes = length(f"{head}.linear1.bias") or length(f"{head}.class_head.bias") - 1
-        if classes > 0:
-            queries = length(f"queries.{task.name}")
-            attributes = length(f"{head}.attribute_head.linear2.bias")
-            tasks.append(replace(task, num_classes=classes, num_queries=queries,
-                                 num_attributes=attributes))
-    decoder = "shared" if "decoder.norm.weight" in found else tasks[0].name
-    sizes = {"shared_decoder": decoder == "shared",
-             "task_embedding": "task_embeddings_enc.coco" in found,
-             "vocab_size": length("text_encoder.word_embeddings.weight"),
-             "max_positions": length("text_encoder.position_embeddings.weight")}
-    for part, module in (("encoder", "image_encoder"), ("bert", "text_encoder"),
-                         ("decoder", f"decoders.{decoder}")):
-        linears = []  # (intermediate size, width) of each layer
-        while (key := released_key(f"{module}.layers.{len(linears)}.linear1.weight")) in found:
-            linears.append(found[key].shape)
-        sizes[f"{part}_layers"] = len(linears)
-        sizes[f"{part}_ff"], sizes[f"{part}_width"] = linears[0]
-    return tasks, sizes
-
-
 # ---- Files of weights ----------------------------------------------------------------------------
-class MissingFile(InputError):
-    """A file that is not there and could not be fetched; the message says where to put it."""
-
-
 _HF = ("https://huggingface.co/google-bert/bert-base-uncased/resolve/"
        "86b5e0934494bd15c9632b12f734a8a67f723594/")
 _UNIT = "https://dl.fbaipublicfiles.com/mmf/data/models/unit_models/unit."
@@ -1075,13 +1016,14 @@ PUBLISHED = {url.rpartition("/")[2]: (url, sha256) for url, sha256 in (
 TIMEOUT = 10  # seconds without an answer, after which a machine counts as offline
 
 
-def fetch(path: Path | str) -> Path:
-    """`path`. If nothing is there and its name is a published file's, that is downloaded to it."""
-    path = Path(path)
+def download(path: Path) -> None:
+    """If nothing is at `path` and its name is a published file's, that is downloaded to it.
+
+    Raises InputError if there is no such file then."""
     if path.exists():
-        return path
+        return
     if path.name not in PUBLISHED:
-        raise MissingFile(f"{path}: no such file; check the path")
+        raise InputError(f"{path}: no such file; check the path")
     url, sha256 = PUBLISHED[path.name]
     before = socket.getdefaulttimeout()
     try:
@@ -1089,78 +1031,66 @@ def fetch(path: Path | str) -> Path:
         socket.setdefaulttimeout(TIMEOUT)  # torch's downloader has none of its own
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
     except Exception as error:
-        raise MissingFile(f"{path}: not there, and fetching it failed ({error}); get {url} "
-                          f"(SHA-256 {sha256}) by other means and put it there") from None
+        raise InputError(f"{path}: not there, and downloading it failed ({error}); get {url} "
+                         f"(SHA-256 {sha256}) by other means and put it there") from None
     finally:
         socket.setdefaulttimeout(before)
-    return path
 
 
 SIGNATURES = {  # beginnings of files that people often have in place of the one they wanted
     b"version https://git-lfs": "a Git LFS pointer: `git lfs pull` in its folder gets the file",
-    b"<": "a web page or other markup", b"\x1f\x8b": "a gzip file: unpack it"}
+    b"<": "a web page or other markup", b"\x1f\x8b": "a gzip file: cut short, or not unpacked"}
 
 
-def what_is_wrong(path: Path, text: bool = False) -> str:
-    """Why a file holds no weights (or, with `text`, no text), in plain words, by its first bytes;
-    "" if nothing shows."""
+def what_is_wrong(path: Path, otherwise: str) -> str:
+    """Why a file cannot be read, by its first bytes: `otherwise`, unless these say more."""
     with open(path, "rb") as file:
-        head = file.read(1024)
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()  # without a byte order mark
-    if not start.strip(b"\0"):
+        start = file.read(40).lstrip()
+    if not start:
         return "an empty file"
     for beginning, words in SIGNATURES.items():
-        if start.startswith(beginning) and (text or not tarfile.is_tarfile(path)):
+        if start.startswith(beginning):
             return words
-    is_text = min(head) >= 8  # weights contain bytes below 8, texts do not
-    if text:
-        return "" if is_text else "binary data, not a text"
-    if is_text:
-        return f"a text: {head[:40]!r}"
-    if head.startswith(b"PK"):  # what PyTorch saves is a zip archive, too
-        names = zipfile.ZipFile(path).namelist()
-        if not any(name.endswith("data.pkl") for name in names):
-            return f"a zip archive of something else: {', '.join(names[:3])}"
-    return ""
+    return f"{otherwise}; it begins with {start!r}"
 
 
 def read_file(path: Path | str, fix: str = ""):
-    """The content of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive.
+    """The content of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive. A
+    published file that is absent is downloaded first. Raises InputError.
 
     Weights only: a pickle that asks for anything but tensors, plain values and the classes of
     `torch.serialization.safe_globals` is refused before any of its code runs."""
     path = Path(path)
+    download(path)
+    reason = "cut short, damaged, or not weights"
     try:
-        reason = what_is_wrong(path)
-        if not reason and path.suffix == ".safetensors":
+        if path.suffix == ".safetensors":
             return read_safetensors(path)
-        if not reason:
-            source = read_archive(path) if tarfile.is_tarfile(path) else path
-            return torch.load(source, map_location="cpu", weights_only=True)
+        source = read_archive(path) if tarfile.is_tarfile(path) else path
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except (OSError, ValueError) as error:
+        reason = f"{reason}: {error}"
     except Exception as error:  # a broken file can break a reader in any way
-        reason = "cut short, damaged, or not weights"
+        reason = what_is_wrong(path, reason)  # not PyTorch's words, which give unsafe advice
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"more than tensors: {refused[1]}, and loading that could run code"
-        elif isinstance(error, (OSError, ValueError)):  # PyTorch's own give unsafe advice
-            reason += ": " + textwrap.shorten(str(error), 200)
     source, _ = PUBLISHED.get(path.name, ("its source", ""))
     raise InputError(f"{path}: cannot be read ({reason}); {fix or f'get it again from {source}'}")
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The tensors in such a file, by name. Raises InputError."""
-    return weights_in(read_file(path), path)
-
-
-def weights_in(found, path) -> dict[str, Tensor]:
-    """The tensors in what `read_file` returned."""
-    for key in ("model", "state_dict"):  # where training programs put the weights
-        if isinstance(found, dict):
-            found = found.get(key, found)
-    tensors = found.values() if isinstance(found, dict) else []
-    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
+def read_weights(path: Path | str, unused: tuple[str, ...] = (), prefix: str = ""):
+    """The tensors in such a file {name: Tensor}, except those whose names have a part that is
+    `unused`; their names without `prefix`. Raises InputError."""
+    found = read_file(path)
+    if isinstance(found, dict):  # training programs put the weights under one of these keys
+        found = found.get("model", found.get("state_dict", found))
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise InputError(f"{path}: holds no weights, or more than weights; give named tensors")
-    return {str(key).removeprefix("module."): x for key, x in found.items()}
+    weights = {}
+    for key, tensor in found.items():
+        if not any(part in key for part in unused):
+            weights[key.removeprefix("module.").removeprefix(prefix)] = tensor
+    return weights
 
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -1171,16 +1101,17 @@ _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The format: 8 bytes, the header's length (little-endian); the header, JSON, with dtype, shape
     and data_offsets by name; the data, in which the tensors follow one another without gaps."""
-    content = np.memmap(path, mode="c")                   # bytes, mapped and not yet read
-    length = int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:8 + length].tobytes())
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
     header.pop("__metadata__", None)
-    data, tensors, end = torch.from_numpy(content[8 + length:]), {}, 0
+    tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         if start != end or stop > len(data):
             raise ValueError(f"{name} is at {start}..{stop} of {len(data)} bytes, not at {end}")
-        raw = data[start:stop].clone()                    # a copy is aligned
+        raw = data[start:stop].clone()  # a copy is aligned
         tensors[name] = raw.view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
         end = stop
     return tensors
@@ -1191,9 +1122,7 @@ def read_archive(path: Path) -> io.BytesIO:
     found = []
     with tarfile.open(path) as archive:
         for member in archive:
-            if member.name.startswith("/") or ".." in member.name or member.issym():
-                raise ValueError(f"its member {member.name} is a link or lies outside its folder")
-            if member.isfile() and member.name.endswith((".pth", ".pt", ".ckpt", ".bin")):
+            if member.isfile() and member.name.endswith((".pth", ".pt", ".ckpt")):
                 found.append(archive.extractfile(member).read())
     if len(found) != 1:
         raise ValueError(f"it holds {len(found)} checkpoints, but should hold one")
@@ -1204,7 +1133,7 @@ def read_archive(path: Path) -> io.BytesIO:
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", str: "NAME", tuple: "A,B"}
 
 
-def parse(text: str, kind: type, least: float, most: float, choices: tuple):
+def parse(text: str, kind: type, least: float = 0, most: float = math.inf, choices: tuple = ()):
     """A flag's text -> a value of this kind within the limits of its `option`."""
     if get_origin(kind) is tuple:
         parts = [part for part in text.split(",") if part]
@@ -1216,17 +1145,12 @@ def parse(text: str, kind: type, least: float, most: float, choices: tuple):
         limits = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
         number = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text}: must be {number} {limits}")
-    words = {"true": True, "false": False} if kind is bool else {word: word for word in choices}
-    if not words:
+    choices = ("true", "false") if kind is bool else choices
+    if not choices:
         return os.path.expanduser(text)  # a name or a path; in a path, ~ means home
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(words)}")
-    return words[text.lower()]
-
-
-def between(least: float):
-    """The type of a flag that is not in a dataclass: an integer of at least `least`."""
-    return partial(parse, kind=int, least=least, most=math.inf, choices=())
+    if text.lower() not in choices:
+        raise argparse.ArgumentTypeError(f"{text}: choose from {', '.join(choices)}")
+    return text.lower() == "true" if kind is bool else text.lower()
 
 
 def written(value) -> str:
@@ -1251,65 +1175,43 @@ def add_flags(group, settings: type, presets: dict[str, dict] | None = None) -> 
                            metavar=METAVARS[type(setting.default)])
 
 
-def paper_tasks() -> list[Task]:
-    """The eight tasks in the sizes of the official data sets, as in `data.TASKS` but without its
-    readers."""
-    boxes = dict(kind="detection", image=True, text=False)
-    both = dict(kind="classification", image=True, text=True, max_tokens=25)
-    texts = dict(kind="classification", image=False, text=True)
-    return [Task("coco", **boxes, num_classes=91),
-            Task("vg", **boxes, num_classes=1601, num_attributes=401),
-            Task("vqa2", **both, num_classes=3129, soft_scores=True),
-            Task("snli_ve", **both, num_classes=3),
-            Task("qnli", **texts, num_classes=2), Task("mnli", **texts, num_classes=3),
-            Task("qqp", **texts, num_classes=2), Task("sst2", **texts, num_classes=2)]
-
-
 @torch.no_grad()
 def figure_2(config: Config) -> None:
     """Prints Figure 2 for one picture and one text. On the meta device: shapes without memory or
     arithmetic."""
-    shapes = {}                                          # module: shapes of its input and output
-
-    def note(module, inputs, output):
-        output = output[0] if isinstance(output, tuple) else output
-        shapes[module] = shape_of(inputs[0]), shape_of(output)
-
     with torch.device("meta"):
-        model = UniT(config, paper_tasks())
-        for module in model.modules():
-            module.register_forward_hook(note)
+        model = UniT(config, PAPER_TASKS)
         images, tokens = torch.empty(1, 3, 800, 1066), torch.zeros(1, 20, dtype=torch.int64)
-        both = Batch("vqa2", [0], images=images, tokens=tokens, token_types=tokens)
-        image, text = model.image_encoder, model.text_encoder
-        decoder = next(iter(model.decoders.values()))
-        coco, vg, vqa2, *others = model.heads.values()
-        memory, positions, _ = model.encode(both, model.tasks["vqa2"])
-        hidden = decoder(memory, positions, None, model.queries["vg"])
-        classes = vg.class_head(hidden)[..., :-1].argmax(-1)
-        vg.box_head(hidden), vg.attribute_head(hidden, classes), vqa2(hidden[-1, :, 0])
-    parts = [  # symbol, place, the module whose shapes are shown, all whose parameters are counted
-        ("x^v = B(I)", "Eq. 1", image.backbone, [image.backbone]),
-        ("P_{b->e}(x^v)", "Eq. 2", image.input_proj, [image.input_proj]),
-        ("h^v = E_v(.., w_v^task)", "Eq. 2", image,
-         [image.layers, image.w_task, image.projection, image.position_projection]),
-        ("h^t = BERT(.., w_t^task)", "Eq. 3", text, [text]),
-        ("h^{dec,l} = D(.., q^task)", "Eq. 4", decoder, [model.decoders, model.queries]),
-        ("c^l = class_head(h)", "Eq. 5", vg.class_head, [coco.class_head, vg.class_head]),
-        ("b^l = box_head(h)", "Eq. 6", vg.box_head, [coco.box_head, vg.box_head]),
-        ("a^l = attr_head(h, c^l)", "Eq. 7", vg.attribute_head, [vg.attribute_head]),
-        ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", vqa2, [vqa2, *others])]
+    image, text = model.image_encoder, model.text_encoder
+    decoder = model.decoders["shared" if config.shared_decoder else "vg"]
+    coco, vg, vqa2, *others = model.heads.values()
+    x_v = image.backbone(images)
+    h_v, h_t = image(images, None, "vqa2")[0], text(tokens, tokens, None, "vqa2")[0]
+    h_enc = torch.cat([h_v, h_t], dim=1)
+    h = decoder(h_enc, torch.zeros_like(h_enc), None, model.queries["vg"])
+    h_1, c = h[-1, :, 0], vg.class_head(h)
+    a = vg.attribute_head(h, c[..., :-1].argmax(-1))
+    rows = [  # symbol, place, input, output, modules: the first is named, all are counted
+        ("x^v = B(I)", "Eq. 1", images, x_v, image.backbone),
+        ("P_{b->e}(x^v)", "Eq. 2", x_v, image.input_proj(x_v), image.input_proj),
+        ("h^v = E_v(.., w_v^task)", "Eq. 2", images, h_v, image),
+        ("h^t = BERT(.., w_t^task)", "Eq. 3", tokens, h_t, text),
+        ("h^{dec,l} = D(.., q^task)", "Eq. 4", h_enc, h, decoder, model.decoders, model.queries),
+        ("c^l = class_head(h)", "Eq. 5", h, c, vg.class_head, coco.class_head),
+        ("b^l = box_head(h)", "Eq. 6", h, vg.box_head(h), vg.box_head, coco.box_head),
+        ("a^l = attr_head(h, c^l)", "Eq. 7", h, a, vg.attribute_head),
+        ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", h_1, vqa2(h_1), vqa2, *others)]
     form, total = "{:<26} {:<6} {:<14} {:>19} {:>19} {:>12}", 0
     print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
-    for symbol, place, module, owners in parts:
-        count = sum(p.numel() for p in nn.ModuleList(owners).parameters())
-        print(form.format(symbol, place, type(module).__name__, *shapes[module], f"{count:,}"))
+    counted = set()
+    for symbol, place, x, output, *modules in rows:
+        shapes = [" x ".join(map(str, tensor.shape)) for tensor in (x, output)]
+        parameters = set(nn.ModuleList(modules).parameters()) - counted
+        counted |= parameters
+        count = sum(p.numel() for p in parameters)
+        print(form.format(symbol, place, type(modules[0]).__name__, *shapes, f"{count:,}"))
         total += count
     print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
-
-
-def shape_of(x: Tensor) -> str:
-    return " x ".join(map(str, x.shape))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1317,9 +1219,8 @@ def main(argv: list[str] | None = None) -> None:
         description="Prints Figure 2: each part's symbol, place in the paper, class, input and "
         "output shape (800 x 1066 pixels, 20 words, VG's queries) and parameters (all tasks).")
     add_flags(parser, Config)
-    settings = vars(parser.parse_args(argv))
     try:
-        figure_2(Config(**settings))
+        figure_2(Config(**vars(parser.parse_args(argv))))
     except InputError as error:
         parser.error(str(error))
 

@@ -76,7 +76,6 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 import unit  # noqa: E402
 
-from torchvision.models.resnet import Bottleneck  # noqa: E402
 from torchvision.ops import box_convert, generalized_box_iou  # noqa: E402
 from torchvision.transforms import functional as v1  # noqa: E402
 
@@ -172,9 +171,6 @@ def authors_way(model: unit.UniT) -> unit.UniT:
     theirs = copy.deepcopy(model)
     if model.config.backbone == "resnet50" and theirs.image_encoder:
         body = theirs.image_encoder.backbone.body
-        for block in body.modules():
-            if isinstance(block, Bottleneck):
-                block.__class__ = Bottleneck
         theirs.image_encoder.backbone = nn.Sequential(
             body.conv1, body.bn1, body.relu, body.maxpool, body.layer1, body.layer2, body.layer3,
             body.layer4)

@@ -68,7 +68,6 @@ def test_their_backbone_is_our_backbone(float64):  # noqa: F811
         for values in norm.buffers():
             values.uniform_(0.5, 1.5)
     theirs = bench.authors_way(ours).image_encoder.backbone
-    assert not any(isinstance(m, unit.FoldedBottleneck) for m in theirs.modules())
     images = torch.randn(1, 3, 48, 64)
     close(theirs(images), ours.image_encoder.backbone(images))
 
