@@ -1434,7 +1434,7 @@ def main(argv: list[str] | None = None) -> None:
 SIDE = 32                                            # pixels
 SHAPES = ["circle", "square", "triangle"]
 COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
-           "yellow": (235, 220, 50), "purple": (170, 60, 200)}
+           "yellow": (235, 220, 50)}
 # COCO's categories name the colour too, or a model that begins with COCO learns to ignore it.
 # The ids have gaps, as in the official file.
 CATEGORIES = {thing: n + n // 4 for n, thing in enumerate(product(SHAPES, COLOURS), 1)}
@@ -1562,7 +1562,7 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
 
     Yes or no takes one comparison with the picture (is there such a shape, or such a colour?) or
     two (has the shape that colour?)."""
-    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.3, 0.3, 0.15, 0.15, 0.1])
+    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.25, 0.35, 0.15, 0.15, 0.1])
     if kind == "count":
         return pick(rng, "how many shapes are there?/how many things do you see?"), str(len(things))
     answer = pick(rng, "yes/no")

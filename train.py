@@ -360,10 +360,13 @@ TINY = dict(  # --tiny: same model and losses in other sizes, for 32-pixel pictu
     data="runs/tiny-data", image_size=32, augment="flip", backbone="small", pretrained=False,
     encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2,
     bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, max_positions=64,
-    decoder_width=64, decoder_heads=4, decoder_ff=256, decoder_layers=3, dropout=0.0,
+    decoder_width=64, decoder_heads=4, decoder_ff=512, decoder_layers=3, dropout=0.0,
     detection_queries=8, num_queries=4,  # pictures of a few shapes; fewer queries learn faster
     # One [CLS] among 16 picture positions is noticed late, the words at once (as Table 4 line 5).
     all_text_states=("vqa2", "snli_ve"),
+    # An answer on every layer, as boxes have it anyway (Table 4 line 6): comparisons come sooner.
+    loss_on_all_layers=True,
+    queries_as_input=True,  # zeros make one layout of boxes for all pictures, for a long time
     # The paper starts from a pretrained BERT and COCO init.; here pictures and texts are learned
     # apart first, and then compared. (Two detection sets from scratch would starve each other.)
     first_tasks=("coco", "qnli", "mnli", "qqp", "sst2"), first_share=0.35,

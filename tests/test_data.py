@@ -1200,7 +1200,7 @@ def test_tiny_questions_need_the_picture():
             assert len(fitting) == 1 and answer in fitting[0] and answer not in asked
         else:
             assert answer == str(len(things))
-    assert len(said) == 15 + 3 + 5  # of two comparisons; of a shape; of a colour
+    assert len(said) == 12 + 3 + 4  # of two comparisons; of a shape; of a colour
     assert 0.4 < np.mean([answer for answers in said.values() for answer in answers]) < 0.6
 
 
