@@ -14,7 +14,8 @@
 | Section 3.4       | DETR's and BUTD's losses            | `match`, `detection_losses`            |
 
 Where this differs from the paper's text:
-* Section 3.1: positions are added to the queries and keys of every layer (DETR), not to the map.
+* Section 3.1: positions are added to the queries and keys of every layer (DETR, released), not to
+  the map. `positions_in_map` adds them there, too, so that values have them as well.
 * Eq. 2: the encoder's input is added to its output. The paper does not say so, but the released
   weights need it.
 * Eq. 7: in training the attribute head sees the class of the matched target (as in BUTD, which the
@@ -161,6 +162,8 @@ class Config:
     shared_decoder: bool = option(True, "one decoder for all tasks, or one for each (Section 3.3)")
     task_embedding: bool = option(True, "task vectors in both encoders (Table 4 line 7)")
     all_text_states: tuple[str, ...] = option((), "tasks that see all text states (Table 4 line 5)")
+    positions_in_map: bool = option(False, "add positions to the feature map, too (Section 3.1's "
+                                           "words), not to queries and keys alone (DETR; released)")
     queries_as_input: bool = option(False, "q^task is also what the decoder begins with (ours; see "
                                            "Decoder.forward), not zeros (DETR; released)")
     loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
@@ -367,6 +370,7 @@ class ImageEncoder(Encoder):
         width = config.encoder_width
         self.backbone = SmallBackbone() if config.backbone == "small" else Backbone()
         self.input_proj = nn.Conv2d(self.backbone.channels, width, 1)  # P_{b->e}
+        self.positions_in_map = config.positions_in_map
         self.add_layers(config, [t for t in tasks if t.image], config.encoder_layers, width,
                         config.encoder_heads, config.encoder_ff, bert=False)
 
@@ -381,6 +385,8 @@ class ImageEncoder(Encoder):
             padding = ~valid.flatten(1)
         positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
         x = x.flatten(2).transpose(1, 2)                              # (B, L, d_v^e)
+        if self.positions_in_map:
+            x = x + positions
         h = self.transform(x, positions, padding, task) + x           # Eq. 2 is silent on the sum
         return self.projection(h), self.position_projection(positions), padding
 

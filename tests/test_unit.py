@@ -202,6 +202,17 @@ def test_memory_is_image_then_text(float64):
     assert memory.shape == (2, 4 * 5 + 1, 20)  # [CLS]
 
 
+def test_positions_in_map(float64):
+    """Without layers the encoder doubles its input, and so the positions that are added to it."""
+    encoder = make_model(positions_in_map=True, encoder_layers=0).image_encoder
+    images = torch.randn(2, 3, 24, 40)
+    with_them, _, _ = encoder(images, None, "questions")
+    encoder.positions_in_map = False
+    without, _, _ = encoder(images, None, "questions")
+    positions = unit.sine_positions(torch.ones(2, 3, 5, dtype=torch.bool), SMALL.encoder_width)
+    close(with_them - without, 2 * positions @ encoder.projection.weight.T)
+
+
 # ---- Decoder and queries -------------------------------------------------------------------------
 def test_one_memory_position_makes_all_queries_equal(float64):
     """With [CLS] alone attention over the memory is constant, and contents that start equal stay
