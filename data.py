@@ -182,7 +182,7 @@ def fitted_size(height: int, width: int, shortest: int, longest: int, floor: boo
     wanted, present = shortest, min(height, width)
     if max(height, width) * shortest > longest * present:
         wanted, present = longest, max(height, width)
-    half = 0 if floor else present // 2  # what makes a floor division round
+    half = 0 if floor else present // 2  # added, it makes the floor division round
     return [max(1, (side * wanted + half) // present) for side in (height, width)]
 
 
@@ -215,7 +215,7 @@ def flip(image: Tensor, boxes: np.ndarray, rng: np.random.Generator):
 
 def crop(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size: int):
     """A random part of the picture, first resized smaller than usual. Boxes are clipped to it."""
-    # Beyond any of COCO's, 10,000 keeps a 10,000 x 10 picture from becoming 400,000 wide.
+    # Far above COCO's sizes; without a limit a 10,000 x 10 picture would become 400,000 wide.
     image = resize(image, scaled(rng.choice(CROP_SCALES), image_size), longest=10_000)
     sides = np.array(image.shape[1:])
     low, high = (np.minimum(sides, scaled(side, image_size)) for side in CROP_SIDES)
@@ -367,7 +367,7 @@ class Coco(Dataset):
             self.attribute_names = self.names_by_id(content, "attributes")
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
-        rows = read_records(content, "images", self.path, self.read_image)
+        rows = read_records(content, "images", self.path, self.image_row)
         images = {}
         for number, *image in rows:
             images.setdefault(number, image)
@@ -379,7 +379,7 @@ class Coco(Dataset):
         self.names, self.num_images = strings(compress(names, present)), len(self.ids)
         self.read_boxes(content, listed)
 
-    def read_image(self, row: dict) -> tuple:
+    def image_row(self, row: dict) -> tuple:
         size = field(row, "height", int), field(row, "width", int)
         if min(size) < 1:
             raise ValueError("an image of no size")
@@ -680,10 +680,10 @@ class Vqa2(Classification):
         pictures = pictures_by_id(self.data, "vg/VG_100K", "vg/VG_100K_2")
         training, rows = {}, []  # {image id: is it outside val2017?}
 
-        def read_image(row):
+        def add_image(row):
             training[row["image_id"]] = row["coco_id"] not in held_out
 
-        def read_questions(row):
+        def add_questions(row):
             for qa in row["qas"]:
                 image = qa["image_id"]
                 if image not in training:
@@ -692,14 +692,14 @@ class Vqa2(Classification):
                     name = pictures.get(image) or f"vg/*/{image}.jpg"
                     text, answer = field(qa, "question", str), field(qa, "answer", str)
                     rows.append((field(qa, "qa_id", int), -1, name, [text], [answer]))
-        for path, read in zip(paths, (read_image, read_questions)):
+        for path, read in zip(paths, (add_image, add_questions)):
             read_records(read_json(path), "records", path, read)
         return rows
 
     def encode(self, rows: list[tuple]) -> None:
         """Rows as for `fill`, with the list of answers as a fifth value -> flat arrays."""
         # {normal form: class}, as the scorer compares normal forms; without <unk>. If two classes
-        # share one ("none" and "0": 0), it stands for the class that is written so.
+        # share a form ("none" and "0": 0), it maps to the class that is spelt like the form.
         forms = [(normalise_answer(name), n) for n, name in enumerate(self.class_names)][1:]
         written_so = {form: n for form, n in forms if form == self.class_names[n]}
         self.classes = dict(forms) | written_so
@@ -835,8 +835,8 @@ class Schedule:
     """Which task and which samples an iteration takes: a pure function of (seed, iteration).
 
     All processes therefore agree without communicating, and a run resumed at i is identical to one
-    that was never interrupted. The task is drawn (Section 3.5); how often it was drawn before says
-    how far its data set has been read; each pass through a data set is shuffled anew."""
+    that was never interrupted. The task is drawn (Section 3.5). Each drawing of it takes the next
+    samples of its data set; each pass through a data set is shuffled anew."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
                  iterations: int, seed: int, first: dict[str, float] | None = None,
@@ -874,8 +874,8 @@ class Schedule:
         return rng.permutation(self.sizes[name])
 
 
-# This many unusable pictures end a training if they are more than 1 in 100 of those met; as many
-# replacements are tried for one.
+# A training ends at this many unusable pictures, if they are more than 1 in 100 of those met. For
+# one of them, at most this many replacements are tried.
 FEWEST_UNUSABLE = 10
 
 
@@ -1033,7 +1033,7 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
     splits = {split: {"categories": objects, "attributes": attributes, "images": [],
                       "annotations": []} for split in ("train", "val")}
 
-    def read_image(row):
+    def add_image(row):
         split = splits["val" if row["coco_id"] in held_out else "train"]
         name = "/".join(row["url"].split("/")[-2:])  # the address has VG_100K or VG_100K_2
         split["images"].append({"id": row["image_id"], "file_name": name,
@@ -1050,7 +1050,7 @@ def prepare_vg(data: Path) -> tuple[dict[str, dict], Counter]:
                 annotations.append({"id": len(annotations) + 1, "image_id": row["image_id"],
                                     **found})
 
-    for name, read in (("image_data.json", read_image), ("attributes.json", read_objects)):
+    for name, read in (("image_data.json", add_image), ("attributes.json", read_objects)):
         read_records(read_json(data / "vg" / name), "records", data / "vg" / name, read)
     if splits["train"]["images"] and not splits["train"]["annotations"]:
         raise bad(data / "vg/objects_vocab.txt", f"no box is left to train on ({counted(dropped)})",
@@ -1114,7 +1114,7 @@ def normalise_answer(text: str) -> str:
 
 # ---- Files, flat arrays, checks ------------------------------------------------------------------
 # A forked worker shares memory with its parent until one of them writes to a page, and merely
-# reading a Python object does (its reference count). So after loading only NumPy arrays remain.
+# reading a Python object writes to one (its reference count). So only NumPy arrays remain.
 
 def strings(texts) -> np.ndarray:
     """(n,) in NumPy's own string type: UTF-8 bytes in one buffer rather than an object for each."""
@@ -1238,7 +1238,8 @@ def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
 def find_pictures(dataset: Dataset, names: list[str]) -> tuple[list[str], np.ndarray]:
     """-> the names on the disk, (n,) bool: is the picture in `dataset.folder`? An error if none is.
 
-    A file that is named exactly is nobody else's picture; otherwise the first `spelling` counts."""
+    A record gets the file of exactly its name. Without one, it gets the first of the same
+    `spelling` that no other record names exactly."""
     folder, wanted, folders = dataset.folder, {*names}, set()
     for name in wanted:
         *parents, _ = re.split(r"[/\\]", name)

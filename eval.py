@@ -121,9 +121,8 @@ def attribute_hits(found: Detections, boxes, labels, attributes) -> tuple[int, i
     """(right, counted) in one image of VG. The truth is boxes (n, 4) x0, y0, x1, y1 in pixels,
     labels (n,), attributes (n, 16) padded with -1.
 
-    Counted are true boxes with attributes that a prediction of their class overlaps by an IoU of
-    at least 0.5. One is right if the highest attribute of the prediction that overlaps best is
-    among its own."""
+    A true box with attributes counts if a prediction of its class overlaps it by an IoU of at least
+    0.5. It is right if the top attribute of the one that overlaps it most is among its own."""
     iou = box_iou(boxes.double(), found.boxes.double())               # (n, q)
     best = iou.masked_fill(labels[:, None] != found.labels, 0).max(1)
     counted = (best.values >= 0.5) & (attributes >= 0).any(1)

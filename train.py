@@ -100,8 +100,8 @@ class Step(nn.Module):
 
 
 def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, state) -> dict:
-    """Trains from `state` (a checkpoint, or None) to the end -> the last results. `extras`, labels
-    and vocabulary, go into each checkpoint."""
+    """Trains from `state` (a checkpoint, or None) to the end -> the last results. Each checkpoint
+    holds `extras` (see `build`)."""
     start = state["iteration"] if state else 0
     rank, world_size = processes()
     step, optimizer, scaler = set_up(model, train, state)
@@ -128,10 +128,10 @@ def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, st
             log.add(Record(done, batches[0].task, ids, replaced, lr, terms, norm, norms))
             scoring = train.eval_every and done % train.eval_every == 0
             if scoring or done % train.save_every == 0 or done == train.iterations:
-                save(log, model, optimizer, scaler, extras)  # a job's time may run out in `score`
+                save(log, model, optimizer, scaler, extras)  # a job's time may run out below
             if scoring and done < train.iterations:
-                score(model, held_out, train, log)
-    return score(model, held_out, train, log)
+                validate(model, held_out, train, log)
+    return validate(model, held_out, train, log)
 
 
 def set_up(model: UniT, train: TrainConfig, state: dict | None):
@@ -180,7 +180,7 @@ def update(step, optimizer, scaler, batches, train, num_boxes):
     terms = backward(step, scaler, batches, train, num_boxes)
     scaler.unscale_(optimizer)
     if train.update_unused:
-        for p in step.parameters():  # Appendix A's worse strategy: zeros where no task reached
+        for p in step.parameters():  # Appendix A's first strategy: zeros for unused parameters
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
     reached = {}
@@ -220,7 +220,7 @@ def backward(step, scaler, batches, train, num_boxes) -> dict[str, Tensor]:
     return totals
 
 
-def score(model: UniT, held_out: dict, train: TrainConfig, log: Log) -> dict:
+def validate(model: UniT, held_out: dict, train: TrainConfig, log: Log) -> dict:
     """The results of an evaluation, which go to the log; to the screen each task's first metric."""
     device = next(model.parameters()).device
     results = evaluation.evaluate(model, held_out, device, train.micro_batch, train.num_workers,
@@ -601,7 +601,7 @@ class Log:
         entry = {"iteration": record.iteration, "task": record.task, **numbers}
         if new := self.count(record.task, record.replaced):
             entry["unusable"] = new
-            print("\n".join(f"left out: {reason}" for reason in new))
+            print("\n".join(f"replaced: {reason}" for reason in new))
         return entry
 
     def write(self, entries: list[dict], line: str) -> None:
@@ -687,7 +687,7 @@ def chosen_settings(args: argparse.Namespace) -> tuple[dict, Path]:
         values |= dict(probabilities=(), first_tasks=first, first_probabilities=())
     if values["init"]:  # its first tasks are for random weights
         values |= dict(first_tasks=(), first_probabilities=())
-    values |= flags
+    values |= flags  # again: flags also replace the two changes above
     out = Path(args.out or f"runs/{prefix}{name}".rstrip("-"))
     if values["init"] in EXPERIMENTS:  # the run beside this one: runs/T1.1-coco, runs/T1.4
         values["init"] = str(out.parent / (prefix + values["init"]) / "last.pt")
@@ -874,7 +874,7 @@ def run(args: argparse.Namespace) -> None:
     if train.threads:
         torch.set_num_threads(train.threads)
     if rank == 0:
-        replaced = earlier_run(out, args)
+        old = earlier_run(out, args)
         evaluation.require_writable(out)
         if args.tiny:
             write_tiny_data(Path(train.data))
@@ -884,9 +884,9 @@ def run(args: argparse.Namespace) -> None:
     if rank == 0:
         gathered(None)
     if rank == 0 and not state:
-        if replaced:  # now that data and weights are there
+        if old:  # now that data and weights are there
             print(f"the earlier run in {out} is replaced (another --out keeps it)")
-        for path in replaced:
+        for path in old:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         evaluation.write_json(out / "config.json",
                               {"config": asdict(model.config), "train": asdict(train)})

@@ -25,9 +25,9 @@ Where this differs from the paper's text:
 
 Where the paper is silent, the authors' released system decides: how d_v^e and d_t^e become d_t^d (a
 linear map of the states, and one of their positions), task vectors without position or LayerNorm,
-initialisation, loss weights, normalisers. In three places that system contradicts the paper: in
-VQAv2's loss (Eq. 9), in VQAv2's text states (Section 3.2), and in the classifier's LayerNorm and
-dropout (Eq. 8). There the paper is the default; `AS_RELEASED` holds the system's values.
+initialisation, loss weights, normalisers. In three other places the system contradicts the paper,
+and the paper is the default: VQAv2's loss (Eq. 9), VQAv2's text states (Section 3.2), and the
+classifier's LayerNorm and dropout (Eq. 8). `AS_RELEASED` holds the system's values.
 
 Shapes: B batch, H x W image, L = H_v W_v image positions, S text tokens, M memory positions (of an
 image L, of a text 1, or S if all are seen, of both the sum), n positions of any sequence, q
@@ -225,8 +225,8 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Post-norm transformer layer. DETR's: ReLU, epsilon 1e-5, dropout in the feed-forward as well,
-    and positions added to queries and keys. BERT's: GELU, epsilon 1e-12, neither of the two."""
+    """Post-norm transformer layer. DETR's has ReLU, epsilon 1e-5, dropout inside the feed-forward,
+    and positions added to queries and keys. BERT's has GELU and epsilon 1e-12, not the last two."""
 
     def __init__(self, width: int, heads: int, ff: int, dropout: float, bert: bool):
         super().__init__()
@@ -321,8 +321,8 @@ class SmallBackbone(nn.Module):
     """B for small pictures (ours): three convolutions of stride 2, then two residual ones. Group
     norm, since statistics over a batch would make the update depend on how the batch is split.
 
-    Each picture is standardised first, and no ReLU comes last: otherwise what all pictures share
-    drowns the differences between them, most of all in pale or dark ones."""
+    Each picture is standardised first, and no ReLU comes last: otherwise features common to all
+    pictures drown the differences between them, most of all in pale or dark ones."""
 
     def __init__(self, width: int = 64):
         super().__init__()
@@ -418,8 +418,8 @@ class TextEncoder(Encoder):
         return self.projection(states), positions.expand(len(states), -1, -1), mask
 
     def bert(self, tokens: Tensor, types: Tensor, mask: Tensor | None, task: str) -> Tensor:
-        """(B, S) -> h^t (B, S, d_t^e). The task vector joins behind the embeddings: token positions
-        start at 0 as usual."""
+        """(B, S) -> h^t (B, S, d_t^e). The task vector is prepended after position embeddings are
+        added: token positions start at 0 as usual."""
         length, positions = tokens.shape[1], self.position_embeddings.weight
         if length > len(positions):
             raise InputError(f"{task}: a text of {length} tokens; this model has {len(positions)} "
@@ -497,7 +497,7 @@ class AttributeHead(nn.Module):
 
 
 class DetectionHead(nn.Module):
-    """Class, box and attribute head. Why 92 outputs for COCO's 80 classes: category ids are used as
+    """Class, box and attribute head. COCO's 80 classes take 92 outputs: category ids are used as
     they are and the largest is 90, so 0..90 need 91 places (eleven idle); the last is no-object."""
 
     def __init__(self, width: int, task: Task):
@@ -575,7 +575,7 @@ class UniT(nn.Module):
         q_task = self.queries[task.name]                              # (q, d)
         decoder = self.decoders["shared" if self.config.shared_decoder else task.name]
         # Where [CLS] alone is seen, attention over that one position returns the same to every
-        # query: all q states are equal (except for dropout in training).
+        # query: if content starts at zero, all q states are equal (up to dropout in training).
         hidden = decoder(memory, positions, mask, q_task)             # Eq. 4, (N_d, B, q, d)
         if not self.training:
             hidden = hidden[-1:]  # at test time only the top layer (Section 3.4)
@@ -621,7 +621,7 @@ class UniT(nn.Module):
 
 
 def initialise(model: UniT) -> None:
-    """Random weights as in the released code, where those are not PyTorch's own defaults."""
+    """Random weights as in the released code, except for a BERT that is not pretrained (ours)."""
     image, text = model.image_encoder, model.text_encoder
     xavier = nn.ModuleList(model.decoders.values())
     if image:
@@ -761,7 +761,7 @@ def detection_losses(outputs: Outputs, batch: Batch, head: DetectionHead) -> dic
 
 def attribute_loss(scores: Tensor, attributes: Tensor) -> tuple[Tensor, Tensor]:
     """BUTD's: half the mean of the cross entropies of a box's attributes. scores (K, A), attributes
-    (K, 16) padded with -1 -> (K,), 0 where a box has none, and (K,) bool: it has some."""
+    (K, 16) padded with -1 -> (K,), 0 where a box has none, and (K,) bool: does it have any?"""
     known = attributes >= 0                                           # (K, 16)
     log_p = scores.log_softmax(-1).gather(-1, attributes.clamp(min=0))
     count = known.sum(-1)                                             # (K,)
@@ -1023,9 +1023,9 @@ TIMEOUT = 10  # seconds without an answer, after which a machine counts as offli
 
 
 def download(path: Path) -> None:
-    """If nothing is at `path` and its name is a published file's, that is downloaded to it.
+    """Downloads a published file to `path`, recognised by its name, if nothing is there yet.
 
-    Raises InputError if there is no such file then."""
+    Raises InputError if `path` does not exist afterwards."""
     if path.exists():
         return
     if path.name not in PUBLISHED:

@@ -360,10 +360,10 @@ def test_unusable_pictures_are_logged_once_and_do_not_disturb(tmp_path, small_ti
     whole, both, killed = tmp_path / "whole", tmp_path / "both", tmp_path / "killed"
     for out, processes in ((whole, 1), (both, 2)):
         output = finish(out, *flags, "--save_every", 100, data_dir=root, processes=processes)
-        assert [output.count(f"left out: {path}: cannot be") for path in broken] == [1, 1, 1]
+        assert [output.count(f"replaced: {path}: cannot be") for path in broken] == [1, 1, 1]
     killed_at(17, killed, *flags, "--num_workers", 2, "--save_every", 5, data_dir=root)
     output = finish(killed, "--resume", "--num_workers", 2, data_dir=root)
-    assert "left out" not in output  # they were reported before
+    assert "replaced: " not in output  # they were reported before
     assert equal(weights(whole), weights(killed))
     assert farthest(weights(whole), weights(both))[0] < 1e-4
     for out in (whole, both, killed):
