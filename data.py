@@ -1445,8 +1445,6 @@ TINY_TEST = 20                                       # rows of each test file, w
 
 
 def pick(rng, choices):
-    """One of a list, or of the parts of "a/b/c"."""
-    choices = choices.split("/") if isinstance(choices, str) else choices
     return choices[rng.integers(len(choices))]
 
 
@@ -1565,8 +1563,9 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
     two (has the shape that colour?)."""
     kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.25, 0.3, 0.25, 0.15, 0.05])
     if kind == "count":
-        return pick(rng, "how many shapes are there?/how many things do you see?"), str(len(things))
-    answer = pick(rng, "yes/no")
+        text = pick(rng, ["how many shapes are there?", "how many things do you see?"])
+        return text, str(len(things))
+    answer = pick(rng, ["yes", "no"])
     if kind == "one":
         place, names, text = pick(rng, [(0, SHAPES, "is there a {}?"),
                                         (1, list(COLOURS), "is anything {}?")])
@@ -1582,9 +1581,9 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
         return tiny_question(things, rng)
     shape, colour, _ = pick(rng, single)
     if kind == "colour":
-        return pick(rng, f"what color is the {shape}?/which color has the {shape}?"), colour
+        return pick(rng, [f"what color is the {shape}?", f"which color has the {shape}?"]), colour
     if kind == "shape":
-        return pick(rng, f"what shape is {colour}?/which shape is the {colour} thing?"), shape
+        return pick(rng, [f"what shape is {colour}?", f"which shape is the {colour} thing?"]), shape
     if answer == "no":
         colour = another(rng, COLOURS, colour)
     return f"is the {shape} {colour}?", answer
@@ -1630,7 +1629,7 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
         write(folder / f"snli_ve/flickr30k_images/{name}.jpg", pixels)
         shape = another(rng, SHAPES, seen) if label == "neutral" else seen
         colour = another(rng, COLOURS, shade) if label == "contradiction" else shade
-        text = pick(rng, f"The {shape} is {colour}./The color of the {shape} is {colour}.")
+        text = pick(rng, [f"The {shape} is {colour}.", f"The color of the {shape} is {colour}."])
         lines.append({"Flickr30K_ID": name, "captionID": f"{name}.jpg#0",
                       "pairID": f"{name}.jpg#0r1{label[0]}", "annotator_labels": [label],
                       "gold_label": label, "sentence2": text, "sentence1": f"A {shade} {seen}."})
@@ -1638,45 +1637,53 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     return [line["sentence2"] for line in lines]
 
 
-# Texts. "/" separates alternatives; {n} is the two-word name that a sentence is about.
+# Texts: lists of alternatives; {n} is the two-word name that a sentence is about.
 FIRST = "anna tom kate bob lucy max emma paul nina fred rosa jack".split()
 LAST = "smith jones brown baker clark evans green hall king moore scott young".split()
 TOPICS = [  # QNLI: questions, sentences that answer them, values {v} in those
-    ("where does {n} live?/in which city is {n}?",
-     "{n} lives in {v}./the home of {n} is in {v}.", "paris/rome/london/berlin/madrid/vienna"),
-    ("what does {n} eat?/which food does {n} like?",
-     "{n} always eats {v}./the lunch of {n} is {v}.", "rice/bread/soup/fish/cake/fruit"),
-    ("what is the job of {n}?/how does {n} earn money?",
-     "{n} works as a {v}./the boss hired {n} as a {v}.",
-     "doctor/teacher/pilot/cook/painter/farmer"),
-    ("which animal does {n} own?/what pet does {n} have?",
-     "{n} has a {v}./a {v} belongs to {n}.", "dog/cat/horse/rabbit/parrot/goat"),
-    ("when was {n} born?/in which month is the birthday of {n}?",
-     "{n} was born in {v}./{n} turns thirty in {v}.", "january/march/april/june/august/october")]
+    (["where does {n} live?", "in which city is {n}?"],
+     ["{n} lives in {v}.", "the home of {n} is in {v}."],
+     "paris rome london berlin madrid vienna".split()),
+    (["what does {n} eat?", "which food does {n} like?"],
+     ["{n} always eats {v}.", "the lunch of {n} is {v}."],
+     "rice bread soup fish cake fruit".split()),
+    (["what is the job of {n}?", "how does {n} earn money?"],
+     ["{n} works as a {v}.", "the boss hired {n} as a {v}."],
+     "doctor teacher pilot cook painter farmer".split()),
+    (["which animal does {n} own?", "what pet does {n} have?"],
+     ["{n} has a {v}.", "a {v} belongs to {n}."],
+     "dog cat horse rabbit parrot goat".split()),
+    (["when was {n} born?", "in which month is the birthday of {n}?"],
+     ["{n} was born in {v}.", "{n} turns thirty in {v}."],
+     "january march april june august october".split())]
 FACTS = [  # MNLI: two kinds of facts, three of each kind: premises, hypotheses
-    [("{n} stands next to the oven./{n} washes the dishes.", "{n} is in the kitchen."),
-     ("{n} sits under a tree./{n} waters the flowers.", "{n} is in the garden."),
-     ("{n} lies on the bed./{n} takes a nap under the blanket.", "{n} is in the bedroom.")],
-    [("{n} works as a nurse./{n} cares for the sick.", "the job of {n} is at a hospital."),
-     ("{n} works as a teacher./{n} gives lessons to children.", "the job of {n} is at a school."),
-     ("{n} works as a farmer./{n} grows corn and milks cows.", "the job of {n} is on a farm.")]]
+    [(["{n} stands next to the oven.", "{n} washes the dishes."], "{n} is in the kitchen."),
+     (["{n} sits under a tree.", "{n} waters the flowers."], "{n} is in the garden."),
+     (["{n} lies on the bed.", "{n} takes a nap under the blanket."], "{n} is in the bedroom.")],
+    [(["{n} works as a nurse.", "{n} cares for the sick."],
+      "the job of {n} is at a hospital."),
+     (["{n} works as a teacher.", "{n} gives lessons to children."],
+      "the job of {n} is at a school."),
+     (["{n} works as a farmer.", "{n} grows corn and milks cows."],
+      "the job of {n} is on a farm.")]]
 DISH = "fresh hot cold sweet spicy cheap creamy green".split(), \
        "rice bread soup fish cake tea pasta salad curry pie stew toast".split()
 INTENTS = [  # QQP: questions of one row mean the same
-    "how do i cook {n}?/what is the way to prepare {n}?/can you teach me to make {n}?",
-    "where can i buy {n}?/which shop sells {n}?/who has {n} for sale?",
-    "is {n} healthy?/does {n} do me good?/are there vitamins in {n}?",
-    "what is the price of {n}?/how much money is {n}?/is {n} expensive?",
-    "how long does {n} keep?/when does {n} spoil?/after how many days is {n} stale?"]
+    ["how do i cook {n}?", "what is the way to prepare {n}?", "can you teach me to make {n}?"],
+    ["where can i buy {n}?", "which shop sells {n}?", "who has {n} for sale?"],
+    ["is {n} healthy?", "does {n} do me good?", "are there vitamins in {n}?"],
+    ["what is the price of {n}?", "how much money is {n}?", "is {n} expensive?"],
+    ["how long does {n} keep?", "when does {n} spoil?", "after how many days is {n} stale?"]]
 SCENE = "opening final first second main whole french new".split(), \
         "film plot scene script cast ending music dialogue act story role song".split()
 GOOD = "charming funny brilliant moving clever fresh gripping lovely".split()
 BAD = "dull boring clumsy stale tedious silly lifeless dreadful".split()
 # SST-2: {x} is what is meant, {o} its opposite. Most have both, or {o} alone, negated.
-REVIEWS = ["the {n} is {x}./the {n} seems {x}.",
-           "the {n} is {x}./a {x} {n}.", "the {n} is not {o}./the {n} is far from {o}.",
-           "the {n} is not {o} but {x}./the {n} is {x} and not {o}.",
-           "far from {o}, the {n} is {x}./the {n} is {x} and far from {o}."]
+REVIEWS = [
+    ["the {n} is {x}.", "the {n} seems {x}."], ["the {n} is {x}.", "a {x} {n}."],
+    ["the {n} is not {o}.", "the {n} is far from {o}."],
+    ["the {n} is not {o} but {x}.", "the {n} is {x} and not {o}."],
+    ["far from {o}, the {n} is {x}.", "the {n} is {x} and far from {o}."]]
 
 
 def tiny_qnli(label: int, n: str, rng) -> tuple:
@@ -1691,7 +1698,7 @@ def tiny_mnli(label: int, n: str, rng) -> tuple:
     kind = int(rng.integers(2))
     fact = pick(rng, FACTS[kind])
     claim = [fact, pick(rng, FACTS[1 - kind]), another(rng, FACTS[kind], fact)][label]
-    return pick(rng, fact[0]).format(n=n), pick(rng, claim[1]).format(n=n)
+    return pick(rng, fact[0]).format(n=n), claim[1].format(n=n)
 
 
 def tiny_qqp(label: int, n: str, rng) -> tuple:
@@ -1699,7 +1706,7 @@ def tiny_qqp(label: int, n: str, rng) -> tuple:
     first = pick(rng, INTENTS)
     second = first if label == 1 else another(rng, INTENTS, first)
     one = pick(rng, first)
-    return one.format(n=n), another(rng, second.split("/"), one).format(n=n)
+    return one.format(n=n), another(rng, second, one).format(n=n)
 
 
 def tiny_sst2(label: int, n: str, rng) -> tuple:
