@@ -1561,7 +1561,7 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
 
     Yes or no takes one comparison with the picture (is there such a shape, or such a colour?) or
     two (has the shape that colour?)."""
-    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.25, 0.3, 0.25, 0.15, 0.05])
+    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.25, 0.35, 0.15, 0.15, 0.1])
     if kind == "count":
         text = pick(rng, ["how many shapes are there?", "how many things do you see?"])
         return text, str(len(things))
