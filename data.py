@@ -606,6 +606,7 @@ class Vqa2(Classification):
 
     def read(self) -> None:
         self.folder, given, common, rows = self.data, defaultdict(dict), [], []
+        shared = 0
         for part in self.answered(self.data, self.split):
             given[part], chosen = self.read_annotations(self.data / self.annotations.format(part))
             common += chosen
@@ -616,12 +617,14 @@ class Vqa2(Classification):
         for part in self.parts[self.split]:
             for number, image, text in self.read_questions(self.data / self.questions.format(part)):
                 name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
-                if part == "train2014" and name.startswith("coco/train"):
-                    held = False  # own data may have an id in both splits
-                if held and part == "train2014":  # not in the official files
-                    self.skipped["training questions about val2017's pictures"] += 1
-                elif held == (self.split == "val"):
+                if held and part == "train2014":  # own data, in which both splits have the id
+                    held = not name.startswith("coco/train")
+                    shared += 1
+                if held == (self.split == "val"):
                     rows.append((number, -1, name, [text], given[part].get(number, [])))
+        if shared:
+            self.notes.append(f"{shared:,} training questions have image ids that are in val2017, "
+                              "too: asked about train2017's pictures, or left out")
         if self.split == "train":
             rows += self.genome_questions(held_out)
         self.encode(rows)

@@ -762,7 +762,7 @@ def test_vqa_of_own_numbers(tmp_path):
     assert asked(train) == {("train2014 1?", "coco/train2017/1.jpg"): ["red"],
                             ("train2014 2?", "coco/train2017/2.png"): ["red"]}
     assert asked(val) == {("val2014 1?", "coco/val2017/1.jpg"): ["blue"]}
-    assert "1 training questions about val2017's pictures" in train.summary
+    assert "2 training questions have image ids that are in val2017, too" in train.summary
 
 
 def test_vqa_without_cocos_file(tmp_path):

@@ -152,10 +152,13 @@ def test_the_same_update_however_the_batch_is_cut(tmp_path, small_tiny_data, fir
     """20 iterations of all eight tasks, pictures without boxes and boxes without attributes among
     them, end with the same weights for any (number of processes, micro-batch)."""
     found, chances = [], ",".join(["1"] * 8)
+    # In single precision rounding errors grow a thousandfold in these iterations if the decoder
+    # begins with the queries.
+    begin = [] if first else ["--queries_as_input", "false"]
     for processes, micro_batch in arrangements:
         out = tmp_path / f"{processes}x{micro_batch}"
         finish(out, "--iterations", 20, "--micro_batch", micro_batch, "--save_every", 100,
-               "--probabilities", chances, processes=processes, first=first,
+               "--probabilities", chances, *begin, processes=processes, first=first,
                data_dir=small_tiny_data)
         found.append(weights(out))
     assert {x.get("task") for x in log_of(tmp_path / "1x8")} >= set(train.EIGHT)
