@@ -385,8 +385,8 @@ class ImageEncoder(Encoder):
             padding = ~valid.flatten(1)
         positions = sine_positions(valid, x.shape[1]).to(x.dtype)     # (B, L, d_v^e)
         x = x.flatten(2).transpose(1, 2)                              # (B, L, d_v^e)
-        if self.positions_in_map:
-            x = x + positions
+        if self.positions_in_map:                                     # Section 3.1's words
+            x = x + positions                                         # (B, L, d_v^e)
         h = self.transform(x, positions, padding, task) + x           # Eq. 2 is silent on the sum
         return self.projection(h), self.position_projection(positions), padding
 
