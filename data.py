@@ -285,10 +285,10 @@ class Dataset:
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
     Sample`, augmented by draws from `rng` in training; `rng` is None in evaluation.
 
-    Records of the kinds that official files have are left out and counted (`skipped`): absent
-    pictures, repeated ids, empty boxes, objects outside a vocabulary, questions without answers,
-    rows of too many columns, the label "-". Any other fault is an InputError that names file,
-    record and fix. Pictures are opened one by one: `picture` raises UnusablePicture."""
+    Records with the faults of official files are left out and counted (`skipped`): absent pictures,
+    repeated ids, empty boxes, objects outside a vocabulary, questions without answers, rows of too
+    many columns, the label "-". Any other fault is an InputError that names file, record and fix.
+    Pictures are opened one by one: `picture` raises UnusablePicture."""
 
     files: dict[str, list[str]] = {}  # split -> the files it is read from, relative to `data`
     class_names: list[str] = []       # index = class id, "" for ids that are not used
@@ -617,7 +617,7 @@ class Vqa2(Classification):
         for part in self.parts[self.split]:
             for number, image, text in self.read_questions(self.data / self.questions.format(part)):
                 name, held = pictures.get(image) or f"coco/*/{image}.jpg", image in held_out
-                if held and part == "train2014":  # own data, in which both splits have the id
+                if held and part == "train2014":  # own data: two pictures may share an id
                     held = not name.startswith("coco/train")
                     shared += 1
                 if held == (self.split == "val"):
@@ -1080,7 +1080,7 @@ def convert_object(thing: dict, width: int, height: int, object_ids: dict, attri
 
 
 # The official VQA scorer's contractions: each of these words with any one apostrophe left out
-# becomes the word. Three entries of its table are odd, and kept: a score must be the official one.
+# becomes the word. One entry of its table is odd, and kept: a score must be the official one.
 CONTRACTIONS = {
     word[:i] + word[i + 1:]: word for word in """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
@@ -1093,7 +1093,7 @@ CONTRACTIONS = {
     who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
     y'all'd've you'd you'd've you'll you're you've
     """.split() for i, letter in enumerate(word) if letter == "'"}
-CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
+CONTRACTIONS |= {"somebody'd": "somebodyd"}
 NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}
 PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
@@ -1284,7 +1284,7 @@ def splits(data: Path, names: list[str]):
             print(f"{task.name:8}nothing is there")
             continue
         for split in task.dataset.files:
-            try:  # pictures small, words unknown: neither is looked at
+            try:  # small and without words: --check opens the pictures, no more
                 dataset = task.dataset(task, data, split, Tokenizer(SPECIAL), image_size=32)
             except InputError as error:
                 print(f"{task.name:8}{split:6}        - {error}")
@@ -1444,7 +1444,7 @@ COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
 CATEGORIES = {thing: n + n // 4 for n, thing in enumerate(product(SHAPES, COLOURS), 1)}
 # (training, held out): pictures of the first three; sentences or pairs of each of GLUE's four.
 TINY_SIZES = {"coco": (2400, 240), "vg": (1600, 240), "snli_ve": (3600, 400), "glue": (4000, 400)}
-TINY_TEST = 20                                       # rows of each test file, which has no labels
+TINY_TEST = 20                                       # rows of each test file; GLUE's have no labels
 
 
 def pick(rng, choices):

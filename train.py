@@ -300,7 +300,8 @@ def make_schedule(datasets: dict, train: TrainConfig) -> data.Schedule:
 TABLE_A2 = {  # sampling probabilities: all eight data sets (line 2), the ablations' three (line 3)
     EIGHT: dict(coco=.20, vg=.07, vqa2=.26, snli_ve=.12, qnli=.10, mnli=.10, qqp=.10, sst2=.05),
     ABLATION: dict(coco=.30, snli_ve=.50, mnli=.20)}
-# "COCO init." copies other parts in Section 4.1 (and C.1 line 9) than in 4.2 (released configs).
+# "COCO init." copies other parts in Section 4.1 (and C.1 line 9) than in 4.2. The released system
+# copies all that fits (--as_released), which makes line 11 of Table C.1 the same as line 10.
 COCO_INIT = dict(init="T1.1-coco", init_parts=("image_encoder", "heads"))
 COCO_INIT_4_2 = dict(init="T1.1-coco", init_parts=("image_encoder", "decoder"))
 # The authors' own models of these runs, for --init in place of ours.
@@ -356,7 +357,7 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "A-skip": dict(tasks=DETECTION_VQA, iterations=450_000),  # the same run as T1.3
     "A-update": dict(tasks=DETECTION_VQA, iterations=450_000, update_unused=True)}
 
-TINY = dict(  # --tiny: same model and losses in other sizes, for 32-pixel pictures (ours; README)
+TINY = dict(  # --tiny: small sizes, and what pictures of 32 pixels need to be learned (README)
     data="runs/tiny-data", image_size=32, augment="flip", backbone="small", pretrained=False,
     encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=2,
     bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, max_positions=64,
@@ -374,7 +375,6 @@ TINY = dict(  # --tiny: same model and losses in other sizes, for 32-pixel pictu
     first_probabilities=(.42, .14, .18, .14, .12),
     probabilities=(.23, .18, .29, .22, .02, .02, .02, .02),
     iterations=5900, batch_size=32, lr=9e-4, lr_backbone=6e-4, warmup=200,
-    clip=0.1,        # the paper's: a detection's gradient is 40 times that of a text
     micro_batch=32,  # the pictures are all of one size: nothing is padded
     threads=1,       # a second one costs such small matrices more than it brings
     num_workers=1, log_every=250, save_every=1000, eval_every=1350)
@@ -474,7 +474,7 @@ def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released:
 
 
 def part_of(name: str) -> str:
-    return next((part for part in PARTS if name.startswith(part)), "others")
+    return next(part for part in PARTS if name.startswith(part))
 
 
 def source_of(name: str, theirs: dict[str, Tensor], as_released: bool) -> str:
@@ -650,7 +650,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = data.Parser(
         usage="train.py [--tiny] [--experiment NAME] [--FLAG VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-        epilog="Order: defaults < --tiny < --experiment < flags.")
+        epilog="Order: defaults < --tiny < --experiment < --as_released < flags.")
     flag = parser.add_argument_group("what to run").add_argument
     flag("--tiny", action="store_true", help="a laptop's preset: tiny data sets, written here, and "
          "the values marked tiny below")
@@ -671,8 +671,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def chosen_settings(args: argparse.Namespace) -> tuple[dict, Path]:
-    """{name: value} of all settings of model and run, and the run's folder. Order: defaults <
-    --tiny < --experiment < flags."""
+    """{name: value} of all settings of model and run, and the run's folder. For their
+    order see --help."""
     flags, prefix = vars(args), "tiny-" if args.tiny else ""
     name = args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:

@@ -275,7 +275,7 @@ class Encoder(nn.Module):
         return x[:, 1:] if task in self.w_task else x
 
 
-# ---- Section 3.1. Image encoder ------------------------------------------------------------------
+# ---- Section 3.1. Image encoder (ResNet is imported under "torchvision", below) ------------------
 def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)) as one convolution: a frozen batch norm only scales and shifts, and scaling the
     weights is cheaper than scaling the feature map."""
@@ -467,10 +467,11 @@ class Decoder(nn.Module):
         -> h^{dec,l} (N_d, B, q, d)
 
         Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
-        The first self-attention then sees zeros: its values all equal its value bias, and its
-        query, key and value matrices have zero gradients (with dropout, only value). Queries differ
-        only in where they attend, and for a long time small models predict one layout of boxes for
-        all pictures. Eq. 4 also allows content that starts at q^task: `queries_as_input`."""
+        The first self-attention then mixes values that all equal its value bias: its query, key
+        and value matrices have zero gradients (with dropout, its value matrix alone). Queries
+        differ only in where they attend, and for a long time small models predict one layout of
+        boxes for all pictures. Eq. 4 also allows content that starts at q^task
+        (`queries_as_input`)."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
@@ -626,7 +627,7 @@ def initialise(model: UniT) -> None:
     xavier = nn.ModuleList(model.decoders.values())
     if image:
         xavier += [image.layers, image.projection, image.position_projection]
-    if text:  # as strong as the image's, for a random BERT; `load_bert` restores the released start
+    if text:  # as the image's, for a random BERT; `load_bert` gives PyTorch's default, as released
         xavier += [text.projection, text.position_projection]
     for name, p in xavier.named_parameters():
         if p.dim() > 1:
@@ -637,7 +638,7 @@ def initialise(model: UniT) -> None:
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
-    for name, p in text.named_parameters() if text else ():  # pretrained in the paper's runs
+    for name, p in text.named_parameters() if text else ():  # a random BERT (ours)
         if name.startswith(OUR_OWN) or "embeddings" in name:
             continue  # embeddings stay N(0, 1): BERT's 0.02 would hide positions from the decoder
         if p.dim() > 1:  # BERT's 0.02 is for a width of 768; at 64 the signal would vanish
@@ -916,7 +917,7 @@ def load_pretrained(model: UniT, folder: Path, imagenet: bool = False) -> list[s
         try:
             download(path)
         except InputError as error:
-            lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has its: "
+            lines.append(f"WARNING: {name} starts from RANDOM weights, unless --init has them: "
                          f"{error}")
         else:
             load(model, path)

@@ -126,7 +126,9 @@ def test_lines_and_json(tmp_path):
 
 @pytest.mark.skipif(not CONTRACTIONS.exists(), reason="no table beside the project")
 def test_contractions_are_the_official_table():
-    assert data.CONTRACTIONS == json.loads(CONTRACTIONS.read_text("utf-8"))
+    official = json.loads(CONTRACTIONS.read_text("utf-8"))
+    changes = {word: other for word, other in official.items() if word != other}
+    assert data.CONTRACTIONS == changes
 
 
 @pytest.mark.parametrize("answer, expected", [
