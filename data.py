@@ -1438,7 +1438,7 @@ def main(argv: list[str] | None = None) -> None:
 SIDE = 32                                            # pixels
 SHAPES = ["circle", "square", "triangle"]
 COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
-           "yellow": (235, 220, 50)}
+           "white": (235, 235, 235)}
 # COCO's categories name the colour too, or a model that begins with COCO learns to ignore it.
 # The ids have gaps, as in the official file.
 CATEGORIES = {thing: n + n // 4 for n, thing in enumerate(product(SHAPES, COLOURS), 1)}
@@ -1564,7 +1564,7 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
 
     Yes or no takes one comparison with the picture (is there such a shape, or such a colour?) or
     two (has the shape that colour?)."""
-    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.25, 0.35, 0.15, 0.15, 0.1])
+    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.38, 0.24, 0.22, 0.1, 0.06])
     if kind == "count":
         text = pick(rng, ["how many shapes are there?", "how many things do you see?"])
         return text, str(len(things))
