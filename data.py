@@ -94,9 +94,7 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
 def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends
     (0 is BERT's [PAD]), and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
-
-    As in DETR, the features near the padding differ from those of the picture alone (convolutions
-    see it), so results depend a little on the batch size. One picture a batch is exact."""
+    As in DETR, convolutions see the padding, so results depend a little on the batch size."""
     sizes = np.array([tensor.shape for tensor in tensors])
     if (sizes == sizes[0]).all():
         return torch.stack(tensors), None
@@ -125,9 +123,7 @@ class UnusablePicture(InputError):
 
 def read_image(path: Path | str, size=None) -> Tensor:
     """(3, H, W) uint8 RGB, laid out as (H, W, 3): the layout that torchvision resizes fastest.
-
-    `size`: height and width in the annotations, if they state them; see `upright`.
-    No `draft` (decoding at a reduced size): its pixels differ from those of a full decode."""
+    `size`: height and width in the annotations, if they state them; see `upright`."""
     try:
         # No warnings about odd metadata or very large pictures: users can do nothing about them.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
@@ -175,10 +171,8 @@ def scaled(length: int, image_size: int) -> int:
 
 
 def fitted_size(height: int, width: int, shortest: int, longest: int, floor: bool):
-    """The size whose shorter side is `shortest`, unless the longer one would exceed `longest`.
-
-    In whole numbers, so that 480 x (800 / 480) is 800. Detection rounds, vision and language takes
-    the floor (released config). At least 1: a picture may be 10,000 wide and 1 high."""
+    """The size whose shorter side is `shortest`, unless the longer one would exceed `longest`; at
+    least 1. Detection rounds, vision and language takes the floor (released config)."""
     wanted, present = shortest, min(height, width)
     if max(height, width) * shortest > longest * present:
         wanted, present = longest, max(height, width)
@@ -228,11 +222,10 @@ def crop(image: Tensor, boxes: np.ndarray, rng: np.random.Generator, image_size:
 
 def augment(image: Tensor, boxes: np.ndarray, rng: np.random.Generator,
             image_size: int = SHORTEST):
-    """DETR's. image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture.
+    """image (3, H, W) uint8, boxes (n, 4) x0, y0, x1, y1 relative to the picture.
 
-    The paper (Section 3.5), "following DETR", resizes to 480-800, then crops. DETR itself, which
-    this and the released config follow, flips half of the time, crops half of the time (from a
-    picture resized to 400, 500 or 600), and resizes to 480-800 last."""
+    The paper (Section 3.5), "following DETR", resizes to 480-800, then crops. DETR itself, and the
+    released config, flip, crop half of the time, and resize to 480-800 last: so does this."""
     image, boxes = flip(image, boxes, rng)
     if rng.random() < 0.5:
         image, boxes = crop(image, boxes, rng, image_size)
@@ -278,8 +271,7 @@ COCO_VAL = "coco/annotations/instances_val2017.json"
 
 
 class Dataset:
-    """The base of all readers. `split` is train, val or test; `data` the folder of all data sets;
-    `image_size` and `augment` are the settings of those names.
+    """The base of all readers. `split` is train, val or test; `data` the folder of all data sets.
 
     A reader adds `read(self)`, which sets `ids`, `num_images` (different pictures) and arrays of
     its own, perhaps `folder` and `names` of pictures in it; and `sample(self, index, rng=None) ->
@@ -837,9 +829,8 @@ def tasks_named(names) -> list[Task]:
 class Schedule:
     """Which task and which samples an iteration takes: a pure function of (seed, iteration).
 
-    All processes therefore agree without communicating, and a run resumed at i is identical to one
-    that was never interrupted. The task is drawn (Section 3.5). Each drawing of it takes the next
-    samples of its data set; each pass through a data set is shuffled anew."""
+    So processes agree without communicating, and a run can resume anywhere. The task is drawn
+    (Section 3.5) and takes the next samples of its data set, shuffled anew in each pass."""
 
     def __init__(self, sizes: dict[str, int], probabilities: dict[str, float], batch_size: int,
                  iterations: int, seed: int, first: dict[str, float] | None = None,
@@ -877,8 +868,7 @@ class Schedule:
         return rng.permutation(self.sizes[name])
 
 
-# A training ends at this many unusable pictures, if they are more than 1 in 100 of those met. For
-# one of them, at most this many replacements are tried.
+# A training ends at so many unusable pictures, if they are more than 1 in 100 of those met.
 FEWEST_UNUSABLE = 10
 
 
@@ -920,26 +910,20 @@ STOPPING = [x for x in signal.Signals if x.name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 def start_worker(datasets: dict[str, Dataset]) -> None:
-    """Signals may go to all processes, but the parent needs its workers to finish the iteration in
-    hand. Workers without a parent end by themselves."""
+    """Signals may go to all processes, but the parent needs its workers for the iteration in hand.
+    Workers without a parent end by themselves."""
     global worker_datasets
     worker_datasets = datasets
     torch.set_num_threads(1)
     for stop in STOPPING:
         signal.signal(stop, signal.SIG_IGN)
-    ForkingPickler.register(Tensor, as_array)
+    # PyTorch would send each tensor through shared memory, which runs out, as do open files.
+    ForkingPickler.register(Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def as_array(tensor: Tensor):
-    """How a tensor travels between processes. PyTorch would put each into shared memory, which runs
-    out, as do open files."""
-    return torch.from_numpy, (tensor.numpy(),)
-
-
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def make_in_worker(name: str, indices: list, seeds: list):
@@ -974,9 +958,9 @@ def run_loader(datasets: dict[str, Dataset], requests, num_workers: int):
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
                  world_size: int = 1, micro_batch: int = 0, num_workers: int = 0):
-    """Yields for each iteration from `start` on: this process's micro-batches, a list of Batch, and
-    the reasons why pictures were replaced by others. `micro_batch` 0: one picture at a time, the
-    paper's way (see `pad`), or all texts."""
+    """Yields for each iteration from `start` on: this process's micro-batches, and the reasons why
+    pictures were replaced by others. `micro_batch` 0: one picture, as in the paper, or all texts.
+    """
     each = schedule.batch_size // world_size  # without a remainder: train.check
 
     def requests():
@@ -1100,10 +1084,9 @@ PUNCTUATION = set(';/[]"{}()=+\\_-><@`,?!')  # twenty-one marks; no colon
 
 
 def normalise_answer(text: str) -> str:
-    """The official VQA scorer's processing of an answer, slips included, as scores would differ.
-
-    A mark is removed if it stands beside a space anywhere in the text, or if the text has a comma
-    between digits ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
+    """The official VQA scorer's processing of an answer, slips included. A mark is removed if it
+    stands beside a space anywhere in the text, or if the text has a comma between digits
+    ("1,000"); otherwise it becomes a space ("t-shirt" -> "t shirt")."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     result, thousands = text, re.search(r"[0-9],[0-9]", text)
     for mark in PUNCTUATION.intersection(text):
@@ -1240,9 +1223,7 @@ def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
 
 def find_pictures(dataset: Dataset, names: list[str]) -> tuple[list[str], np.ndarray]:
     """-> the names on the disk, (n,) bool: is the picture in `dataset.folder`? An error if none is.
-
-    A record gets the file of exactly its name. Without one, it gets the first of the same
-    `spelling` that no other record names exactly."""
+    Without a file of its name a record gets one of its `spelling` that no other record names."""
     folder, wanted, folders = dataset.folder, {*names}, set()
     for name in wanted:
         *parents, _ = re.split(r"[/\\]", name)
@@ -1428,13 +1409,10 @@ def main(argv: list[str] | None = None) -> None:
 # ---- The tiny data sets --------------------------------------------------------------------------
 # The eight tasks in a size that a laptop learns in minutes (ours): pictures of 32 x 32 pixels with
 # one to three coloured shapes, and sentences made of templates, in the official files' formats.
-# * No part of the input gives the answer away. A label is a relation between two things (two
-#   sentences, a picture and a text, a word and its scope), and each of the two is about equally
-#   likely under every label: tests/baselines.py measures what is left.
+# * A label is a relation between two things (two sentences, a picture and a text, a word and its
+#   scope), each about equally likely under every label: see tests/baselines.py.
 # * Held-out splits share no picture with training and, in the four text tasks, no sentence: each is
 #   about a name of two words, and a hash keeps one such name in five out of training.
-# * Labels are balanced after duplicates are removed. Everything follows from the seed.
-
 SIDE = 32                                            # pixels
 SHAPES = ["circle", "square", "triangle"]
 COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
@@ -1560,10 +1538,9 @@ def tiny_vg(folder: Path, coco_val: dict, rng) -> list[str]:
 
 
 def tiny_question(things: list, rng) -> tuple[str, str]:
-    """A question about the picture with these things, and its answer.
-
-    Yes or no takes one comparison with the picture (is there such a shape, or such a colour?) or
-    two (has the shape that colour?)."""
+    """A question about the picture with these things, and its answer. Yes or no takes one
+    comparison with the picture ("one": is there such a shape?) or two (has the shape that colour?).
+    """
     kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.38, 0.24, 0.22, 0.1, 0.06])
     if kind == "count":
         text = pick(rng, ["how many shapes are there?", "how many things do you see?"])
@@ -1622,9 +1599,7 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     """A split of SNLI-VE and its pictures -> the statements.
 
     "The circle is red" is entailed by a red circle, contradicted by a circle of another colour, and
-    neutral where there is no circle. Shapes and colours are as likely under one label as under
-    another, in texts and in pictures. One shape per picture, larger than COCO's: only VQA asks
-    which of several is meant."""
+    neutral where there is no circle. One shape per picture: only VQA asks which is meant."""
     first, lines = {"train": 10, "val": 20, "test": 30}[split], []
     for n in range(number):
         name, label = f"{first}{n:06}", SnliVe.class_names[n % 3]

@@ -48,10 +48,8 @@ from torchvision.transforms.functional import to_pil_image
 def vqa_accuracy(answer: str, given: list[str]) -> float:
     """Agreement with the annotators' answers in 0..1: min(1, 3 k / n), where k of n agree.
 
-    Of ten annotators three make an answer nearly right and four right (0, 0.3, 0.6, 0.9, 1). That
-    is what the official evaluation (footnote 1) computes as the mean over all ways to leave one
-    annotator out of min(1, agreeing / 3). Own data may have fewer answers; a single one that agrees
-    then scores 1. The training targets (`Vqa2.scores`) follow the same rule."""
+    Of ten this is what the official evaluation (footnote 1) computes: the mean over all ways to
+    leave one annotator out of min(1, agreeing / 3). `Vqa2.scores` follows the same rule."""
     answer, *given = (x.replace("\n", " ").replace("\t", " ").strip() for x in [answer, *given])
     # A trap: where ten answers are one string, the official script compares them as they are.
     if len(given) != 10 or len(set(given)) > 1:
@@ -107,8 +105,8 @@ def to_rows(found: Detections) -> np.ndarray:
 
 
 def to_annotations(found: dict[int, np.ndarray]) -> list[dict]:
-    """COCO.loadRes's records, without polygons. Image ids stay integers: dates and hashes exceed
-    2**53, above which doubles have gaps. Records are numbered from 1, as 0 means "not matched"."""
+    """COCO.loadRes's records, numbered from 1, as 0 means "not matched". Image ids stay integers:
+    some exceed 2**53, above which doubles have gaps."""
     records = []
     for image, rows in found.items():
         for x, y, w, h, score, label in rows.tolist():
@@ -272,13 +270,10 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
     """The model's answers about a picture (its path), a text, or both, the likeliest first.
 
     Each is {"label", "score"}; in detection also "box", [x0, y0, x1, y1] in pixels of the upright
-    picture, and "attribute" where the task has attributes. Names and word pieces come from the
-    checkpoint, so no data are needed."""
+    picture, and "attribute" where the task has attributes."""
     task = choose_task(model, image is not None, text is not None, task)
     sample = data.Sample(id=0)
     if image is not None:
-        if not Path(image).is_file():
-            raise InputError(f"{image}: no such picture; check --image")
         pixels = data.read_image(image)  # upright, as no annotations disagree with its EXIF
         sample.size = tuple(pixels.shape[1:])
         pixels = data.resize_for_evaluation(pixels, model.config.image_size, floor=task.text)
@@ -311,9 +306,8 @@ def answers_to(model: UniT, task: Task, sample, labels: dict) -> list[dict]:
 
 
 def choose_task(model: UniT, image: bool, text: bool, name: str | None, question=True) -> Task:
-    """The task of that name. Without a name, the model's first task with these inputs: for a
-    picture and a text VQA (soft scores) if the text is a `question`, else SNLI-VE. A text alone
-    does not say which task is meant, unless the model has only one."""
+    """The task of that name, or the model's first one with these inputs: for a picture and a text
+    VQA (soft scores) if the text is a `question`, else SNLI-VE. For a text alone there must be one."""
     fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
     if name is not None:
         chosen = [t for t in fit if t.name == name]
@@ -383,9 +377,8 @@ def write_predictions(folder: Path, dataset, items: list) -> None:
 
 
 def write_detections(path: Path, names: list[str], items: list) -> None:
-    """COCO's result JSON, boxes to 0.1 pixel, and a zip of it. Texts, as test-dev has two million
-    records, too many for dicts. Classes that do not exist (COCO's ten gaps) are left out, as the
-    metric never looks at them."""
+    """COCO's result JSON, boxes to 0.1 pixel, and a zip of it, without classes that do not exist
+    (COCO's ten gaps). Texts, as test-dev has two million records, too many for dicts."""
     record = '{"image_id":%d,"category_id":%d,"bbox":[%.1f,%.1f,%.1f,%.1f],"score":%.5f}'
     records = []
     for image, rows, _ in items:
@@ -463,10 +456,6 @@ def save_grid(tiles: list[Image.Image], path) -> None:
     save_picture(sheet, path)
 
 
-def likely(found: list[dict]) -> list[dict]:
-    return [thing for thing in found if thing["score"] >= 0.5]
-
-
 def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
     """The boxes of a sample as `predict` returns its own, without scores."""
     boxes = in_pixels(sample.boxes, torch.tensor(sample.size))
@@ -489,7 +478,7 @@ def show_sample(model: UniT, dataset, index: int) -> list[Image.Image]:
         picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
         scale = WIDTH / picture.width
     if task.kind == "detection":
-        shown = {"prediction": likely(answers)}
+        shown = {"prediction": [thing for thing in answers if thing["score"] >= 0.5]}
         if sample.boxes is not None:
             shown["truth"] = true_boxes(sample, labels)
         return [tile(draw_boxes(picture, things, scale), [(f"{task.name}, {whose}", "#808080")])
@@ -768,7 +757,7 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
         task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
         answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
         detection = task.kind == "detection"
-        shown = likely(answers) if detection else answers[:5]
+        shown = [a for a in answers if a["score"] >= 0.5] if detection else answers[:5]
         print(f"{task.name}:")
         for a in shown:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())

@@ -115,14 +115,15 @@ def training_loop(model, datasets, held_out, extras, train: TrainConfig, out, st
             batches, replaced, problem = next_batches(stream)
             problem = problem or log.too_many_unusable()
             orphan = world_size > 1 and os.getppid() != torchrun  # a signal has ended it
-            boxes, stopping = count_boxes(batches), bool(signals or problem or orphan)
-            num_boxes, stopping = sum_over_processes(boxes, stopping)
-            if stopping:  # all processes, before the same iteration
+            shares = gathered((count_boxes(batches), bool(signals or problem or orphan)))
+            counts, stopping = zip(*shares)
+            if any(stopping):  # all processes, before the same iteration
                 save(log, model, optimizer, scaler, extras)
                 leave(log, signals, problem)
-            seed_dropout(train.seed, iteration, rank)
+            # Dropout depends on this alone, so checkpoints need not store generator states.
+            torch.manual_seed(((train.seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
             lr = set_learning_rate(optimizer, iteration, train)
-            terms, norm, norms = update(step, optimizer, scaler, batches, train, num_boxes)
+            terms, norm, norms = update(step, optimizer, scaler, batches, train, sum(counts))
             done = iteration + 1
             ids = sum((batch.ids for batch in batches), [])
             log.add(Record(done, batches[0].task, ids, replaced, lr, terms, norm, norms))
@@ -163,15 +164,6 @@ def next_batches(stream) -> tuple[list[Batch], list[str], str]:
 
 def count_boxes(batches: list[Batch]) -> int:
     return sum(len(boxes) for batch in batches for boxes in batch.boxes or [])
-
-
-def sum_over_processes(*numbers: float) -> list[float]:
-    return [sum(values) for values in zip(*gathered(numbers))]
-
-
-def seed_dropout(seed: int, iteration: int, rank: int) -> None:
-    """This alone determines dropout, so checkpoints need not store generator states."""
-    torch.manual_seed(((seed * 1_000_003 + iteration) * 4099 + rank) % 2**63)
 
 
 def update(step, optimizer, scaler, batches, train, num_boxes):
@@ -256,9 +248,8 @@ def leave(log: Log, signals: list[int], problem: str) -> None:
 # ---- Optimiser and schedule (Section 3.5) --------------------------------------------------------
 def make_optimizer(model: UniT, train: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Section 3.5) with Adam's betas of Table A.1; weight decay on everything, as released.
-
-    PyTorch's AdamW adds eps after the bias correction, the released code's before. Gradients
-    clipped to 0.1 are tiny, so the first updates differ: by a tenth at gradients of about 7e-6."""
+    (PyTorch's AdamW adds eps after the bias correction, the released code's before: with gradients
+    clipped to 0.1 the first updates differ by about a tenth.)"""
     backbone, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -398,9 +389,7 @@ def save(log: Log, model, optimizer, scaler, extras) -> None:
     require_finite_weights(model, log.done)
     if processes()[0] > 0:
         return
-    tasks = []
-    for task in model.tasks.values():
-        tasks.append({key: value for key, value in vars(task).items() if key != "dataset"})
+    tasks = [asdict(replace(task, dataset=None)) for task in model.tasks.values()]
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "scaler": scaler.state_dict(), "iteration": log.done, "tasks": tasks,
              "config": asdict(model.config), "train": asdict(log.train), **extras}
@@ -408,8 +397,6 @@ def save(log: Log, model, optimizer, scaler, extras) -> None:
     with data.whole_file(last, "wb") as file:
         torch.save(state, file)
         if last.exists():
-            file.flush()
-            os.fsync(file.fileno())  # the new one is on the disk before the old one moves
             os.replace(last, log.out / "previous.pt")
 
 
@@ -439,9 +426,8 @@ def require_finite_weights(model: UniT, iteration: int) -> None:
 def initialise_from(model: UniT, path: str, parts: tuple[str, ...], as_released: bool,
                     classes: dict[str, list[str]] | None = None) -> str:
     """Copies what fits by name and shape from a checkpoint of train.py, or from a file of the
-    authors', and leaves the rest as it is -> a report. `parts`: only these. Then it is an error if
-    nothing of a part fits, or if a head has another shape; `classes` (their names here, by task)
-    are for that message."""
+    authors' -> a report. `parts`: only these, and an error if nothing of one fits, or if a head has
+    another shape; `classes` (their names here, by task) are for that message."""
     theirs, their_classes, origin = evaluation.starting_weights(path)
     ours, sources, misfits = model.state_dict(), {}, {}  # {our name: theirs}
     wanted = [name for name in ours if not parts or part_of(name) in parts]
@@ -696,8 +682,7 @@ def chosen_settings(args: argparse.Namespace) -> tuple[dict, Path]:
 
 
 def scaled_to_tiny(experiment: dict) -> dict:
-    """An experiment's settings at tiny's sizes. Iterations are tiny's, or twice as many if the
-    paper's are twice the usual number (Table C.1 line 8)."""
+    """An experiment's settings at tiny's sizes; twice its iterations for Table C.1 line 8."""
     result = dict(experiment)
     longer = result.get("iterations", 0) // DEFAULTS["iterations"]
     result["iterations"] = TINY["iterations"] * max(1, longer)

@@ -125,10 +125,8 @@ class Batch:
 
 
 def option(default, help: str, least: float | None = None, most: float = math.inf, choices=()):
-    """A dataclass field that is also a command line flag; `help` names its source in the paper.
-
-    A number lies between `least` and `most`; a word is one of `choices`, if there are any. An
-    integer is at least 1 unless said otherwise, or 0 where 0 is its default."""
+    """A dataclass field that is also a flag; `help` names its source in the paper. The default of
+    `least`: 1 for an integer, unless its own default is 0; else 0."""
     if least is None:
         least = 1 if type(default) is int and default else 0
     return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
@@ -470,8 +468,7 @@ class Decoder(nn.Module):
         The first self-attention then mixes values that all equal its value bias: its query, key
         and value matrices have zero gradients (with dropout, its value matrix alone). Queries
         differ only in where they attend, and for a long time small models predict one layout of
-        boxes for all pictures. Eq. 4 also allows content that starts at q^task
-        (`queries_as_input`)."""
+        boxes for all pictures; `queries_as_input` begins with q^task, as Eq. 4 allows."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
@@ -632,8 +629,7 @@ def initialise(model: UniT) -> None:
     for name, p in xavier.named_parameters():
         if p.dim() > 1:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
-            # that of each alone. (Separate decoders get Xavier weights here. The released code runs
-            # its Xavier pass before they exist, and each begins as copies of one default layer.)
+            # that of each alone. (The released code skips separate decoders.)
             packed = re.search(r"\b[qkv]_proj\.", name)
             nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
         elif "attention" in name and name.endswith("bias"):
@@ -778,7 +774,6 @@ class Detections:
     labels: Tensor                          # (q,) the best class that is not no-object
     boxes: Tensor                           # (q, 4) x0, y0, x1, y1 in pixels of the original image
     attributes: Tensor | None = None        # (q,) the highest-scoring attribute
-    attribute_scores: Tensor | None = None  # (q,) its probability
 
 
 @torch.no_grad()
@@ -791,9 +786,7 @@ def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]
     columns = [scores, labels, boxes]
     head = model.heads[batch.task].attribute_head
     if head is not None:                                  # Eq. 7 with the highest-scoring class
-        attribute_scores = head(outputs.hidden[-1], labels)              # (B, q, A)
-        best = attribute_scores.softmax(-1).max(-1)
-        columns += [best.indices, best.values]
+        columns.append(head(outputs.hidden[-1], labels).argmax(-1))      # (B, q, A) -> (B, q)
     columns = [column.cpu() for column in columns]
     return [Detections(*image) for image in zip(*columns)]
 
@@ -811,7 +804,6 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert
 
 
 # ---- Pretrained weights: BERT (Section 3.2) and the backbone (Section 3.1) -----------------------
-# A file that is missing, unreadable or mismatched raises InputError and leaves the model as it was.
 OUR_OWN = ("projection.", "position_projection.", "w_task.")  # of TextEncoder; BERT has none of it
 BERT_NAMES = {  # parts of our names, and of those in BERT's files
     "word_embeddings": "embeddings.word_embeddings",
@@ -826,8 +818,7 @@ BERT_SIZES = {  # entries of BERT's config.json, and of Config
     "hidden_size": "bert_width", "num_attention_heads": "bert_heads",
     "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
     "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
-# Keys with these parts are not used: BERT's pretraining heads and constants; the rest of DETR, and
-# the classifier and counters in torchvision's file.
+# Not used: BERT's pretraining heads; the rest of DETR, the classifier in torchvision's file.
 BERT_UNUSED = ("cls.", "pooler.", "position_ids")
 BACKBONE_UNUSED = ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.",
                    "fc.", "num_batches_tracked")
@@ -841,10 +832,8 @@ def renamed(name: str, names: dict[str, str]) -> str:
 
 
 def copy_weights(ours: dict[str, Tensor], found: dict[str, Tensor], path, fix: str, keys=None):
-    """Copies the tensors `found` in the file `path` into ours, once every one of them fits.
-
-    keys: {our name: the file's key}; None: they are the same. Raises InputError with the first key
-    that is missing, has another shape or fits nowhere."""
+    """Copies the tensors `found` in the file `path` into ours, once every one of them fits; else
+    raises InputError. keys: {our name: the file's key}; None: they are the same."""
     keys = keys or {name: name for name in ours}
     for name, tensor in ours.items():
         key, shape = keys[name], tuple(tensor.shape)
@@ -877,16 +866,13 @@ def bert_config(folder: Path) -> dict[str, int]:
 
 def load_bert(model: UniT, path: Path) -> None:
     """BERT's weights, under old names (gamma, beta) or new ones, with or without a prefix."""
-    fix = "vocab.txt, config.json and weights must be of one BERT, and the model of their sizes"
-    for name, size in bert_config(path.parent).items():  # heads do not show in the weights' shapes
-        if size != (our_size := getattr(model.config, name)):
-            raise InputError(f"{path.parent}: {name} is {size}, the model's is {our_size}; {fix}")
     found = {}
     for key, tensor in read_weights(path, BERT_UNUSED, "bert.").items():
         found[key.replace(".gamma", ".weight").replace(".beta", ".bias")] = tensor
     ours = model.text_encoder.state_dict()
     ours = {name: tensor for name, tensor in ours.items() if not name.startswith(OUR_OWN)}
-    copy_weights(ours, found, path, fix, {name: renamed(name, BERT_NAMES) for name in ours})
+    copy_weights(ours, found, path, "vocab.txt, config.json and weights must be of one BERT",
+                 {name: renamed(name, BERT_NAMES) for name in ours})
     for projection in (model.text_encoder.projection, model.text_encoder.position_projection):
         projection.reset_parameters()  # PyTorch's defaults, as released
 
@@ -982,8 +968,7 @@ def unpack_released(found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_released(path: Path | str) -> UniT:
-    """The authors' model in eval mode, from their archive or the file in it. Not used are BERT's
-    pooler, queries of tasks without a head, and duplicates."""
+    """The authors' model in eval mode, from their archive or the file in it."""
     fix = "give one of the authors' files (README)"
     found, tasks = unpack_released(read_weights(path)), []
     for task in PAPER_TASKS:
@@ -1024,9 +1009,7 @@ TIMEOUT = 10  # seconds without an answer, after which a machine counts as offli
 
 
 def download(path: Path) -> None:
-    """Downloads a published file to `path`, recognised by its name, if nothing is there yet.
-
-    Raises InputError if `path` does not exist afterwards."""
+    """Downloads a published file, recognised by its name, if it is not there. Or InputError."""
     if path.exists():
         return
     if path.name not in PUBLISHED:
@@ -1063,10 +1046,8 @@ def what_is_wrong(path: Path, otherwise: str) -> str:
 
 def read_file(path: Path | str, fix: str = ""):
     """The content of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive. A
-    published file that is absent is downloaded first. Raises InputError.
-
-    Weights only: a pickle that asks for anything but tensors, plain values and the classes of
-    `torch.serialization.safe_globals` is refused before any of its code runs."""
+    published file that is absent is downloaded first. Raises InputError, also where a pickle asks
+    for more than tensors, plain values and `safe_globals`: before any of its code runs."""
     path = Path(path)
     download(path)
     reason = "cut short, damaged, or not weights"
@@ -1184,8 +1165,7 @@ def add_flags(group, settings: type, presets: dict[str, dict] | None = None) -> 
 
 @torch.no_grad()
 def figure_2(config: Config) -> None:
-    """Prints Figure 2 for one picture and one text. On the meta device: shapes without memory or
-    arithmetic."""
+    """Prints Figure 2 for one picture and one text. On the meta device: shapes without memory."""
     with torch.device("meta"):
         model = UniT(config, PAPER_TASKS)
         images, tokens = torch.empty(1, 3, 800, 1066), torch.zeros(1, 20, dtype=torch.int64)

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -62,11 +61,6 @@ def test_every_experiment_builds_and_takes_a_step(name, small_tiny_data):
         tiny = train.TINY["decoder_width"] / 768
         assert config.decoder_width == pytest.approx(tiny * changed["decoder_width"], rel=0.13)
 
-
-def test_an_experiment_as_a_command(tmp_path, small_tiny_data):
-    run("train.py", "--tiny", "--experiment", "TC.1.4", "--data", small_tiny_data, "--out",
-        tmp_path, "--iterations", 3, "--eval_samples", 4)
-    assert set(results_of(tmp_path)) == set(train.ABLATION)
 
 
 # ---- Runs
@@ -133,21 +127,6 @@ def test_full_size_on_real_rows(tmp_path):
 
 
 # ---- Mistakes: one line that names the fix, exit status 2 (more in test_robust.py)
-
-@pytest.mark.parametrize("command, says", [
-    ("train.py --experiment T9.9", "--list"),
-    ("train.py --tiny --precision fp8", "--precision: fp8: choose from fp32, fp16, bf16"),
-    ("train.py --tiny --iteration 5", "unrecognized arguments"),  # no abbreviations
-    ("train.py --tiny --shared_decoder maybe", "maybe: choose from true, false"),
-    ("train.py --data nowhere --out OUT", "nowhere"),
-    ("data.py --data nowhere", "nowhere")])
-def test_mistakes_get_one_clear_line(command, says, tmp_path, monkeypatch, capsys):
-    script, *words = [w.replace("OUT", str(tmp_path / "out")) for w in shlex.split(command)]
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        MAIN[script](words)
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
-
 
 def test_what_is_missing_comes_with_the_command_that_makes_it(tmp_path, capsys, monkeypatch):
     """Word by word: what it makes is what was looked for."""

@@ -20,6 +20,7 @@ import data
 import eval as evaluation
 import unit
 from conftest import ROOT, Forked, run_python
+from test_data import write
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -173,10 +174,6 @@ def test_attribute_hits():
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] what is it ? a red cat dog no yes the".split()
 
-
-def write(path: Path, content) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 GLUE = {  # folder: header, row of sample k (its label last, which test files lack)
@@ -562,24 +559,10 @@ def test_released_model_has_names_from_the_data_folder(checkpoint, folder, tmp_p
     assert re.search(r"authors released-all\nvqa2 +accuracy +\d+\.\d\d +66.96\n", printed)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ([], "one of the arguments --checkpoint --released is required"),
-    (["--checkpoint", "missing.pt"], "missing.pt: no such file"),
-    (["--checkpoint", __file__], "no checkpoint of train.py"),
-    (["--checkpoint", "GOOD", "--text", "a cat"], "take a text are: qnli, mnli, qqp, sst2"),
-])
-def test_mistakes_are_one_line_and_status_2(flags, message, checkpoint, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(checkpoint) if f == "GOOD" else f for f in flags])
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
-    assert re.search(message, printed)
-
-
-def test_a_checkpoint_that_could_run_code_is_refused(tmp_path):
-    torch.save({"model": Path("x")}, tmp_path / "pickle.pt")
-    with pytest.raises(unit.InputError, match="pickle.pt: .*torn, or no checkpoint"):
-        evaluation.load_checkpoint(tmp_path / "pickle.pt")
+def test_a_text_alone_does_not_say_its_task(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.main(["--checkpoint", str(checkpoint), "--text", "a cat"])
+    assert "take a text are: qnli, mnli, qqp, sst2" in capsys.readouterr().err
 
 
 def test_results_of_other_tasks_stay(checkpoint, tmp_path, capsys):

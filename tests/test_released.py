@@ -152,8 +152,6 @@ def test_forward(file, model, name):
             close(ours.boxes, their["boxes"], 1e-4 * batch.sizes.max().item())  # pixels
             if "attr_labels" in their:
                 assert torch.equal(ours.attributes, their["attr_labels"])
-                # Theirs are scores, ours probabilities.
-                close(ours.attribute_scores, theirs["attr_logits"][i].softmax(-1).amax(-1))
     else:
         close(outputs.logits[-1], theirs["scores"])
 
@@ -401,7 +399,7 @@ def test_bert(tmp_path, kind):
 
 
 def test_bert_config(tmp_path):
-    """Sizes come from config.json; a BERT of another make is refused; heads are checked there."""
+    """Sizes come from config.json; a BERT of another make is refused."""
     assert unit.bert_config(tmp_path) == {}
     given = dict(hidden_size=24, num_attention_heads=3, intermediate_size=32, num_hidden_layers=2,
                  vocab_size=50, max_position_embeddings=20, hidden_act="gelu", layer_norm_eps=1e-12)
@@ -409,9 +407,6 @@ def test_bert_config(tmp_path):
     config.write_text(json.dumps(given))
     assert unit.bert_config(tmp_path) == dict(bert_width=24, bert_heads=3, bert_ff=32,
                                               bert_layers=2, vocab_size=50, max_positions=20)
-    torch.save(old_names(random_bert().state_dict()), tmp_path / "pytorch_model.bin")
-    with pytest.raises(unit.InputError, match="bert_heads is 3, the model's is 2"):
-        unit.load_bert(tiny_model("sst2"), tmp_path / "pytorch_model.bin")
     for text, message in ((json.dumps(given | {"hidden_act": "relu"}), "hidden_act is relu, not"),
                           (json.dumps(given | {"hidden_size": "wide"}), "not BERT's settings"),
                           ("[1]", "not BERT's settings"), ("{", "not BERT's settings")):

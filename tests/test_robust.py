@@ -28,6 +28,7 @@ import train
 import unit
 from conftest import ROOT, run_python
 from test_data import make_vqa, picture, read, write
+from test_train import SMALL
 from unit import InputError
 
 
@@ -364,10 +365,6 @@ def test_generated_vqa_accuracy():
 
 # ---- The command line: one clear line, exit status 2, no traceback -------------------------------
 
-SMALL = ("--encoder_width 16 --encoder_heads 2 --encoder_ff 16 --encoder_layers 1 --bert_width 16 "
-         "--bert_heads 2 --bert_ff 16 --bert_layers 1 --decoder_width 16 --decoder_heads 2 "
-         "--decoder_ff 16 --decoder_layers 2 --batch_size 8 --warmup 1 --lr 1e-3 "
-         "--lr_backbone 1e-3 --num_workers 0 --eval_samples 4 --first_share 0").split()
 MAIN = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.main}
 
 
@@ -500,9 +497,9 @@ def test_only_the_scratch_run_is_replaced(small_tiny_data, tmp_path, monkeypatch
     ("--num_workers -1", "at least 0"), ("--precision fp8", "invalid choice"),
     ("--split dev", "invalid choice"), ("--text_pair x", "--text_pair"), ("--image=", "empty"),
     ("--text= --tasks sst2", "empty"), ("--text a --question b", "not allowed with"),
-    ("--image nowhere.jpg", "nowhere.jpg: no such picture"),
+    ("--image nowhere.jpg", "nowhere.jpg: cannot be read as a picture"),
     ("--image OUT/last.pt --question what?", "last.pt: cannot be read as a picture"),
-    ("--image OUT", "no such picture"),
+    ("--image OUT", "cannot be read as a picture"),
     ("--released x.pth", "not allowed with argument --checkpoint"),
     ("--check x", "unrecognized")])
 def test_wrong_flags_of_eval(flags, says, run_folder, capsys):
