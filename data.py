@@ -320,7 +320,7 @@ class Dataset:
 
     @property
     def summary(self) -> str:
-        line = f"{self.task.name:8}{self.split:6}{len(self):>9,} samples "
+        line = f"{self.task.name:<9} {self.split:6}{len(self):>9,} samples "
         line += f"{self.num_images:>9,} pictures" if self.task.image else " " * 18
         notes = [line.rstrip()]
         if not len(self):
@@ -760,7 +760,8 @@ class Glue(Classification):
         test, rows = self.split == "test", []
         names = self.fields[:-1] if test else self.fields  # test files have no label
         if lost := [name for name in names if name not in header]:
-            raise bad(self.path, f"line 1: no column {lost[0]!r}", "take the official file")
+            raise bad(self.path, f"line 1: no column {lost[0]!r}", "name the columns there, with "
+                      "tabs between, as the official file or one's own train.tsv does")
         for number, cells in enumerate(lines):
             if len(cells) == len(header):
                 row = dict(zip(header, cells))
@@ -807,11 +808,15 @@ READERS = [Coco, VisualGenome, Vqa2, SnliVe, Qnli, Mnli, Qqp, Sst2]
 TASKS = [replace(task, dataset=reader) for task, reader in zip(PAPER_TASKS, READERS)]
 
 
-def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augment: str = "full"):
-    """-> the named tasks, with as many classes as the files have; {name: Dataset}."""
+def load(data: Path | str, names, split: str, image_size: int = SHORTEST, augment: str = "full",
+         vocab: Path | list[str] | None = None):
+    """-> the named tasks, with as many classes as the files have; {name: Dataset}. `vocab`: the
+    word pieces, if not those in `data`: a model needs the ones it was trained with."""
     data, tasks = Path(data), tasks_named(names)
     require_folder(data)
-    tokenizer = Tokenizer(data / "bert/vocab.txt") if any(task.text for task in tasks) else None
+    tokenizer = None
+    if any(task.text for task in tasks):
+        tokenizer = Tokenizer(vocab or data / "bert/vocab.txt")
     datasets = {task.name: task.dataset(task, data, split, tokenizer, image_size, augment)
                 for task in tasks}
     return [dataset.task for dataset in datasets.values()], datasets
@@ -1128,7 +1133,7 @@ def parse_file(path: Path, parse, kind: str):
         raise bad(path, error.strerror, LAYOUT) from None
     except (ValueError, RecursionError) as error:
         problem = what_is_wrong(path, f"not valid {kind} ({error})")
-        raise bad(path, problem, "cut short? unpack it again") from None
+        raise bad(path, problem, "cut short? unpack it again, or save it as UTF-8") from None
 
 
 def read_json(path: Path, hook=None):
@@ -1262,13 +1267,13 @@ def splits(data: Path, names: list[str]):
     the Dataset, or prints which files are missing."""
     for task in tasks_named(names) or TASKS:
         if not names and not (data / task.dataset.files["train"][0]).parent.exists():
-            print(f"{task.name:8}nothing is there")
+            print(f"{task.name:<9} nothing is there")
             continue
         for split in task.dataset.files:
             try:  # small and without words: --check opens the pictures, no more
                 dataset = task.dataset(task, data, split, Tokenizer(SPECIAL), image_size=32)
             except InputError as error:
-                print(f"{task.name:8}{split:6}        - {error}")
+                print(f"{task.name:<9} {split:6}        - {error}")
             else:
                 print(dataset.summary, flush=True)
                 yield dataset
@@ -1325,13 +1330,13 @@ def write_vocabulary(data: Path) -> None:
             names.append(task.name)
             texts += chain(*task.dataset(task, data, "train").columns)
     if not texts:
-        raise bad(data, "no training texts of any task are in it", LAYOUT)
+        raise bad(data, "no training texts are in it", f"{LAYOUT}; own tasks need --tasks_from")
     wordpiece = BertWordPieceTokenizer(lowercase=True)
     wordpiece.train_from_iterator(map(str, texts), vocab_size=8000, special_tokens=SPECIAL,
                                   show_progress=False)  # 8,000 pieces: ours
     pieces = wordpiece.get_vocab()
     with whole_file(path) as file:
-        file.writelines(f"{piece}\n" for piece in sorted(pieces, key=pieces.get))
+        file.writelines(f"{piece}\n" for piece in SPECIAL + sorted(pieces.keys() - SPECIAL))
     print(f"{path}: {len(pieces):,} word pieces from {len(texts):,} texts of {', '.join(names)}")
 
 

@@ -307,7 +307,7 @@ def answers_to(model: UniT, task: Task, sample, labels: dict) -> list[dict]:
 
 def choose_task(model: UniT, image: bool, text: bool, name: str | None, question=True) -> Task:
     """The task of that name, or the model's first one with these inputs: for a picture and a text
-    VQA (soft scores) if the text is a `question`, else SNLI-VE. For a text alone there must be one."""
+    VQA (soft scores) if the text is a `question`, else SNLI-VE. For a text alone only one may fit."""
     fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
     if name is not None:
         chosen = [t for t in fit if t.name == name]
@@ -317,9 +317,11 @@ def choose_task(model: UniT, image: bool, text: bool, name: str | None, question
         chosen = fit if len(fit) == 1 else []
     if not chosen:
         given = "an image and a text" if image and text else "an image" if image else "a text"
-        names = ", ".join(t.name for t in fit) or "none"
+        if not fit:
+            raise InputError(f"none of this model's tasks ({', '.join(model.tasks)}) takes {given} "
+                             "alone; give --image, --question or --text as they need")
         raise InputError(f"--tasks {name or 'is needed'}: of this model's tasks, those that take "
-                         f"{given} are: {names}")
+                         f"{given} are: {', '.join(t.name for t in fit)}")
     return chosen[0]
 
 
@@ -737,16 +739,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def load_datasets(model: UniT, labels: dict, tasks: list[str], split: str, folder: Path) -> dict:
-    """The split's data sets, checked to have the model's classes (`labels`; {}: not known)."""
+def load_datasets(model: UniT, labels: dict, vocab, tasks, split: str, folder: Path) -> dict:
+    """The split's data sets, in the word pieces that the model learned, and checked to have its
+    classes (`labels`; {}: not known)."""
     if lost := [t for t in tasks if t not in model.tasks]:
         raise InputError(f"--tasks {lost[0]}: this model's tasks are {', '.join(model.tasks)}")
-    _, datasets = data.load(folder, tasks, split, model.config.image_size)
+    _, datasets = data.load(folder, tasks, split, model.config.image_size, vocab=vocab)
     for name, dataset in datasets.items():
         names, size = list(dataset.class_names), model.tasks[name].num_classes
         if len(names) != size or (labels and names != labels[name]["classes"]):
-            raise InputError(f"{folder}: {name} has other classes than the model was trained for "
-                             f"({len(names)} against {size}); give the --data of its training")
+            raise InputError(f"{dataset.path}: {name} has other classes than the model was trained "
+                             f"for ({len(names)} against {size}); give it the same, by id and name")
     return datasets
 
 
@@ -794,9 +797,9 @@ def run(args: argparse.Namespace) -> None:
     # VG has no test split: skip it silently, unless it is the only task.
     lacking = [t.name for t in data.TASKS if args.split not in t.dataset.files]
     tasks = args.tasks or [t for t in model.tasks if t not in lacking] or list(model.tasks)
-    labels = {} if args.released else checkpoint["labels"]
     folder = Path(args.data or trained.get("data", "data"))
-    datasets = load_datasets(model, labels, tasks, args.split, folder)
+    labels = {} if args.released else checkpoint["labels"]
+    datasets = load_datasets(model, labels, checkpoint["vocab"], tasks, args.split, folder)
     micro_batch = trained.get("micro_batch", 0) if args.micro_batch is None else args.micro_batch
     results = evaluate(model, datasets, device, micro_batch, args.num_workers, args.eval_samples,
                        args.precision, out, args.allow_partial)

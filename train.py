@@ -797,12 +797,10 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
         if train.pretrained:
             unit.download(folder / "bert/vocab.txt")
             config = replace(config, **unit.bert_config(folder / "bert"))
-        vocab = data.read_vocabulary(folder / "bert/vocab.txt")
+        vocab = state["vocab"] if state else data.read_vocabulary(folder / "bert/vocab.txt")
         config = replace(config, vocab_size=len(vocab))
-    tasks, datasets = data.load(folder, train.tasks, "train", config.image_size, train.augment)
-    _, held_out = data.load(folder, train.tasks, "val", config.image_size)
-    for dataset in (*datasets.values(), *held_out.values()):
-        print(dataset.summary)
+    tasks, datasets = data.load(folder, train.tasks, "train", config.image_size, train.augment,
+                                vocab)
     torch.manual_seed(train.seed)
     model = UniT(config, tasks)
     labels = {}
@@ -813,6 +811,10 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
             print(f"WARNING: {task.name}: {count} pictures have more than {task.num_queries} "
                   "boxes: some are not learned; raise --detection_queries")
     samples = {name: len(dataset) for name, dataset in datasets.items()}
+    extras = {"labels": labels, "vocab": vocab, "samples": samples}
+    held_out = evaluation.load_datasets(model, labels, vocab, train.tasks, "val", folder)
+    for dataset in (*datasets.values(), *held_out.values()):
+        print(dataset.summary)
     if state:
         unit.copy_weights(model.state_dict(), state["model"], f"checkpoint and data in {folder}",
                           "give the --data of its training")
@@ -827,7 +829,7 @@ def build(config: Config, train: TrainConfig, as_released: bool, state: dict | N
     for name, p in model.named_parameters():
         if part_of(name) in train.freeze:  # Table C.1 lines 10-12
             p.requires_grad_(False)
-    return model, datasets, held_out, {"labels": labels, "vocab": vocab, "samples": samples}
+    return model, datasets, held_out, extras
 
 
 def list_experiments() -> None:

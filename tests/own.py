@@ -33,10 +33,14 @@ class Count(data.Classification):
 
 class Sentences(data.Glue):
     files = {"train": ["sentences/train.tsv"], "val": ["sentences/val.tsv"]}
+    fewest = 2  # columns
 
     def read(self):
-        lines = data.read_lines(self.data / self.files["train"][0])
-        header, *rows = [line.split("\t") for line in lines]
+        path = self.data / self.files["train"][0]
+        header, *rows = [line.split("\t") for line in data.read_lines(path) or [""]]
+        if not self.fewest <= len(header) <= 3:
+            raise data.bad(path, f"line 1: {len(header)} columns, not {self.fewest} to 3",
+                           "name them there as the README does, with tabs between")
         self.fields = [name.strip() for name in header]
         labels = {row[-1].strip() for row in rows if len(row) == len(header)}
         self.class_names = self.words = sorted(labels)
@@ -46,6 +50,7 @@ class Sentences(data.Glue):
 
 class Questions(Sentences):
     files = {"train": ["questions/train.tsv"], "val": ["questions/val.tsv"]}
+    fewest = 3
 
     def fill(self, rows):
         """The first of the two texts is the picture's name."""

@@ -84,3 +84,25 @@ def test_own_data_as_printed(typed):
     assert set(re.findall(r"% +(.+)", printed[8])) == {"red sky", "blue sky"}
     for name in ("mine", "questions", "sentences"):
         assert (folder / f"runs/{name}/predictions.png").exists()
+    # The questions' model keeps its word pieces, whatever the folder has now.
+    results = folder / "runs/questions/results.json"
+    trained = results.read_text()
+    results.unlink()
+    run(["eval.py", "--tasks_from", "tests/own.py", "--checkpoint", "runs/questions/last.pt",
+         "--eval_samples", 4])
+    assert json.loads(results.read_text()) == json.loads(trained)
+
+
+def test_mistakes_in_own_data(typed):
+    """After the recipes: classes that differ between the files, and a table without tabs."""
+    run, folder = typed
+    boxes, _, sentences = [x for x in commands("Your own data") if "--data" in x and "--out" in x]
+    val = folder / "mine/coco/annotations/instances_val2017.json"
+    val.write_text(val.read_text().replace('"red"', '"pink"'))
+    said = run([*boxes, *SHORT, "--overwrite"], expect=2)
+    assert "instances_val2017.json: coco has other classes than the model was trained" in said
+    (folder / "mine/sentences/train.tsv").write_text("sentence,label\nfine,good")
+    said = run([*sentences, *SHORT, "--overwrite"], expect=2)
+    assert "mine/sentences/train.tsv: line 1: 1 columns, not 2 to 3" in said
+    (folder / "xml/0.xml").write_text("<annotation>")
+    assert "xml/0.xml: no VOC annotation" in run(["tests/voc.py", "xml", "xml", "v"], expect=1)
