@@ -1421,7 +1421,7 @@ def main(argv: list[str] | None = None) -> None:
 SIDE = 32                                            # pixels
 SHAPES = ["circle", "square", "triangle"]
 COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
-           "white": (235, 235, 235)}
+           "white": (235, 235, 235)}  # yellow lies between red and green, and is harder
 # COCO's categories name the colour too, or a model that begins with COCO learns to ignore it.
 # The ids have gaps, as in the official file.
 CATEGORIES = {thing: n + n // 4 for n, thing in enumerate(product(SHAPES, COLOURS), 1)}
