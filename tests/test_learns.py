@@ -9,10 +9,9 @@ from conftest import ROOT, run_python
 def test_a_short_training_learns(tmp_path):
     """COCO's boxes and SST-2's sentences on the tiny data, in about 35 s.
 
-    By hand, with an earlier preset (see the git log): boxes compared with another's 1
-    (AP50) and 94 (SST-2), the mask the wrong way round 40 and 50, queries matched in order 18 and
-    100, always the first samples 4 and 56, no-object's weight 10 in place of 0.1 2 and 100; nothing
-    broken 46 and 100."""
+    By hand: boxes compared with another's 1 (AP50) and 100 (SST-2), the mask the wrong way round 43
+    and 50, queries matched in order 17 and 100, always the first samples 1 and 50, no-object's
+    weight 10 in place of 0.1 3 and 100; nothing broken 36 and 100."""
     out = tmp_path / "run"
     run_python([sys.executable, ROOT / "train.py", "--tiny", "--data", tmp_path / "data",
                 "--out", out, "--tasks", "coco,sst2", "--probabilities", "0.75,0.25",
