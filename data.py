@@ -94,7 +94,8 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
 def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends
     (0 is BERT's [PAD]), and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
-    As in DETR, convolutions see the padding, so results depend a little on the batch size."""
+    As in DETR, features near the padding depend on it, as do all where groups are normalised (the
+    small backbone): one picture a batch is exact."""
     sizes = np.array([tensor.shape for tensor in tensors])
     if (sizes == sizes[0]).all():
         return torch.stack(tensors), None
@@ -123,7 +124,8 @@ class UnusablePicture(InputError):
 
 def read_image(path: Path | str, size=None) -> Tensor:
     """(3, H, W) uint8 RGB, laid out as (H, W, 3): the layout that torchvision resizes fastest.
-    `size`: height and width in the annotations, if they state them; see `upright`."""
+    `size`: height and width in the annotations, if they state them; see `upright`. PIL's `draft`
+    would decode faster, but to other pixels."""
     try:
         # No warnings about odd metadata or very large pictures: users can do nothing about them.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
@@ -172,7 +174,8 @@ def scaled(length: int, image_size: int) -> int:
 
 def fitted_size(height: int, width: int, shortest: int, longest: int, floor: bool):
     """The size whose shorter side is `shortest`, unless the longer one would exceed `longest`; at
-    least 1. Detection rounds, vision and language takes the floor (released config)."""
+    least 1. It is computed in whole numbers, so that 480 x (800 / 480) is 800. Detection rounds,
+    vision and language takes the floor (released config)."""
     wanted, present = shortest, min(height, width)
     if max(height, width) * shortest > longest * present:
         wanted, present = longest, max(height, width)
@@ -873,7 +876,8 @@ class Schedule:
         return rng.permutation(self.sizes[name])
 
 
-# A training ends at so many unusable pictures, if they are more than 1 in 100 of those met.
+# A training ends at so many unusable pictures, if they are more than 1 in 100 of those met. For
+# one of them, so many replacements are tried.
 FEWEST_UNUSABLE = 10
 
 
@@ -1331,9 +1335,13 @@ def write_vocabulary(data: Path) -> None:
             texts += chain(*task.dataset(task, data, "train").columns)
     if not texts:
         raise bad(data, "no training texts are in it", f"{LAYOUT}; own tasks need --tasks_from")
-    wordpiece = BertWordPieceTokenizer(lowercase=True)
-    wordpiece.train_from_iterator(map(str, texts), vocab_size=8000, special_tokens=SPECIAL,
-                                  show_progress=False)  # 8,000 pieces: ours
+    wordpiece, letters = BertWordPieceTokenizer(lowercase=True), Counter()
+    for text in texts:
+        letters.update(wordpiece.normalize(str(text)))
+    # The library numbers inner letters at random, and numbers break ties: given first, they do not.
+    inner = [f"##{letter}" for letter, _ in letters.most_common(1000) if not letter.isspace()]
+    wordpiece.train_from_iterator(map(str, texts), vocab_size=8000, show_progress=False,
+                                  special_tokens=SPECIAL + inner)  # 8,000 pieces: ours
     pieces = wordpiece.get_vocab()
     with whole_file(path) as file:
         file.writelines(f"{piece}\n" for piece in SPECIAL + sorted(pieces.keys() - SPECIAL))
@@ -1416,8 +1424,10 @@ def main(argv: list[str] | None = None) -> None:
 # one to three coloured shapes, and sentences made of templates, in the official files' formats.
 # * A label is a relation between two things (two sentences, a picture and a text, a word and its
 #   scope), each about equally likely under every label: see tests/baselines.py.
+# * Labels are balanced after duplicates are removed. Everything follows from the seed.
 # * Held-out splits share no picture with training and, in the four text tasks, no sentence: each is
 #   about a name of two words, and a hash keeps one such name in five out of training.
+
 SIDE = 32                                            # pixels
 SHAPES = ["circle", "square", "triangle"]
 COLOURS = {"red": (225, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235),
@@ -1604,7 +1614,8 @@ def tiny_snli_ve(folder: Path, split: str, number: int, rng) -> list[str]:
     """A split of SNLI-VE and its pictures -> the statements.
 
     "The circle is red" is entailed by a red circle, contradicted by a circle of another colour, and
-    neutral where there is no circle. One shape per picture: only VQA asks which is meant."""
+    neutral where there is no circle. Shapes and colours are as likely under one label as under
+    another. There is one shape in a picture: only VQA asks which of several is meant."""
     first, lines = {"train": 10, "val": 20, "test": 30}[split], []
     for n in range(number):
         name, label = f"{first}{n:06}", SnliVe.class_names[n % 3]

@@ -49,7 +49,8 @@ def vqa_accuracy(answer: str, given: list[str]) -> float:
     """Agreement with the annotators' answers in 0..1: min(1, 3 k / n), where k of n agree.
 
     Of ten this is what the official evaluation (footnote 1) computes: the mean over all ways to
-    leave one annotator out of min(1, agreeing / 3). `Vqa2.scores` follows the same rule."""
+    leave one annotator out of min(1, agreeing / 3): 0, 0.3, 0.6, 0.9 or 1. Own data may have fewer
+    answers. `Vqa2.scores` follows the same rule."""
     answer, *given = (x.replace("\n", " ").replace("\t", " ").strip() for x in [answer, *given])
     # A trap: where ten answers are one string, the official script compares them as they are.
     if len(given) != 10 or len(set(given)) > 1:
@@ -307,7 +308,7 @@ def answers_to(model: UniT, task: Task, sample, labels: dict) -> list[dict]:
 
 def choose_task(model: UniT, image: bool, text: bool, name: str | None, question=True) -> Task:
     """The task of that name, or the model's first one with these inputs: for a picture and a text
-    VQA (soft scores) if the text is a `question`, else SNLI-VE. For a text alone only one may fit."""
+    VQA (soft scores) if the text is a `question`, else SNLI-VE. For a text alone: its only task."""
     fit = [t for t in model.tasks.values() if (t.image, t.text) == (image, text)]
     if name is not None:
         chosen = [t for t in fit if t.name == name]
@@ -458,6 +459,10 @@ def save_grid(tiles: list[Image.Image], path) -> None:
     save_picture(sheet, path)
 
 
+def likely(found: list[dict]) -> list[dict]:
+    return [thing for thing in found if thing["score"] >= 0.5]
+
+
 def true_boxes(sample: data.Sample, labels: dict) -> list[dict]:
     """The boxes of a sample as `predict` returns its own, without scores."""
     boxes = in_pixels(sample.boxes, torch.tensor(sample.size))
@@ -480,7 +485,7 @@ def show_sample(model: UniT, dataset, index: int) -> list[Image.Image]:
         picture = to_pil_image(dataset.picture(index)).resize(sample.size[::-1])
         scale = WIDTH / picture.width
     if task.kind == "detection":
-        shown = {"prediction": [thing for thing in answers if thing["score"] >= 0.5]}
+        shown = {"prediction": likely(answers)}
         if sample.boxes is not None:
             shown["truth"] = true_boxes(sample, labels)
         return [tile(draw_boxes(picture, things, scale), [(f"{task.name}, {whose}", "#808080")])
@@ -579,7 +584,7 @@ def autocast(device, precision: str):
 
 
 # ---- A trained model from its file ---------------------------------------------------------------
-CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always saves
+CHECKPOINT = {"model", "config", "tasks", "labels", "vocab"}  # what train.py always saves
 TORN = "previous.pt beside it may be whole; or get it again"
 
 
@@ -749,7 +754,8 @@ def load_datasets(model: UniT, labels: dict, vocab, tasks, split: str, folder: P
         names, size = list(dataset.class_names), model.tasks[name].num_classes
         if len(names) != size or (labels and names != labels[name]["classes"]):
             raise InputError(f"{dataset.path}: {name} has other classes than the model was trained "
-                             f"for ({len(names)} against {size}); give it the same, by id and name")
+                             f"for ({len(names)} against {size}); give the --data of its training, "
+                             "or the same classes by id and name")
     return datasets
 
 
@@ -760,7 +766,7 @@ def answer_one(args, model: UniT, checkpoint: dict, out: Path) -> None:
         task = choose_task(model, bool(args.image), bool(text), name, bool(args.question))
         answers = predict(model, checkpoint, args.image, text, args.text_pair, task.name)
         detection = task.kind == "detection"
-        shown = [a for a in answers if a["score"] >= 0.5] if detection else answers[:5]
+        shown = likely(answers) if detection else answers[:5]
         print(f"{task.name}:")
         for a in shown:
             print(f"{a['score']:8.1%}  {title(a):<24} {a.get('box', '')}".rstrip())

@@ -657,8 +657,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def chosen_settings(args: argparse.Namespace) -> tuple[dict, Path]:
-    """{name: value} of all settings of model and run, and the run's folder. For their
-    order see --help."""
+    """{name: value} of all settings of model and run, and the run's folder. Later ones replace
+    earlier ones in the order that --help ends with."""
     flags, prefix = vars(args), "tiny-" if args.tiny else ""
     name = args.experiment or ("" if args.tiny else "T3.3")
     if name and name not in EXPERIMENTS:
@@ -682,7 +682,8 @@ def chosen_settings(args: argparse.Namespace) -> tuple[dict, Path]:
 
 
 def scaled_to_tiny(experiment: dict) -> dict:
-    """An experiment's settings at tiny's sizes; twice its iterations for Table C.1 line 8."""
+    """An experiment's settings at tiny's sizes. Iterations are tiny's, or twice as many if the
+    paper's are twice the usual number (Table C.1 line 8)."""
     result = dict(experiment)
     longer = result.get("iterations", 0) // DEFAULTS["iterations"]
     result["iterations"] = TINY["iterations"] * max(1, longer)

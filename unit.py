@@ -125,8 +125,9 @@ class Batch:
 
 
 def option(default, help: str, least: float | None = None, most: float = math.inf, choices=()):
-    """A dataclass field that is also a flag; `help` names its source in the paper. The default of
-    `least`: 1 for an integer, unless its own default is 0; else 0."""
+    """A dataclass field that is also a flag; `help` names its source in the paper. A number lies
+    between `least` and `most`; an integer is at least 1 unless said otherwise, or 0 where 0 is its
+    default. A word is one of `choices`, if there are any."""
     if least is None:
         least = 1 if type(default) is int and default else 0
     return field(default=default, metadata=dict(help=help, least=least, most=most, choices=choices))
@@ -818,7 +819,8 @@ BERT_SIZES = {  # entries of BERT's config.json, and of Config
     "hidden_size": "bert_width", "num_attention_heads": "bert_heads",
     "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
     "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
-# Not used: BERT's pretraining heads; the rest of DETR, the classifier in torchvision's file.
+# Keys with these parts are not used: BERT's pretraining heads; the rest of DETR, and the classifier
+# in torchvision's file.
 BERT_UNUSED = ("cls.", "pooler.", "position_ids")
 BACKBONE_UNUSED = ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.",
                    "fc.", "num_batches_tracked")
@@ -1009,7 +1011,8 @@ TIMEOUT = 10  # seconds without an answer, after which a machine counts as offli
 
 
 def download(path: Path) -> None:
-    """Downloads a published file, recognised by its name, if it is not there. Or InputError."""
+    """Downloads a published file, recognised by its name, if it is not there yet. Raises InputError
+    if it cannot."""
     if path.exists():
         return
     if path.name not in PUBLISHED:
@@ -1046,8 +1049,8 @@ def what_is_wrong(path: Path, otherwise: str) -> str:
 
 def read_file(path: Path | str, fix: str = ""):
     """The content of a PyTorch or safetensors file, or of the one PyTorch file in a tar archive. A
-    published file that is absent is downloaded first. Raises InputError, also where a pickle asks
-    for more than tensors, plain values and `safe_globals`: before any of its code runs."""
+    published file that is absent is downloaded first. Raises InputError. A pickle that asks for
+    more than tensors, plain values and `safe_globals` is refused before any of its code runs."""
     path = Path(path)
     download(path)
     reason = "cut short, damaged, or not weights"

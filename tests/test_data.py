@@ -572,6 +572,18 @@ def test_a_vocabulary_of_the_training_texts(tmp_path, capsys):
     assert "is there already" in refused() and data.read_vocabulary(path) == words
 
 
+def test_a_vocabulary_is_the_same_each_time(tmp_path):
+    """More words than the 8,000 pieces, each once: equals compete for the last places."""
+    rng, found = np.random.default_rng(0), set()
+    words = rng.integers(97, 123, (20_000, 5), np.uint8).view("S5").ravel().astype(str)
+    for folder in ("first", "second", "third"):
+        write(tmp_path / folder / "glue/SST-2/train.tsv",
+              "sentence\tlabel\n" + " ".join(words) + "\t1\n")
+        data.write_vocabulary(tmp_path / folder)
+        found.add((tmp_path / folder / "bert/vocab.txt").read_text())
+    assert len(found) == 1
+
+
 def test_vg(tmp_path, capsys):
     """From the raw files in memory, or from what --prepare vg has written: the same samples."""
     make_vg(tmp_path)

@@ -175,7 +175,6 @@ def test_attribute_hits():
 WORDS = "[PAD] [UNK] [CLS] [SEP] what is it ? a red cat dog no yes the".split()
 
 
-
 GLUE = {  # folder: header, row of sample k (its label last, which test files lack)
     "QNLI": ("index question sentence label", lambda k: (k, "what is it ?", "a cat",
                                                          ["entailment", "not_entailment"][k % 2])),

@@ -82,7 +82,7 @@ def test_the_list_has_every_experiment(capsys):
         assert all(words in line for words in wanted), (line, wanted)
 
 
-# ---- The paper, findable in the code and in the README's map --------------------------------------
+# ---- The paper, findable in the code and in the README's map -------------------------------------
 PAPER = {"Eq": [str(n) for n in range(1, 10)],
          "Section": ["1", "3", "3.1", "3.2", "3.3", "3.4", "3.5", "4.1", "4.2"],
          "Appendix": list("ABCDE"),
@@ -103,7 +103,6 @@ def citations(text):
             found[kinds[kind.lower()]] |= (
                 {str(n) for n in range(int(first), int(last) + 1)} if last else {first})
     return found
-
 
 
 @pytest.mark.parametrize("where", ["code", "map"])

@@ -567,7 +567,10 @@ def test_resume_with_what_does_not_fit(run_folder, small_tiny_data, tmp_path, ca
         assert f"{flags}: the run in" in resume(run_folder, *flags.split())
     last = run_folder / "last.pt"
     shorter = shutil.copytree(small_tiny_data, tmp_path / "data")
-    write(shorter / "bert/vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    for path in (shorter / "coco/annotations").glob("instances_*.json"):
+        content = json.loads(path.read_text())
+        content["categories"].append({"id": 40, "name": "purple circle"})
+        write(path, content)
     assert "give the --data of its training" in resume(run_folder, "--data", shorter)
     for n, (changes, says) in enumerate([
             (dict(train=lambda t: {k: v for k, v in t.items() if k != "clip"}), "setting 'clip'"),
