@@ -584,7 +584,7 @@ def autocast(device, precision: str):
 
 
 # ---- A trained model from its file ---------------------------------------------------------------
-CHECKPOINT = {"model", "config", "tasks", "labels", "vocab"}  # what train.py always saves
+CHECKPOINT = {"model", "config", "tasks", "labels"}  # what train.py always saves
 TORN = "previous.pt beside it may be whole; or get it again"
 
 
