@@ -17,7 +17,6 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def run_python(arguments, wait=True, expect=0, gpu=False, timeout=300, **kwargs):
