@@ -15,8 +15,9 @@ import eval as evaluation
 import train
 import unit
 from conftest import ROOT, Forked, run_python
+from test_data import REAL, real
+from test_train import SMALL, log_of
 
-REALDATA = ROOT.parent / "shared" / "realdata"
 MAIN = {"train.py": train.main, "eval.py": evaluation.main, "data.py": data.main}
 
 
@@ -62,7 +63,6 @@ def test_every_experiment_builds_and_takes_a_step(name, small_tiny_data):
         assert config.decoder_width == pytest.approx(tiny * changed["decoder_width"], rel=0.13)
 
 
-
 # ---- Runs
 
 def test_the_smoke_run(tmp_path):
@@ -76,8 +76,8 @@ def test_the_smoke_run(tmp_path):
     assert all(re.search(f"^{task} ", output, re.M) for task in results)
     for name in ("config.json", "log.jsonl", "last.pt", "predictions.png", "curves.png"):
         assert (out / name).stat().st_size > 0
-    logged = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    assert all(f"`{key}`" in train.Log.__doc__ for record in logged for key in record)
+    keys = set().union(*log_of(out))
+    assert all(f"`{key}`" in train.Log.__doc__ for key in keys)
     run("eval.py", "--checkpoint", out / "last.pt", "--tasks", "sst2,coco", "--out", tmp_path / "x")
     assert results_of(tmp_path / "x") == {k: results[k] for k in ("sst2", "coco")}
 
@@ -87,17 +87,15 @@ SIZES = [(32, "small", ()), (96, "resnet50", ()),
            for backbone in ("small", "resnet50") if (size, backbone) != (96, "resnet50"))]
 
 
-@pytest.mark.skipif(not REALDATA.exists(), reason="no folder of real rows")
+@real
 @pytest.mark.parametrize("size, backbone", [pytest.param(*x, marks=m) for *x, m in SIZES])
 def test_every_image_size_is_one_path(size, backbone, tmp_path):
     """A run, a longer one resumed from it and an evaluation on real photographs, two of unequal
     sizes in a micro-batch; eval.py takes size and micro-batch from the checkpoint."""
     out = tmp_path / "run"
-    command = ["train.py", "--data", REALDATA, "--tasks", "coco", "--image_size", size, "--out",
+    command = ["train.py", *SMALL, "--data", REAL, "--tasks", "coco", "--image_size", size, "--out",
                out, "--backbone", backbone, "--pretrained", "false", "--detection_queries", 40,
-               "--batch_size", 2, "--micro_batch", 2, "--iterations", 2, "--warmup", 1,
-               "--save_every", 1, "--eval_samples", 3, "--num_workers", 0, "--encoder_layers", 1,
-               "--decoder_layers", 1, "--decoder_width", 64, "--encoder_width", 64,
+               "--batch_size", 2, "--micro_batch", 2, "--iterations", 2, "--save_every", 1,
                "--dropout", 0]  # or a CPU makes the whole L x L matrix: 24 GB at 800 pixels
     run(*command, timeout=1200)
     results = results_of(out)
@@ -106,21 +104,21 @@ def test_every_image_size_is_one_path(size, backbone, tmp_path):
     assert results_of(out) == results
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     assert checkpoint["config"]["image_size"] == size
-    output = run("eval.py", "--checkpoint", out / "last.pt", "--eval_samples", 3, "--out",
+    output = run("eval.py", "--checkpoint", out / "last.pt", "--eval_samples", 4, "--out",
                  tmp_path / "eval", timeout=1200)
     assert "images: 2 at a time" in output and results_of(tmp_path / "eval") == results
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REALDATA.exists(), reason="no folder of real rows")
+@real
 def test_full_size_on_real_rows(tmp_path):
     """Official files, full size, random weights: no code path belongs to the tiny data alone. With
     this seed, 12 iterations draw all eight."""
-    output = run("train.py", "--data", REALDATA, "--batch_size", 1, "--eval_samples", 1,
+    output = run("train.py", "--data", REAL, "--batch_size", 1, "--eval_samples", 1,
                  "--seed", 5, "--iterations", 12, "--probabilities", ",".join("1" * 8),
                  "--log_every", 1, "--num_workers", 1, "--out", tmp_path / "run", timeout=1800)
     assert "RANDOM" in output
-    lines = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = log_of(tmp_path / "run")
     assert {x["task"] for x in lines if "loss" in x} == set(train.EIGHT)
     # Those rows hold no held-out picture of VG and VQAv2.
     assert set(lines[-1]["results"]) == set(train.EIGHT) - {"vg", "vqa2"}
@@ -162,18 +160,14 @@ def test_help_names_every_flag_with_its_default_and_tinys(capsys):
     assert text.count("; tiny: ") == len(train.TINY)
 
 
-def test_flags_mean_what_they_say_however_they_are_written():
+def test_flags_mean_what_they_say_and_have_the_last_word():
+    """They win over --experiment and --tiny; tiny's own settings lose what they suppose."""
     assert settings("--precision FP16")[1].precision == "fp16"
     for line in ("--init T1.1-coco --out runs/mine", "--experiment T1.4 --out runs/mine"):
         assert settings(line)[1].init == "runs/T1.1-coco/last.pt"
-    assert settings("--as_released")[0].all_text_states == ("vqa2",)
-    assert set(settings("--as_released --experiment T4.5")[0].all_text_states) == {
-        "vqa2", "snli_ve", "mnli"}
-    assert settings("--as_released --all_text_states mnli")[0].all_text_states == ("mnli",)
-
-
-def test_flags_have_the_last_word():
-    """A flag wins over --experiment and --tiny; what tiny's own settings suppose, they lose."""
+    for line, tasks in (("", ["vqa2"]), ("--experiment T4.5", ["vqa2", "snli_ve", "mnli"]),
+                        ("--all_text_states mnli", ["mnli"])):
+        assert set(settings(f"--as_released {line}")[0].all_text_states) == {*tasks}
     config, run_config, out = settings("--tiny --experiment T4.2 --decoder_layers 3")
     assert config.decoder_layers == 3 and out.name == "tiny-T4.2" and not run_config.probabilities
     assert settings("--tiny")[1].first_tasks == train.TINY["first_tasks"]
