@@ -150,12 +150,12 @@ def spoil(raw, name, rng):
         return spoil_bytes(raw, rng)
     if name.endswith(".json"):
         text = json.dumps(spoil_json(json.loads(raw), rng))
+    elif name.endswith(".jsonl") and rng.random() < 0.8:
+        rows = spoil_json([json.loads(line) for line in raw.splitlines()], rng)
+        text = "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows]))
     else:
-        load, dump = lambda line: line.split("\t"), cells
-        if name.endswith(".jsonl") and rng.random() < 0.8:
-            load, dump = json.loads, json.dumps
-        rows = spoil_json([load(line) for line in raw.decode().splitlines()], rng)
-        text = "\n".join(map(dump, rows if isinstance(rows, list) else [rows]))
+        rows = spoil_json([line.split("\t") for line in raw.decode().splitlines()], rng)
+        text = "\n".join(map(cells, rows if isinstance(rows, list) else [rows]))
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -246,7 +246,8 @@ def test_spoilt_pictures(tmp_path, kind):
     path = picture(tmp_path / "x.jpg", format=kind)  # the content tells the format
     raw, refused = path.read_bytes(), 0
     for case in range(80):
-        path.write_bytes(spoil_bytes(raw, np.random.default_rng(case)))
+        rng = np.random.default_rng(case)
+        path.write_bytes(spoil_bytes(raw, rng))
         try:
             with within(20):
                 image = data.read_image(path)
@@ -267,7 +268,8 @@ def test_thin_pictures(size):
         corners = np.sort(rng.random((4, 2, 2)), 1).reshape(4, 4)
         corners[0] = 0, 0, 1, 1
         image = torch.zeros(3, *size, dtype=torch.uint8)
-        done, boxes = data.augment(image, corners, rng)
+        with within(20):
+            done, boxes = data.augment(image, corners, rng)
         assert boxes.shape == (4, 4) and (boxes >= 0).all() and (boxes <= 1).all(), case
         for resized in (done, data.resize_for_evaluation(image, data.SHORTEST, floor=True)):
             assert 1 <= min(resized.shape[1:]) and max(resized.shape[1:]) <= data.LONGEST, case
