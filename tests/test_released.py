@@ -168,19 +168,6 @@ def short(key):
     return next(iter(unit.unpack_released({key: torch.zeros(3, 3)})))
 
 
-def compare_gradients(model, theirs, norms):
-    """Their norms, and no gradient where they have none."""
-    squares = Counter()
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            squares[packed(name)] += p.grad.double().square().sum().item()
-    assert set(squares) == set(map(short, norms))
-    zero = set(map(short, theirs["grads_mathematically_zero"]))
-    for key, norm in norms.items():
-        allowed = dict(rel=0, abs=1e-4) if short(key) in zero else dict(rel=1e-3, abs=0)
-        assert squares[short(key)] ** 0.5 == pytest.approx(norm, **allowed), key
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients(file, model, name):
     """As the paper trained: one sample a process, boxes counted over both, gradients averaged.
@@ -203,7 +190,15 @@ def test_losses_and_gradients(file, model, name):
         loss = sum(terms.values())
         assert 2 * loss.item() == pytest.approx(rank["total_loss"].item(), rel=1e-5)
         loss.backward()
-    compare_gradients(model, case["output"], theirs["grad_norms"])
+    squares, norms = Counter(), theirs["grad_norms"]
+    for parameter, p in model.named_parameters():
+        if p.grad is not None:
+            squares[packed(parameter)] += p.grad.double().square().sum().item()
+    assert set(squares) == set(map(short, norms))  # no gradient where they have none
+    zero = set(map(short, case["output"]["grads_mathematically_zero"]))
+    for key, norm in norms.items():
+        allowed = dict(rel=0, abs=1e-4) if short(key) in zero else dict(rel=1e-3, abs=0)
+        assert squares[short(key)] ** 0.5 == pytest.approx(norm, **allowed), key
 
 
 def tiny_model(*names, **settings):
@@ -418,9 +413,7 @@ def test_bert_config(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(vocab_size=60), r"embeddings.word_embeddings.weight is \(50, 24\), .* \(60, 24\)"),
     (dict(bert_layers=1), r"encoder.layer.1.* fit nowhere"),
-    (dict(bert_layers=3), r"encoder.layer.2.* is missing"),
-    (dict(bert_ff=40), r"encoder.layer.0.intermediate.dense.weight is \(32, 24\)"),
-])
+    (dict(bert_layers=3), r"encoder.layer.2.* is missing")])
 def test_bert_of_other_sizes_is_refused_whole(tmp_path, change, message):
     """Nothing is loaded by half: the model is as it was."""
     torch.save(old_names(random_bert().state_dict()), tmp_path / "pytorch_model.bin")
@@ -467,11 +460,6 @@ def test_backbone(tmp_path, source):
         assert torch.equal(buffer, theirs.state_dict()[name]), name
     with torch.inference_mode():
         torch.testing.assert_close(backbone(image), features)         # channels last
-
-    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "half.pth")
-    with pytest.raises(unit.InputError, match="half.pth: bn1.weight is missing"):
-        unit.load_backbone(model, tmp_path / "half.pth")
-    assert torch.equal(backbone.body.conv1.weight, theirs.conv1.weight)
 
 
 # ---- Downloads -----------------------------------------------------------------------------------
@@ -525,23 +513,19 @@ def test_download_gives_up_on_silence(tmp_path, monkeypatch):
 def test_load_pretrained(tmp_path, monkeypatch):
     """BERT and backbone from the data folder; a warning names what is absent."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    for line, file in zip(unit.load_pretrained(tiny_model("coco", "sst2"), tmp_path),
+    model, bert = tiny_model("coco", "sst2"), random_bert()
+    for line, file in zip(unit.load_pretrained(model, tmp_path),
                           ("model.safetensors", "detr-r50-dc5-f0fb7ef5.pth"), strict=True):
         assert f"{file}: not there" in line and line.startswith("WARNING") and "RANDOM" in line
-    bert = random_bert()
     torch.save(old_names(bert.state_dict()), tmp_path / "bert" / "pytorch_model.bin")
-    model = tiny_model("coco", "sst2")
-    loaded, absent = unit.load_pretrained(model, tmp_path)
-    assert "pytorch_model.bin" in loaded and "RANDOM" not in loaded
-    assert "detr-r50-dc5-f0fb7ef5.pth: not there" in absent
+    torch.save(resnet50().state_dict(), tmp_path / "resnet50-0676ba61.pth")
+    lines = unit.load_pretrained(model, tmp_path, imagenet=True)
+    for line, file in zip(lines, ("pytorch_model.bin", "resnet50-0676ba61.pth"), strict=True):
+        assert file in line and "RANDOM" not in line
     words = bert.state_dict()["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(model.text_encoder.word_embeddings.weight, words)
     assert len(unit.load_pretrained(tiny_model("sst2"), tmp_path)) == 1
     assert len(unit.load_pretrained(tiny_model("coco", "sst2", backbone="small"), tmp_path)) == 2
-
-    torch.save(resnet50().state_dict(), tmp_path / "resnet50-0676ba61.pth")
-    lines = unit.load_pretrained(model, tmp_path, imagenet=True)
-    assert "pytorch_model.bin" in lines[0] and "resnet50-0676ba61.pth" in lines[1]
 
 
 # ---- Hostile files: a clear error, no code run, nothing written ----------------------------------
@@ -587,7 +571,6 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 44
 DAMAGED = "cut short, damaged, or not weights"
 HOSTILE = {  # name: content, what the error says
     "code.pth": (saved({"a": Bomb()}), "run code"),
-    "code.tar.gz": (archive_of(("x/m.pth", saved({"a": Bomb()}))), "run code"),
     "namespace.pth": (saved({"a": argparse.Namespace()}), "argparse.Namespace"),
     "list.pth": (saved([torch.zeros(1)]), "no weights"),
     "values.pth": (saved({"a": torch.zeros(1), "b": 3}), "or more than weights"),
@@ -626,8 +609,7 @@ def test_hostile_files(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("content, says", [
-    (POINTER, "a Git LFS pointer"), (b"<html>", "a web page"), (b"", "an empty file"),
-    (GOOD, "not valid UTF-8"), (gzip.compress(b"[CLS]"), "a gzip file"),
+    (POINTER, "a Git LFS pointer"), (GOOD, "not valid UTF-8"),
     (b"[PAD]\n[UNK]\n", r"no line \[CLS\].*; it begins with b'\[PAD\]")])
 def test_texts_that_are_none(tmp_path, content, says):
     """The same rule for vocabularies and other texts."""
