@@ -23,6 +23,7 @@ import pytest
 import torch
 import unit  # before torchvision and transformers
 from conftest import ROOT
+from test_unit import SMALL as TINY
 from torchvision.models import resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -170,11 +171,8 @@ def short(key):
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_gradients(file, model, name):
-    """As the paper trained: one sample a process, boxes counted over both, gradients averaged.
-
-    Ours add up to the batch's mean, theirs are averaged over processes: each of ours is half of
-    theirs. Their number of boxes is the average over processes, at least 1.
-    """
+    """As the paper trained: one sample a process, boxes (at least 1 a process) counted over both,
+    gradients averaged. Ours add up to the batch's mean, so each of ours is half of theirs."""
     case = golden(file)["cases"][name]
     given, theirs = case["input"], case["two_ranks"]
     detection = given["task_type"] == "detection"
@@ -201,25 +199,20 @@ def test_losses_and_gradients(file, model, name):
         assert squares[short(key)] ** 0.5 == pytest.approx(norm, **allowed), key
 
 
-def tiny_model(*names, **settings):
-    settings = dict(
-        encoder_width=16, encoder_heads=2, encoder_ff=16, encoder_layers=1, decoder_width=16,
-        decoder_heads=2, decoder_ff=16, decoder_layers=1, bert_width=24, bert_heads=2, bert_ff=32,
-        bert_layers=2, vocab_size=50, max_positions=20) | settings
-    return unit.UniT(unit.Config(**settings), [t for t in data.TASKS if t.name in names])
+def tiny_model(*names, **changes):
+    sizes = dict(bert_width=24, bert_heads=2, bert_ff=32, vocab_size=50, max_positions=20,
+                 backbone="resnet50") | changes
+    return unit.UniT(unit.replace(TINY, **sizes), [t for t in data.TASKS if t.name in names])
 
 
 # ---- The published layouts at full size ----------------------------------------------------------
-def published_shapes():
-    """released_keys.txt -> shapes of the shared-decoder model's keys."""
+def published():
+    """The keys of the shared-decoder model, with zeros: all of one element, for a small file."""
     text = golden_file("released_keys.txt").read_text().split("# DETR")[0]
-    return {key: json.loads(re.sub(r",?\)", "]", shape.replace("(", "[")))
-            for key, shape in re.findall(r"^([^#\s]+)\t(\(.*?\))", text, re.MULTILINE)}
-
-
-def zeros(shapes):
-    """All of one element, so that a file of them is small."""
-    return {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    state = {}
+    for key, shape in re.findall(r"^([^#\s]+)\t\((.*?),?\)", text, re.MULTILINE):
+        state[key] = torch.zeros(()).expand(json.loads(f"[{shape}]"))
+    return state
 
 
 # Keys of the files that we do not use: BERT's pooler, counters, constants of the losses, tables
@@ -231,7 +224,7 @@ UNUSED = re.compile(r"\.pooler\.|position_ids|num_batches_tracked|empty_weight|^
 def test_full_size(tmp_path):
     """The eight-task checkpoint: nothing is missing, and nothing is left over except what UNUSED
     lists."""
-    state = zeros(published_shapes())
+    state = published()
     torch.save(state, tmp_path / "unit.pth")
     model = unit.load_released(tmp_path / "unit.pth")
     assert not model.training and model.config == unit.Config(**unit.AS_RELEASED)
@@ -247,11 +240,10 @@ def test_full_size_single_task(tmp_path, task_embedding):
     """The COCO checkpoint has one (separate) decoder, and a text encoder that nothing uses. As an
     archive, with the prefixes that some files have, nested under a key."""
     others = "visual_genome|vqa2|visual_entailment|glue_"
-    state = {key: shape for key, shape in published_shapes().items()
+    state = {"module." + key.replace("unit_base_model.", "detr_model."): zeros
+             for key, zeros in published().items()
              if not re.search(others + r"|\.transformer\.decoder\.", key)
              and (task_embedding or "task_embeddings" not in key)}
-    state = {"module." + key.replace("unit_base_model.", "detr_model."): value
-             for key, value in zeros(state).items()}
     torch.save({"model": state, "best_update": 150_000}, tmp_path / "coco.pth")
     with tarfile.open(tmp_path / "unit.coco.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "coco.pth", "unit.coco/coco.pth")
@@ -426,9 +418,9 @@ def test_bert_of_other_sizes_is_refused_whole(tmp_path, change, message):
 
 @pytest.mark.parametrize("source", ["torchvision", "DETR"])
 def test_backbone(tmp_path, source):
-    """Features and gradients are those of torchvision's ResNet-50 with the last stride replaced by
-    dilation (1/16 of the image), from its file or DETR's, which has more keys, and flags. conv1,
-    layer1 and batch norms (which are buffers) never learn, also in training mode."""
+    """Features are those of torchvision's ResNet-50 with the last stride replaced by dilation (1/16
+    of the image), from its file or DETR's, which has more keys, and flags. All learns except conv1,
+    layer1 and batch norms (which are buffers), also in training mode."""
     torch.manual_seed(0)
     theirs = resnet50(replace_stride_with_dilation=[False, False, True]).eval()
     for name, buffer in theirs.named_buffers():
@@ -449,15 +441,8 @@ def test_backbone(tmp_path, source):
     assert features.shape == (1, 2048, 4, 6)
     torch.testing.assert_close(features.flatten(1), expected, atol=1e-4, rtol=1e-4)
     features.square().mean().backward()
-    expected.square().mean().backward()
     for name, p in backbone.body.named_parameters():
-        expected = theirs.get_parameter(name).grad
-        if name.startswith(("conv1", "layer1")):
-            assert p.grad is None, name
-        else:
-            assert (p.grad - expected).norm() <= 1e-3 * expected.norm(), name
-    for name, buffer in backbone.body.named_buffers():
-        assert torch.equal(buffer, theirs.state_dict()[name]), name
+        assert (p.grad is None) == name.startswith(("conv1", "layer1")), name
     with torch.inference_mode():
         torch.testing.assert_close(backbone(image), features)         # channels last
 
@@ -545,10 +530,6 @@ def entry(start, stop, shape=(2,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
 
 
-def two(first, second):
-    return safetensors({"a": entry(*first), "b": entry(*second)})
-
-
 def archive_of(*members):
     """A tar.gz of (name, bytes)."""
     buffer = io.BytesIO()
@@ -588,9 +569,9 @@ HOSTILE = {  # name: content, what the error says
     "long.safetensors": (b"\xff" * 24, DAMAGED),
     "deep.safetensors": ((10 ** 5).to_bytes(8, "little") + b"[" * 10 ** 5, DAMAGED),
     "header.safetensors": (safetensors({"a": entry(0, 16, (4,))})[:40], DAMAGED),
-    "overlap.safetensors": (two((0, 8), (4, 12)), "b is at 4..12"),
-    "gap.safetensors": (two((0, 4, (1,)), (8, 16)), "b is at 8..16"),
-    "outside.safetensors": (two((0, 8), (8, 24, (4,))), "b is at 8..24 of 16 bytes"),
+    "overlap.safetensors": (safetensors({"a": entry(0, 8), "b": entry(4, 12)}), "b is at 4..12"),
+    "gap.safetensors": (safetensors({"a": entry(0, 4, (1,)), "b": entry(8, 16)}), "b is at 8..16"),
+    "outside.safetensors": (safetensors({"a": entry(0, 24, (6,))}), "a is at 0..24 of 16 bytes"),
     "shape.safetensors": (safetensors({"a": entry(0, 16, (5,))}), DAMAGED),
     "type.safetensors": (safetensors({"a": entry(0, 16, (4,), "F99")}), DAMAGED),
 }
@@ -608,15 +589,12 @@ def test_hostile_files(tmp_path, monkeypatch, name):
     assert os.listdir() == [name]                  # no trap
 
 
-@pytest.mark.parametrize("content, says", [
-    (POINTER, "a Git LFS pointer"), (GOOD, "not valid UTF-8"),
-    (b"[PAD]\n[UNK]\n", r"no line \[CLS\].*; it begins with b'\[PAD\]")])
-def test_texts_that_are_none(tmp_path, content, says):
-    """The same rule for vocabularies and other texts."""
-    path = tmp_path / "vocab.txt"
-    path.write_bytes(content)
-    with pytest.raises(unit.InputError, match=f"vocab.txt: {says}"):
-        data.read_vocabulary(path)
+def test_texts_that_are_none(tmp_path):
+    """The same rule for texts, whether their bytes are letters or not."""
+    for content, says in ((POINTER, "a Git LFS pointer"), (gzip.compress(b"[CLS]"), "a gzip file")):
+        (tmp_path / "vocab.txt").write_bytes(content)
+        with pytest.raises(unit.InputError, match=f"vocab.txt: {says}"):
+            data.read_vocabulary(tmp_path / "vocab.txt")
 
 
 def test_detr_may_keep_its_flags_and_nothing_else(tmp_path, monkeypatch):
