@@ -125,8 +125,7 @@ def to_batch(given, model, sample=None):
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward(file, model, name):
-    """Everything from the backbone's features to answers and detections, for two padded samples.
-    """
+    """From the backbone's features to answers and detections, for two padded samples."""
     case = golden(file)["cases"][name]
     batch, theirs = to_batch(case["input"], model), case["output"]
     task = model.tasks[batch.task]
@@ -222,8 +221,7 @@ UNUSED = re.compile(r"\.pooler\.|position_ids|num_batches_tracked|empty_weight|^
 
 
 def test_full_size(tmp_path):
-    """The eight-task checkpoint: nothing is missing, and nothing is left over except what UNUSED
-    lists."""
+    """The eight-task checkpoint: nothing is missing or left over, except what UNUSED lists."""
     state = published()
     torch.save(state, tmp_path / "unit.pth")
     model = unit.load_released(tmp_path / "unit.pth")
@@ -269,7 +267,6 @@ def test_what_does_not_fit_is_named(tmp_path, key, tensors, message):
 
 # ---- Training that starts from them (--init) -----------------------------------------------------
 def untrained(file, **changes):
-    """A model of the sizes of a golden file, with random weights of its own."""
     theirs = authors_model(file)
     torch.manual_seed(9)
     with small_release():
@@ -386,7 +383,6 @@ def test_bert(tmp_path, kind):
 
 
 def test_bert_config(tmp_path):
-    """Sizes come from config.json; a BERT of another make is refused."""
     assert unit.bert_config(tmp_path) == {}
     given = dict(hidden_size=24, num_attention_heads=3, intermediate_size=32, num_hidden_layers=2,
                  vocab_size=50, max_position_embeddings=20, hidden_act="gelu", layer_norm_eps=1e-12)
@@ -496,7 +492,6 @@ def test_download_gives_up_on_silence(tmp_path, monkeypatch):
 
 
 def test_load_pretrained(tmp_path, monkeypatch):
-    """BERT and backbone from the data folder; a warning names what is absent."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     model, bert = tiny_model("coco", "sst2"), random_bert()
     for line, file in zip(unit.load_pretrained(model, tmp_path),
@@ -531,7 +526,6 @@ def entry(start, stop, shape=(2,), dtype="F32"):
 
 
 def archive_of(*members):
-    """A tar.gz of (name, bytes)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, content in members:

@@ -15,8 +15,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou
 
-# One task of each kind, small enough to follow: pictures with boxes and attributes, questions about
-# pictures, and sentences.
 SHAPES = unit.Task("shapes", "detection", image=True, text=False, num_queries=5, num_classes=4,
                    num_attributes=6)
 QUESTIONS = unit.Task("questions", "classification", image=True, text=True, num_queries=3,
@@ -128,8 +126,7 @@ def slow_detection_losses(outputs, batch, attribute_head):
 @pytest.mark.parametrize("counts", [[1], [2, 3], [4, 0, 1], [0, 0], [7]], ids=str)
 def test_detection_losses(float64, counts):
     """Class, L1, GIoU and attribute loss on every decoder layer, each layer with its own matching,
-    and their gradients are those of the loops, also without boxes and with more boxes than queries.
-    """
+    and their gradients, also without boxes and with more boxes than queries."""
     model = make_model([SHAPES])
     outputs, batch = random_detections(counts)
     inputs = [x.requires_grad_() for x in (outputs.hidden, outputs.logits, outputs.boxes)]
@@ -246,8 +243,7 @@ def test_parts_not_used_have_no_gradient(shared):
 
 
 def test_eval_mode_gives_the_top_layer():
-    """Training has outputs of every decoder layer for the losses, eval mode only those of the top
-    layer: the same numbers."""
+    """Of the outputs of every decoder layer, which training has: the same numbers."""
     model = make_model()
     images, mask = padded_images()
     batch = unit.Batch("shapes", [0, 1], images=images, image_mask=mask)
