@@ -55,7 +55,8 @@ def make_model(tasks=TASKS, **changes):
     return model
 
 
-def text_batch(task="sentences", size=2, classes=2, **more):
+def text_batch(task="sentences", size=2, **more):
+    classes = QUESTIONS.num_classes if task == "questions" else SENTENCES.num_classes
     return unit.Batch(task, list(range(size)), tokens=torch.randint(40, (size, 6)),
                       token_types=torch.randint(2, (size, 6)), scores=torch.rand(size, classes),
                       **more)
