@@ -94,8 +94,8 @@ def collate(task: Task, samples: list[Sample]) -> Batch:
 def pad(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """B pictures (3, H_i, W_i) or texts (S_i,) -> (B, 3, H, W) or (B, S) with zeros at the ends
     (0 is BERT's [PAD]), and a mask (B, H, W) or (B, S), True = padding; None: nothing is padded.
-    As in DETR, features near the padding depend on it, as do all where groups are normalised (the
-    small backbone): one picture a batch is exact."""
+    Padding changes the features near it (as in DETR), and in the small backbone, which normalises
+    whole pictures, all of them: only one picture at a time is exact."""
     sizes = np.array([tensor.shape for tensor in tensors])
     if (sizes == sizes[0]).all():
         return torch.stack(tensors), None
@@ -248,7 +248,7 @@ def read_vocabulary(path: Path) -> list[str]:
         if path.exists():
             problem = what_is_wrong(path, f"no line {min(lost)}: not BERT's")
         raise bad(path, problem, "take vocab.txt (231,508 bytes) of google-bert/bert-base-uncased, "
-                  "or let `python data.py --prepare vocab` make one of the training texts")
+                  "or let `python data.py --prepare vocab` make one from the training texts")
     return words
 
 
@@ -876,8 +876,8 @@ class Schedule:
         return rng.permutation(self.sizes[name])
 
 
-# A training ends at so many unusable pictures, if they are more than 1 in 100 of those met. For
-# one of them, so many replacements are tried.
+# A run ends when this many pictures were unusable, if that is more than 1 in 100 of those met. It
+# is also how many replacements are tried for one of them.
 FEWEST_UNUSABLE = 10
 
 

@@ -140,8 +140,8 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
 
     A score over a part of its split has the two numbers beside it, "samples" and "of". A test
     split's file that would lack samples is an InputError, unless `allow_partial`.
-    micro_batch: samples at a time; 0: one image, or 32 texts. limit: at most so many of each task,
-    always the same; 0: all.
+    micro_batch: samples at a time; 0: one image, or 32 texts. limit: at most this many of a task,
+    always the same ones; 0: all.
     Under torch.distributed all processes call this; rank 0 gets the results, the others {}."""
     was_training, results = model.training, {}
     model.eval()
@@ -649,7 +649,7 @@ def eight(*numbers: float) -> dict[str, float]:
     return dict(zip(("coco", "vg", "vqa2", "snli_ve", "qnli", "mnli", "qqp", "sst2"), numbers))
 
 
-# Models of one task each (T3.1), and those of Appendix B, fine-tuned from T3.5 (T3.6).
+# Table 3: models of one task each (line 1), and those fine-tuned from line 5 (line 6).
 SINGLE = eight(40.6, 3.87, 66.38, 70.52, 91.62, 84.23, 91.18, 91.63)
 FINE_TUNED = eight(42.3, 4.68, 67.60, 72.56, 86.92, 81.53, 90.57, 88.06)
 ABLATIONS = {  # COCO, SNLI-VE, MNLI; TC.1.6 diverged
@@ -682,7 +682,7 @@ PAPER = {
     **{line: dict(zip(("coco", "snli_ve", "mnli"), row)) for line, row in ABLATIONS.items()}}
 PAPER_TEST = {  # COCO and VQAv2 test-dev, SNLI-VE test, GLUE's server
     "T1.4": dict(coco=41.1, vqa2=67.47),
-    "T2.4": dict(coco=41.1, vqa2=67.47),
+    "T2.4": dict(coco=41.1, vqa2=67.47),  # the same run as T1.4
     "T3.5": dict(vqa2=67.03, snli_ve=73.16, qnli=88.0, mnli=79.8, qqp=88.4, sst2=91.5)}
 # What the authors report for their published checkpoints, on validation. The eight-task models:
 # mmf.sh/docs/projects/unit.

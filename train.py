@@ -60,11 +60,11 @@ class TrainConfig:
     log_every: int = option(50, "iterations per line on the screen")
     save_every: int = option(10_000, "iterations between checkpoints (released config)")
     eval_every: int = option(10_000, "iterations between evaluations; 0: only at the end", least=0)
-    eval_samples: int = option(0, "evaluate on so many samples of each task, 0: all")
+    eval_samples: int = option(0, "evaluate on at most this many samples of a task; 0: all")
     pretrained: bool = option(True, "start from published BERT and backbone (Sections 3.1, 3.2)")
     imagenet_backbone: bool = option(False, "ImageNet's backbone, not DETR's (Table C.1 line 3)")
     init: str = option("", "checkpoint, or file of the authors', to start from (Section 4.1)")
-    init_parts: tuple[str, ...] = option((), f"of it: {', '.join(PARTS)}; none given: all",
+    init_parts: tuple[str, ...] = option((), f"its parts to copy: {', '.join(PARTS)}; none: all",
                                          choices=PARTS)
     freeze: tuple[str, ...] = option((), "parts that are not trained (Table C.1 lines 10-12)",
                                      choices=PARTS)
@@ -317,7 +317,7 @@ EXPERIMENTS = {  # where no iterations are given: 500k
     "T3.3": dict(tasks=EIGHT),
     "T3.4": dict(tasks=EIGHT, shared_decoder=False, **COCO_INIT_4_2),
     "T3.5": dict(tasks=EIGHT, **COCO_INIT_4_2),
-    # Appendix B: eight models fine-tuned against one. The number of iterations is ours.
+    # Line 6 (Section 4.2, Appendix B): fine-tuned on each task. The number of iterations is ours.
     **{f"T3.6-{t}": dict(tasks=(t,), iterations=150_000, init="T3.5") for t in EIGHT},
     # Table 4: ablations
     "T4.1": dict(tasks=ABLATION),
@@ -471,9 +471,11 @@ def source_of(name: str, theirs: dict[str, Tensor], as_released: bool) -> str:
     if name in theirs or not name.startswith("decoders."):
         return name
     _, task, rest = name.split(".", 2)
-    others = {key.split(".")[1] for key in theirs if key.startswith("decoders.")}
-    foreign = as_released and task != "shared" and f"queries.{task}" not in theirs
-    return name if foreign or len(others) != 1 else f"decoders.{others.pop()}.{rest}"
+    decoders = {key.split(".")[1] for key in theirs if key.startswith("decoders.")}
+    known = task == "shared" or f"queries.{task}" in theirs
+    if len(decoders) == 1 and (known or not as_released):
+        return f"decoders.{decoders.pop()}.{rest}"
+    return name  # which they do not have
 
 
 def by_module(names) -> str:

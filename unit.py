@@ -64,8 +64,9 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One data set, which the paper calls a task t. COCO and VG are both detection, but each has
-    its own w^task, q^task and head. `PAPER_TASKS` are the eight, `data.TASKS` add readers."""
+    """One data set. The paper's seven tasks t are eight here: COCO and VG are both detection, but
+    each has its own w^task and q^task (as released) and its own head (Section 3.4). `PAPER_TASKS`
+    are the eight, `data.TASKS` add readers."""
 
     name: str
     kind: str                    # "detection" or "classification"
@@ -151,7 +152,7 @@ class Config:
     decoder_heads: int = option(8, "decoder heads (Table A.1)")
     decoder_ff: int = option(2048, "decoder intermediate size (Table A.1)")
     decoder_layers: int = option(6, "decoder layers N_d (Table A.1; 8, 12 in Table 4 lines 2, 3)")
-    dropout: float = option(0.1, "every dropout of the model (Table A.1)", most=1)
+    dropout: float = option(0.1, "every dropout (0.1 in Table A.1, and in BERT)", most=1)
     detection_queries: int = option(100, "queries of a detection task (Appendix C)")
     num_queries: int = option(25, "queries of any other task (Table C.1 lines 4, 5)")
     image_size: int = option(800, "shorter side of a picture in evaluation (Section 3.5); its "
@@ -467,11 +468,10 @@ class Decoder(nn.Module):
         """memory h^enc and its positions (B, M, d), mask (B, M), q_task (q, d)
         -> h^{dec,l} (N_d, B, q, d)
 
-        Content starts at zero; q^task acts as the queries' positions, added in every layer (DETR).
-        The first self-attention then mixes values that all equal its value bias: its query, key
-        and value matrices have zero gradients (with dropout, its value matrix alone). Queries
-        differ only in where they attend, and for a long time small models predict one layout of
-        boxes for all pictures; `queries_as_input` begins with q^task, as Eq. 4 allows."""
+        Content starts at zero; in every layer q^task is added as the queries' positions (DETR). So
+        every value of the first self-attention is its bias: the value matrix gets no gradient, nor
+        do, without dropout, the query and key matrices. For a long time small models then predict
+        the same boxes for every picture; `queries_as_input` starts from q^task, as Eq. 4 allows."""
         q_task = q_task.expand(len(memory), -1, -1)                   # (B, q, d)
         keys, bias = memory + positions, attention_bias(mask, memory.dtype)
         x, states = q_task if self.queries_as_input else torch.zeros_like(q_task), []
@@ -1176,7 +1176,8 @@ def figure_2(config: Config) -> None:
     """Prints Figure 2 for one picture and one text. On the meta device: shapes without memory."""
     with torch.device("meta"):
         model = UniT(config, PAPER_TASKS)
-        images, tokens = torch.empty(1, 3, 800, 1066), torch.zeros(1, 20, dtype=torch.int64)
+        images = torch.empty(1, 3, config.image_size, config.image_size * 4 // 3)
+        tokens = torch.zeros(1, 20, dtype=torch.int64)
     image, text = model.image_encoder, model.text_encoder
     decoder = model.decoders["shared" if config.shared_decoder else "vg"]
     coco, vg, vqa2, *others = model.heads.values()
@@ -1206,13 +1207,13 @@ def figure_2(config: Config) -> None:
         count = sum(p.numel() for p in parameters)
         print(form.format(symbol, place, type(modules[0]).__name__, *shapes, f"{count:,}"))
         total += count
-    print(f"{total:,} parameters in all (Section 4.2: 201M, or 532M with --shared_decoder false)")
+    print(f"{total:,} parameters in all (Section 4.2: 201M; 532M with --shared_decoder false)")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Prints Figure 2: each part's symbol, place in the paper, class, input and "
-        "output shape (800 x 1066 pixels, 20 words, VG's queries) and parameters (all tasks).")
+        "output shape (a picture of 4:3, 20 words, VG's queries) and parameters (all tasks).")
     add_flags(parser, Config)
     try:
         figure_2(Config(**vars(parser.parse_args(argv))))
