@@ -1,14 +1,15 @@
 """bench.py's yardstick does the same work: the authors' way gives our outputs and gradients."""
 import argparse
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import bench
 import unit
-from test_unit import QUESTIONS, SENTENCES, SHAPES, close, float64, make_model, seed  # noqa: F401
-from test_unit import random_boxes, text_batch
+from test_unit import QUESTIONS, SENTENCES, SHAPES, SMALL, close, make_model, random_boxes
+from test_unit import float64, seed, text_batch  # noqa: F401
 
 
 def batches():
@@ -86,11 +87,10 @@ def test_their_step_is_our_step(float64):  # noqa: F811
 
 def test_pictures_are_the_same_as_with_pil(tmp_path):
     [path] = bench.write_pictures(tmp_path, 1)
-    boxes = bench.np.zeros((0, 4))
-    for seed_ in range(4):
-        rngs = [bench.np.random.default_rng(seed_) for _ in range(2)]
-        ours = bench.data.augment(bench.data.read_image(path), boxes, rngs[0])[0]
-        difference = bench.data.normalise(ours) - bench.with_pil(path, boxes, rngs[1])
+    for number in range(4):
+        rngs = [bench.np.random.default_rng(number) for _ in range(2)]
+        ours, _ = bench.data.augment(bench.data.read_image(path), bench.np.zeros((0, 4)), rngs[0])
+        difference = bench.data.normalise(ours) - bench.with_pil(path, rngs[1])
         assert difference.abs().max() < 0.05  # a few steps of 1/255
 
 
@@ -143,14 +143,8 @@ def test_cost_of_an_experiment(monkeypatch):
 def test_the_gpu_part_runs(monkeypatch, capsys):
     """Each line of it, with the CPU in the GPU's place and everything small: its figures mean
     nothing here, but the day on which a GPU is there shall not be lost to a misprint."""
-    def nothing(*_, **__):
-        return 0
-
-    sizes = dict(backbone="small", encoder_width=16, encoder_heads=2, encoder_ff=16,
-                 encoder_layers=1, decoder_width=16, decoder_heads=2, decoder_ff=16,
-                 decoder_layers=1)
-    model, batch = functools.partial(bench.make_model, **sizes), bench.make_batch
-    monkeypatch.setattr(bench, "make_model", model)
+    batch = bench.make_batch
+    monkeypatch.setattr(unit, "Config", lambda **changes: replace(SMALL, **changes))
     monkeypatch.setattr(bench, "make_batch", lambda task, size, image, **more: batch(
         task, size, (32, 40), **more))
     monkeypatch.setattr(bench, "CUDA", torch.device("cpu"))
@@ -158,7 +152,7 @@ def test_the_gpu_part_runs(monkeypatch, capsys):
     for name, value in dict(SCALES=(32,), CROP_SCALES=(40,), LONGEST=64).items():
         monkeypatch.setattr(bench.data, name, value)
     for name in ("empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
-        monkeypatch.setattr(torch.cuda, name, nothing)
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2 ** 30)
