@@ -360,14 +360,12 @@ TINY = dict(  # --tiny: small sizes, and what pictures of 32 pixels need to be l
     loss_on_all_layers=True,
     # Without these two there is one layout of boxes for all pictures, for a long time.
     queries_as_input=True, positions_in_map=True,
-    # A fresh model should look everywhere: begun with 2 in place of 0.5, no comparison is learned.
-    attention_gain=0.5,
     # The paper starts from a pretrained BERT and COCO init.; here pictures and texts are learned
     # apart first, and then compared. (Two detection sets from scratch would starve each other.)
-    first_tasks=("coco", "qnli", "mnli", "qqp", "sst2"), first_share=0.28,
-    first_probabilities=(.48, .12, .17, .13, .10),
-    probabilities=(.24, .16, .31, .19, .02, .04, .02, .02),
-    iterations=7600, batch_size=24, lr=1e-3, lr_backbone=7e-4, warmup=250,
+    first_tasks=("coco", "qnli", "mnli", "qqp", "sst2"), first_share=0.35,
+    first_probabilities=(.42, .14, .18, .14, .12),
+    probabilities=(.22, .19, .32, .19, .02, .03, .02, .01),
+    iterations=7600, batch_size=24, lr=9e-4, lr_backbone=6e-4, warmup=250,
     micro_batch=24,  # the pictures are all of one size: nothing is padded
     threads=1,       # a second one costs such small matrices more than it brings
     num_workers=1, log_every=250, save_every=1000, eval_every=1900)
