@@ -900,17 +900,16 @@ def make_batch(dataset: Dataset, indices: list, seeds: list) -> tuple[Batch | No
 
 def usable_sample(dataset: Dataset, index: int, rng, reasons: dict[int, str]) -> Sample | None:
     """The sample, or in training (with `rng`) one drawn at random if its picture is unusable."""
-    for _ in range(1 if rng is None else 1 + FEWEST_UNUSABLE):
+    for _ in range(1 + FEWEST_UNUSABLE):
         try:
             return dataset.sample(index, rng)
         except UnusablePicture as error:
             reasons[index] = str(error)
-        if rng is not None:
-            index = int(rng.integers(len(dataset)))
-    if rng is not None:
-        found = [*reasons.values()]
-        raise too_many_unusable(dataset.task.name, found, len(found), dataset.data)
-    return None
+        if rng is None:
+            return None
+        index = int(rng.integers(len(dataset)))
+    found = [*reasons.values()]
+    raise too_many_unusable(dataset.task.name, found, len(found), dataset.data)
 
 
 # Signals that end a run after the iteration in hand: Ctrl-C, a cluster, a closed terminal, a
