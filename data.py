@@ -722,12 +722,10 @@ class Vqa2(Classification):
         Of n it is 3 n_agreeing / n, at most 1 (ours): one answer alone scores 1."""
         if self.split == "test":
             return None
-        answers, counts = self.answers(index), torch.zeros(self.task.num_classes)
-        for answer in answers:
-            number = self.classes.get(normalise_answer(answer))
-            if number is not None:
-                counts[number] += 1
-        return (3 * counts / len(answers)).clamp(max=1)
+        answers = self.answers(index)
+        forms = map(normalise_answer, answers)
+        known = torch.tensor([self.classes[form] for form in forms if form in self.classes]).long()
+        return (3 * known.bincount(minlength=self.task.num_classes) / len(answers)).clamp(max=1)
 
 
 class SnliVe(Classification):
