@@ -989,14 +989,23 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
             batches, reasons = [], []
 
 
-def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0):
+def eval_loader(dataset: Dataset, indices, micro_batch: int = 0, num_workers: int = 0, report=True):
     """For every `micro_batch` of `indices` in order (0: one picture, or 32 texts) yields a Batch of
-    those that can be used (None if none can) and {index: why its picture cannot be used}."""
+    those that can be used (None if none can) and {index: why its picture cannot be used}. `report`:
+    prints every ten seconds how many are done and how long the rest will take."""
     name, size = dataset.task.name, micro_batch or (1 if dataset.task.image else 32)
     indices = [int(index) for index in indices]
-    parts = [indices[first:first + size] for first in range(0, len(indices), size)]
+    total, done = len(indices), 0
+    parts = [indices[first:first + size] for first in range(0, total, size)]
     requests = ((name, part, [None] * len(part)) for part in parts)
-    yield from run_loader({name: dataset}, requests, num_workers)
+    start = shown = time.time()
+    for batch, reasons in run_loader({name: dataset}, requests, num_workers):
+        yield batch, reasons
+        done += len(batch or ()) + len(reasons)
+        if report and time.time() - shown > 10:
+            shown = time.time()
+            left = timedelta(seconds=round((shown - start) * (total / done - 1)))
+            print(f"  {name}: {done:,} of {total:,}, ETA {left}", flush=True)
 
 
 # ---- What official files need --------------------------------------------------------------------
@@ -1288,25 +1297,10 @@ def check_pictures(datasets) -> int:
             paths = enumerate(f"{dataset.folder}/{name}" for name in dataset.names)
             new = {path: index for index, path in paths if path not in opened}
             opened |= new.keys()
-            results = eval_loader(dataset, new.values(), 1, os.cpu_count())
-            for _, reasons in progress(dataset.task.name, results, len(new)):
+            for _, reasons in eval_loader(dataset, new.values(), 1, os.cpu_count()):
                 problems += reasons.values()
     print(*problems, f"{len(opened):,} pictures opened, {len(problems):,} cannot be used", sep="\n")
     return len(problems)
-
-
-def progress(name: str, items, total: int, size=lambda item: 1):
-    """Passes items on, and prints every ten seconds how many are done and how long the rest will
-    take. size(item): how many of `total` an item is."""
-    start = shown = time.time()
-    done = 0
-    for item in items:
-        yield item
-        done += size(item)
-        if time.time() - shown > 10:
-            shown = time.time()
-            left = timedelta(seconds=round((shown - start) * (total / done - 1)))
-            print(f"  {name}: {done:,} of {total:,}, ETA {left}", flush=True)
 
 
 def write_vg(data: Path) -> None:

@@ -193,10 +193,7 @@ def predict_split(model: UniT, dataset, indices, device, micro_batch: int, num_w
     Each process predicts its share of the indices and gets what all of them found."""
     rank, world = processes()
     indices = np.array_split(indices, world)[rank]
-    batches = data.eval_loader(dataset, indices, micro_batch, num_workers)
-    if rank == 0:
-        batches = data.progress(dataset.task.name, batches, len(indices),
-                                lambda pair: len(pair[0] or ()) + len(pair[1]))
+    batches = data.eval_loader(dataset, indices, micro_batch, num_workers, report=rank == 0)
     items, unusable = [], {}
     for batch, faults in batches:
         unusable |= faults
