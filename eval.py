@@ -147,8 +147,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
     model.eval()
     for name, dataset in datasets.items():
         indices, total = drawn_indices(len(dataset), limit), len(dataset) + dataset.missing
-        if not allow_partial:
-            require_whole(dataset, total - len(indices))  # before the work
+        require_whole(dataset, total - len(indices), allow_partial)  # before the work
         items, unusable = predict_split(model, dataset, indices, device, micro_batch, num_workers,
                                         precision)
         if processes()[0] > 0:
@@ -158,8 +157,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
         if dataset.missing or unusable:
             print(f"warning: {name}: evaluated on {len(items)} of {total} samples (pictures "
                   f"missing: {dataset.missing}, unusable: {len(unusable)})", flush=True)
-        if not allow_partial:
-            require_whole(dataset, total - len(items))
+        require_whole(dataset, total - len(items), allow_partial)
         if not items:
             print(f"{name}: no samples")
             continue
@@ -180,9 +178,9 @@ def drawn_indices(total: int, limit: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(total)[:limit or total])
 
 
-def require_whole(dataset, lacking: int) -> None:
+def require_whole(dataset, lacking: int, allow_partial: bool) -> None:
     """A test server refuses a file that lacks samples, or counts them as wrong."""
-    if dataset.split == "test" and lacking:
+    if dataset.split == "test" and lacking and not allow_partial:
         raise InputError(f"{dataset.path}: {lacking} of its samples are missing ({dataset.missing} "
                          "without picture): no file for the test server, unless --allow_partial")
 
