@@ -363,15 +363,13 @@ class Coco(Dataset):
         self.task = replace(self.task, num_classes=len(self.class_names),
                             num_attributes=len(self.attribute_names))
         rows = read_records(content, "images", self.path, self.image_row)
-        images = {}
-        for number, *image in rows:
-            images.setdefault(number, image)
-        self.skipped["repeated image ids"] = len(rows) - len(images)
-        names, present = find_pictures(self, [name for name, _ in images.values()])
-        listed = np.array([*images], np.int64)
-        sizes = np.array([size for _, size in images.values()], np.int64).reshape(-1, 2)
-        self.ids, self.sizes = listed[present], sizes[present]  # (n,), (n, 2) height, width
-        self.names, self.num_images = strings(compress(names, present)), len(self.ids)
+        rows = np.array(rows, [("id", np.int64), ("name", object), ("size", np.int64, 2)])
+        listed, first = np.unique(rows["id"], return_index=True)
+        self.skipped["repeated image ids"] = len(rows) - len(listed)
+        rows = rows[np.sort(first)]  # in the file's order
+        names, present = find_pictures(self, rows["name"].tolist())
+        self.ids, self.sizes = rows["id"][present], rows["size"][present]  # (n,), (n, 2)
+        self.names, self.num_images = strings(names), len(self.ids)
         self.read_boxes(content, listed)
 
     def image_row(self, row: dict) -> tuple:
@@ -542,7 +540,7 @@ class Classification(Dataset):
         names = [row[2] for row in rows]
         if self.task.image:
             names, present = find_pictures(self, names)
-            rows, names = list(compress(rows, present)), list(compress(names, present))
+            rows = list(compress(rows, present))
         ids, labels, _, texts, *_ = zip(*rows) if rows else [()] * 4
         self.ids, self.labels = np.array(ids, np.int64), np.array(labels, np.int64)
         self.names, self.num_images = strings(names), len({*names} - {""})
@@ -1237,7 +1235,7 @@ def pictures_by_id(root: Path, *folders: str) -> dict[int, str]:
 
 
 def find_pictures(dataset: Dataset, names: list[str]) -> tuple[list[str], np.ndarray]:
-    """-> the names on the disk, (n,) bool: is the picture in `dataset.folder`? An error if none is.
+    """-> names of those in `dataset.folder`, as on the disk; (n,) bool: which. An error if none is.
     Without a file of its name a record gets one of its `spelling` that no other record names."""
     folder, wanted, folders = dataset.folder, {*names}, set()
     for name in wanted:
@@ -1261,7 +1259,7 @@ def find_pictures(dataset: Dataset, names: list[str]) -> tuple[list[str], np.nda
             raise bad(dataset.path, f"none of its pictures is under {folder} (the first: {first})",
                       "unpack the pictures there")
         dataset.skipped[f"without picture (the first: {first})"] = dataset.missing
-    return found, present
+    return list(compress(found, present)), present
 
 
 def spelling(name: str) -> str:
