@@ -522,8 +522,7 @@ def panel(name: str, metrics: dict[str, list[tuple]]) -> Image.Image:
     iterations, values = np.concatenate(list(metrics.values())).T
     low, high = min(90, values.min() // 10 * 10), min(100, values.max() // 10 * 10 + 10)
     last = int(iterations.max())
-    for value in (low, high):
-        y = np.interp(value, (low, high), (bottom, top))
+    for value, y in ((low, bottom), (high, top)):
         draw.line((left, y, right, y), "#cccccc")
         draw.text((left - 5, y), f"{value:g}", "black", FONT, "rm")
     draw.text((right, bottom + 5), f"{last:,} iterations", "black", FONT, "ra")
