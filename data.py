@@ -118,8 +118,7 @@ CROP_SIDES = (384, 600)                      # Section 3.5
 
 
 class UnusablePicture(InputError):
-    """A picture that no decoder opens, or whose shape is not the one that its boxes are for. In
-    training another one takes its place."""
+    """A picture that no decoder opens, or not of its boxes' shape. Training takes another one."""
 
 
 def read_image(path: Path | str, size=None) -> Tensor:
@@ -533,9 +532,8 @@ class Classification(Dataset):
         return self.words.index(label)
 
     def fill(self, rows: list[tuple]) -> list[tuple]:
-        """Rows (id, class id, picture or "", up to two texts, ...) -> flat arrays; returns the rows
-        that are in them. Class -1: not known; None: the row is left out, as are rows whose picture
-        is absent."""
+        """Rows (id, class id, picture or "", up to two texts, ...) -> flat arrays; returns those in
+        them. Class -1: not known; None: left out, as are the rows whose picture is absent."""
         rows = [row for row in rows if row[1] is not None]
         names = [row[2] for row in rows]
         if self.task.image:
@@ -656,8 +654,7 @@ class Vqa2(Classification):
 
     def read_answers(self, common: list[str]) -> list[str]:
         """The vocabulary: answers_vqa.txt, or else the normal forms of answers seen for at least
-        nine questions: 3,129 in VQAv2. One of them is "", in whose place <unk> comes, as in that
-        file."""
+        nine questions: 3,129 in VQAv2. For "", one of them, <unk> comes, as in that file."""
         path = self.data / self.vocabulary
         if path.exists():
             words = read_lines(path)
@@ -962,9 +959,8 @@ def run_loader(datasets: dict[str, Dataset], requests, num_workers: int):
 
 def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 0, rank: int = 0,
                  world_size: int = 1, micro_batch: int = 0, num_workers: int = 0):
-    """Yields for each iteration from `start` on: this process's micro-batches, and the reasons why
-    pictures were replaced by others. `micro_batch` 0: one picture, as in the paper, or all texts.
-    """
+    """Yields for each iteration from `start` on this process's micro-batches, and the reasons why
+    pictures were replaced. `micro_batch` 0: one picture, as in the paper, or all texts."""
     each = schedule.batch_size // world_size  # without a remainder: train.check
 
     def requests():
@@ -973,8 +969,7 @@ def train_loader(datasets: dict[str, Dataset], schedule: Schedule, start: int = 
             size = micro_batch or (1 if datasets[name].task.image else each)
             end = (rank + 1) * each
             for first in range(rank * each, end, size):
-                # Seeds from places in the whole batch: the result depends on neither the worker
-                # nor the rank.
+                # Seeds from places in the whole batch: the same for any worker and rank.
                 places = range(first, min(first + size, end))
                 seeds = [[schedule.seed, 2, iteration, place] for place in places]
                 yield name, samples[places.start:places.stop], seeds

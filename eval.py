@@ -173,8 +173,7 @@ def evaluate(model: UniT, datasets: dict, device, micro_batch: int = 0, num_work
 
 
 def drawn_indices(total: int, limit: int) -> np.ndarray:
-    """`limit` of `total` indices (0: all of them), in order. Random rather than every n-th, because
-    labels may be periodic."""
+    """`limit` of `total` indices (0: all), in order; random, as labels may be periodic."""
     return np.sort(np.random.default_rng(0).permutation(total)[:limit or total])
 
 
@@ -678,8 +677,7 @@ PAPER_TEST = {  # COCO and VQAv2 test-dev, SNLI-VE test, GLUE's server
     "T1.4": dict(coco=41.1, vqa2=67.47),
     "T2.4": dict(coco=41.1, vqa2=67.47),  # the same run as T1.4
     "T3.5": dict(vqa2=67.03, snli_ve=73.16, qnli=88.0, mnli=79.8, qqp=88.4, sst2=91.5)}
-# What the authors report for their published checkpoints, on validation. The eight-task models:
-# mmf.sh/docs/projects/unit.
+# What the authors report of their checkpoints, on validation. All tasks: mmf.sh/docs/projects/unit.
 RELEASED = {
     "released-coco": dict(coco=40.54),
     "released-coco-no-task": dict(coco=40.15),
