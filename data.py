@@ -193,8 +193,7 @@ def resize_for_evaluation(image: Tensor, image_size: int, floor: bool = False) -
 
 
 def normalise(image: Tensor) -> Tensor:
-    """(3, H, W) uint8 -> float, contiguous. In place after one allocation: touching fresh memory
-    costs more here than the arithmetic."""
+    """(3, H, W) uint8 -> float, contiguous. In place: fresh memory costs more than arithmetic."""
     result = torch.empty(image.shape)
     for channel, mean, std in zip(range(3), MEAN, STD):
         result[channel].copy_(image[channel]).sub_(255 * mean).mul_(1 / (255 * std))
@@ -415,10 +414,10 @@ class Coco(Dataset):
             ("image", np.int64), ("label", np.int16), ("box", np.float64, 4), ("area", np.float64),
             ("crowd", bool), ("attributes", np.int16, width)])
         self.skipped["boxes of images not listed"] = int((~np.isin(rows["image"], listed)).sum())
-        place = {image: number for number, image in enumerate(self.ids.tolist())}
-        places = np.array([place.get(image, -1) for image in rows["image"].tolist()], np.int64)
-        # Stable: in the file's order. Boxes without a picture, at -1, sort first and are cut off.
-        order = np.argsort(places, kind="stable")[np.count_nonzero(places < 0):]
+        rows = rows[np.isin(rows["image"], self.ids)]  # boxes that have a picture
+        by_id = np.argsort(self.ids)
+        places = by_id[np.searchsorted(self.ids, rows["image"], sorter=by_id)]
+        order = np.argsort(places, kind="stable")  # in the file's order
         places, rows = places[order], rows[order]
         self.starts = np.searchsorted(places, np.arange(len(self) + 1))
         self.boxes, self.labels, self.areas = rows["box"], rows["label"], rows["area"]
