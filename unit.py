@@ -284,14 +284,6 @@ def folded(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor) -> Tensor:
                     norm.bias - norm.running_mean * scale, conv.stride, conv.padding, conv.dilation)
 
 
-def folded_bottleneck(block: Bottleneck, x: Tensor) -> Tensor:
-    """block(x) with folded batch norms: (B, channels, H, W) -> (B, 4 x planes, H', W')"""
-    out = F.relu_(folded(block.conv1, block.bn1, x))
-    out = F.relu_(folded(block.conv2, block.bn2, out))
-    out = folded(block.conv3, block.bn3, out)
-    return F.relu_(out.add_(x if block.downsample is None else folded(*block.downsample, x)))
-
-
 class Backbone(nn.Module):
     """B of Eq. 1: torchvision's ResNet-50, with dilation in place of the last stride. conv1 and
     layer1 are never trained; neither are batch norms (released config)."""
@@ -313,7 +305,10 @@ class Backbone(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(F.relu_(folded(body.conv1, body.bn1, images)))
         for block in [*body.layer1, *body.layer2, *body.layer3, *body.layer4]:
-            x = folded_bottleneck(block, x)
+            out = F.relu_(folded(block.conv1, block.bn1, x))
+            out = F.relu_(folded(block.conv2, block.bn2, out))
+            out = folded(block.conv3, block.bn3, out)                 # (B, 4 x planes, H', W')
+            x = F.relu_(out.add_(x if block.downsample is None else folded(*block.downsample, x)))
         return x
 
 
