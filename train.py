@@ -651,10 +651,9 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--overwrite", action="store_true", help="replace what is in --out")
     flag("--as_released", action="store_true",
          help="the authors' released system where it differs from the paper")
-    run = parser.add_argument_group("the run (Section 3.5, Appendix A)")
-    unit.add_flags(run, TrainConfig, {"tiny": TINY})
-    model = parser.add_argument_group("the model (Section 3, Table A.1)")
-    unit.add_flags(model, Config, {"tiny": TINY})
+    for title, settings in (("the run (Section 3.5, Appendix A)", TrainConfig),
+                            ("the model (Section 3, Table A.1)", Config)):
+        unit.add_flags(parser.add_argument_group(title), settings, TINY)
     return parser
 
 
@@ -737,10 +736,9 @@ def how_to_make(init: Path, data_folder: str) -> str:
     name = folder.name.removeprefix("tiny-")
     if name not in EXPERIMENTS:
         return "check --init"
-    if folder.name != name:
-        return f"`python train.py --tiny --experiment {name} --out {folder}` makes it"
-    how = f"`python train.py --experiment {name} --out {folder}` makes it"
-    if name in AUTHORS_RUNS:
+    tiny = "--tiny " if folder.name != name else ""
+    how = f"`python train.py {tiny}--experiment {name} --out {folder}` makes it"
+    if name in AUTHORS_RUNS and not tiny:
         how += f"; --init {data_folder}/{AUTHORS_RUNS[name]} fetches the authors' own"
     return how
 
