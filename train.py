@@ -20,7 +20,7 @@ import sys
 import textwrap
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -698,9 +698,8 @@ def scaled_to_tiny(experiment: dict) -> dict:
 def configs(values: dict) -> list:
     """Config and TrainConfig from these settings; other keys are ignored."""
     made = []
-    for settings_class in (Config, TrainConfig):
-        names = values.keys() & {field.name for field in fields(settings_class)}
-        made.append(settings_class(**{name: values[name] for name in names}))
+    for kind in (Config, TrainConfig):  # whose settings all have defaults, as attributes
+        made.append(kind(**{name: x for name, x in values.items() if hasattr(kind, name)}))
     return made
 
 

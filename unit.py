@@ -776,8 +776,7 @@ class Detections:
 def postprocess(model: UniT, outputs: Outputs, batch: Batch) -> list[Detections]:
     """The top layer's outputs as detections, one entry per image."""
     scores, labels = outputs.logits[-1].softmax(-1)[..., :-1].max(-1)  # (B, q)
-    height, width = batch.sizes.to(scores.device).unbind(-1)
-    scale = torch.stack([width, height, width, height], -1)[:, None]  # (B, 1, 4)
+    scale = batch.sizes.to(scores.device).flip(-1).repeat(1, 2)[:, None]  # (B, 1, 4), width first
     boxes = box_convert(outputs.boxes[-1], "cxcywh", "xyxy") * scale
     columns = [scores, labels, boxes]
     head = model.heads[batch.task].attribute_head
@@ -814,8 +813,7 @@ BERT_SIZES = {  # entries of BERT's config.json, and of Config
     "hidden_size": "bert_width", "num_attention_heads": "bert_heads",
     "intermediate_size": "bert_ff", "num_hidden_layers": "bert_layers",
     "vocab_size": "vocab_size", "max_position_embeddings": "max_positions"}
-# Keys with these parts are not used: BERT's pretraining heads; the rest of DETR, and the classifier
-# in torchvision's file.
+# Keys with these parts are not used: BERT's pretraining heads; DETR's rest, ImageNet's classifier.
 BERT_UNUSED = ("cls.", "pooler.", "position_ids")
 BACKBONE_UNUSED = ("transformer.", "class_embed.", "bbox_embed.", "query_embed.", "input_proj.",
                    "fc.", "num_batches_tracked")
@@ -934,7 +932,6 @@ RELEASED_NAMES = {  # parts of our names, and of those in the released files
     "heads.TASK.linear1.": "classifiers.{group}.{name}.1.",
     ".attention.": ".self_attn.", ".self_attention.": ".self_attn.",
     ".cross_attention.": ".multihead_attn."}
-RELEASED_PREFIXES = ("unit_base_model.", "detr_model.", "transformer.")  # in this order, or none
 
 
 def released_key(name: str) -> str:
@@ -952,7 +949,7 @@ def unpack_released(found: dict[str, Tensor]) -> dict[str, Tensor]:
     and of the tables of task vectors a row for each of our tasks."""
     tensors = {}
     for key, tensor in found.items():
-        for prefix in RELEASED_PREFIXES:
+        for prefix in ("unit_base_model.", "detr_model.", "transformer."):  # in this order, or none
             key = key.removeprefix(prefix)
         tensors[key] = tensor
         if "in_proj_" in key:
@@ -1006,8 +1003,7 @@ TIMEOUT = 10  # seconds without an answer, after which a machine counts as offli
 
 
 def download(path: Path) -> None:
-    """Downloads a published file, recognised by its name, if it is not there yet. Raises InputError
-    if it cannot."""
+    """Downloads a published file, known by its name, if it is not there; or raises InputError."""
     if path.exists():
         return
     if path.name not in PUBLISHED:
