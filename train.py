@@ -698,8 +698,9 @@ def scaled_to_tiny(experiment: dict) -> dict:
 def configs(values: dict) -> list:
     """Config and TrainConfig from these settings; other keys are ignored."""
     made = []
-    for kind in (Config, TrainConfig):  # whose settings all have defaults, as attributes
-        made.append(kind(**{name: x for name, x in values.items() if hasattr(kind, name)}))
+    for kind in (Config, TrainConfig):
+        names = values.keys() & kind.__annotations__
+        made.append(kind(**{name: values[name] for name in names}))
     return made
 
 
