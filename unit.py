@@ -319,18 +319,18 @@ class SmallBackbone(nn.Module):
     Each picture is standardised first, and no ReLU comes last: otherwise features common to all
     pictures drown the differences between them, most of all in pale or dark ones."""
 
-    def __init__(self, width: int = 64):
+    channels = 64
+
+    def __init__(self):
         super().__init__()
-        self.channels = width
-        self.down = nn.ModuleList([nn.Conv2d(3, width // 2, 3, stride=2, padding=1),
-                                   nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
-                                   nn.Conv2d(width, width, 3, stride=2, padding=1)])
-        self.residual = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        channels = (width // 2, width, width, width, width, width)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, n) for n in channels)
+        self.down = nn.ModuleList([nn.Conv2d(3, 32, 3, stride=2, padding=1),
+                                   nn.Conv2d(32, 64, 3, stride=2, padding=1),
+                                   nn.Conv2d(64, 64, 3, stride=2, padding=1)])
+        self.residual = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, n) for n in (32, 64, 64, 64, 64, 64))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width, H / 8, W / 8)"""
+        """(B, 3, H, W) -> (B, 64, H / 8, W / 8)"""
         x = F.group_norm(images, 1)  # one group: all pixels of a picture, padding included
         for conv, norm in zip(self.down, self.norms[:3]):
             x = F.relu(norm(conv(x)))
@@ -428,13 +428,14 @@ class TextEncoder(Encoder):
 class DecoderLayer(nn.Module):
     """DETR's: self-attention among the queries, cross-attention to the memory, feed-forward."""
 
-    def __init__(self, width: int, heads: int, ff: int, dropout: float):
+    def __init__(self, config: Config):
         super().__init__()
-        self.self_attention = Attention(width, heads, dropout)
-        self.cross_attention = Attention(width, heads, dropout)
+        width, ff = config.decoder_width, config.decoder_ff
+        self.self_attention = Attention(width, config.decoder_heads, config.dropout)
+        self.cross_attention = Attention(width, config.decoder_heads, config.dropout)
         self.linear1, self.linear2 = nn.Linear(width, ff), nn.Linear(ff, width)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, q_task: Tensor, memory: Tensor, keys: Tensor, bias: Tensor | None):
         """content x and q_task (B, q, d), memory and keys (memory plus its positions) (B, M, d),
@@ -451,11 +452,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        width, self.queries_as_input = config.decoder_width, config.queries_as_input
-        self.layers = nn.ModuleList(
-            DecoderLayer(width, config.decoder_heads, config.decoder_ff, config.dropout)
-            for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(width)  # one, applied to every layer's output
+        self.queries_as_input = config.queries_as_input
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.decoder_width)  # one, applied to every layer's output
 
     def forward(self, memory: Tensor, positions: Tensor, mask: Tensor | None, q_task: Tensor):
         """memory h^enc and its positions (B, M, d), mask (B, M), q_task (q, d)
@@ -1182,7 +1181,7 @@ def figure_2(config: Config) -> None:
         ("b^l = box_head(h)", "Eq. 6", h, vg.box_head(h), vg.box_head, coco.box_head),
         ("a^l = attr_head(h, c^l)", "Eq. 7", h, a, vg.attribute_head),
         ("p = W_1 GeLU(W_2 h_1)", "Eq. 8", h_1, vqa2(h_1), vqa2, *others)]
-    form, total = "{:<26} {:<6} {:<14} {:>19} {:>19} {:>12}", 0
+    form = "{:<26} {:<6} {:<14} {:>19} {:>19} {:>12}"
     print(form.format("symbol", "paper", "class", "input", "output", "parameters"))
     counted = set()
     for symbol, place, x, output, *modules in rows:
@@ -1191,7 +1190,7 @@ def figure_2(config: Config) -> None:
         counted |= parameters
         count = sum(p.numel() for p in parameters)
         print(form.format(symbol, place, type(modules[0]).__name__, *shapes, f"{count:,}"))
-        total += count
+    total = sum(p.numel() for p in counted)
     print(f"{total:,} parameters in all (Section 4.2: 201M; 532M with --shared_decoder false)")
 
 
