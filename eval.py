@@ -271,7 +271,8 @@ def predict(model: UniT, checkpoint: dict, image=None, text: str | None = None,
     if image is not None:
         pixels = data.read_image(image)  # upright, as no annotations disagree with its EXIF
         sample.size = tuple(pixels.shape[1:])
-        pixels = data.resize_for_evaluation(pixels, model.config.image_size, floor=task.text)
+        floor = task.kind == "classification"  # as in the data sets
+        pixels = data.resize_for_evaluation(pixels, model.config.image_size, floor)
         sample.image = data.normalise(pixels)
     if text is not None:  # a terminal may send bytes that are not UTF-8; they become "?"
         text, text_pair = (t and t.encode("utf-8", "replace").decode() for t in (text, text_pair))

@@ -21,6 +21,7 @@ import eval as evaluation
 import unit
 from conftest import ROOT, Forked, run_python
 from test_data import write
+from test_unit import SMALL
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -425,6 +426,18 @@ def test_a_server_s_file_is_complete_or_not_written(task, file, missing, broken,
 
 
 # --- one input -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, width", [("classification", 25), ("detection", 26)])
+def test_one_picture_has_the_size_that_its_data_set_gives_it(kind, width, tmp_path):
+    """50 x 16 / 31 = 25.8, rounded down in classification, with or without a text."""
+    Image.new("RGB", (50, 31)).save(tmp_path / "picture.png")
+    task = unit.Task("things", kind, image=True, text=False, num_classes=2)
+    model, shapes = unit.UniT(replace(SMALL, backbone="small", image_size=16), [task]), []
+    model.image_encoder.backbone.register_forward_hook(lambda _, x, y: shapes.append(x[0].shape))
+    labels = {"things": {"classes": ["", "thing"], "attributes": []}}
+    evaluation.predict(model, {"labels": labels}, tmp_path / "picture.png")
+    assert shapes == [(1, 3, 16, width)]
+
 
 def test_one_input_in_three_lines(checkpoint, folder, val_run):
     model, loaded = evaluation.load_checkpoint(checkpoint)
