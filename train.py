@@ -653,7 +653,7 @@ def make_parser() -> argparse.ArgumentParser:
          help="the authors' released system where it differs from the paper")
     for title, settings in (("the run (Section 3.5, Appendix A)", TrainConfig),
                             ("the model (Section 3, Table A.1)", Config)):
-        unit.add_flags(parser.add_argument_group(title), settings, TINY)
+        unit.add_flags(parser.add_argument_group(title), settings, {"tiny": TINY})
     return parser
 
 

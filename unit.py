@@ -1140,16 +1140,17 @@ def written(value) -> str:
     return text.lower() if isinstance(value, bool) else text
 
 
-def add_flags(group, settings: type, tiny: dict | None = None) -> None:
-    """A flag for each field of a dataclass of `option`s; its help shows the default and --tiny's
-    value, if it has one. A flag that is not given leaves no attribute."""
+def add_flags(group, settings: type, presets: dict[str, dict] | None = None) -> None:
+    """A flag for each field of a dataclass of `option`s; its help shows the default and each
+    preset's value. A flag that is not given leaves no attribute."""
     kinds = get_type_hints(settings)
     for setting in fields(settings):
-        values = written(setting.default) or "none"
-        if tiny and setting.name in tiny:
-            values += f"; tiny: {written(tiny[setting.name])}"
+        values = [written(setting.default) or "none"]
+        for name, preset in (presets or {}).items():
+            if setting.name in preset:
+                values.append(f"{name}: {written(preset[setting.name])}")
         limits = dict(setting.metadata)
-        help = f"{limits.pop('help')} [{values}]"
+        help = f"{limits.pop('help')} [{'; '.join(values)}]"
         group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, help=help,
                            type=partial(parse, kind=kinds[setting.name], **limits),
                            metavar=METAVARS[type(setting.default)])
