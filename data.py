@@ -118,7 +118,8 @@ CROP_SIDES = (384, 600)                      # Section 3.5
 
 
 class UnusablePicture(InputError):
-    """A picture that no decoder opens, or not of its boxes' shape. Training takes another one."""
+    """A picture that no decoder opens, or whose shape is not the one that its boxes are for. In
+    training another one takes its place."""
 
 
 def read_image(path: Path | str, size=None) -> Tensor:
@@ -366,7 +367,7 @@ class Coco(Dataset):
         self.skipped["repeated image ids"] = len(rows) - len(listed)
         rows = rows[np.sort(first)]  # in the file's order
         names, present = find_pictures(self, rows["name"].tolist())
-        self.ids, self.sizes = rows["id"][present], rows["size"][present]  # (n,), (n, 2)
+        self.ids, self.sizes = rows["id"][present], rows["size"][present]  # (n,), (n, 2) h, w
         self.names, self.num_images = strings(names), len(self.ids)
         self.read_boxes(content, listed)
 
