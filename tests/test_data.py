@@ -571,6 +571,12 @@ def test_vg(tmp_path, capsys):
     assert train.attribute_names[:3] == ["", "red", "gray"]
     assert train.class_names == ["", "man", "stop sign", "dog"]
     assert (train.task.num_classes, train.task.num_attributes) == (4, 23)
+    path = tmp_path / "vg/instances_train.json"
+    content = json.loads(path.read_text())
+    for wrong in (23, -1, 1.0):
+        content["annotations"][0]["attribute_ids"] = [22, wrong]
+        write(path, json.dumps(content))
+        refused("attribute_ids outside 0..22", "vg", tmp_path, "train")
 
 
 def test_vg_vocabularies(tmp_path):
