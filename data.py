@@ -1540,14 +1540,14 @@ def tiny_question(things: list, rng) -> tuple[str, str]:
     """A question about the picture with these things, and its answer. Yes or no takes one
     comparison with the picture ("one": is there such a shape?) or two (has the shape that colour?).
     """
-    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.38, 0.24, 0.22, 0.1, 0.06])
+    kind = rng.choice(["colour", "shape", "one", "two", "count"], p=[0.3, 0.32, 0.22, 0.1, 0.06])
     if kind == "count":
         text = pick(rng, ["how many shapes are there?", "how many things do you see?"])
         return text, str(len(things))
     answer = pick(rng, ["yes", "no"])
     if kind == "one":
-        place, names, text = pick(rng, [(0, SHAPES, "is there a {}?"),
-                                        (1, list(COLOURS), "is anything {}?")])
+        place, names, text = pick(rng, [(0, SHAPES, "is there a {}?")] +
+                                  [(1, list(COLOURS), "is anything {}?")] * 2)  # learned later
         seen = {thing[place] for thing in things}
         missing = [name for name in names if name not in seen]
         if not missing:  # all three shapes: "yes" would be the only answer
@@ -1577,7 +1577,7 @@ def tiny_vqa(folder: Path, coco: dict, rng) -> list[str]:
                             ("val2014", [*train[:some], *coco["val"].items()])):
         questions, annotations = [], []
         for image, (_, things) in pictures:
-            asked = dict(tiny_question(things, rng) for _ in range(2))  # a repeated one counts once
+            asked = dict(tiny_question(things, rng) for _ in range(4))  # a repeated one counts once
             for number, (question, answer) in enumerate(asked.items(), image * 1000):
                 questions.append({"question_id": number, "image_id": image, "question": question})
                 ten = [{"answer_id": i, "answer": a, "answer_confidence": "yes"}

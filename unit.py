@@ -166,6 +166,8 @@ class Config:
                                            "words), not to queries and keys alone (DETR; released)")
     queries_as_input: bool = option(False, "q^task is also what the decoder begins with (ours; see "
                                            "Decoder.forward), not zeros (DETR; released)")
+    attention_gain: float = option(1.0, "initial matrices of queries and keys in the image encoder "
+                                   "and the decoder, times this (ours)")
     loss_on_all_layers: bool = option(False, "classify on every decoder layer (Table 4 line 6)")
     binary_vqa_loss: bool = option(False, "VQAv2's binary loss, as released; else as in Eq. 9")
     classifier_norm: bool = option(False, "LayerNorm, early dropout, as released; else as in Eq. 8")
@@ -626,7 +628,10 @@ def initialise(model: UniT) -> None:
             # Queries, keys and values count as one packed (3 d, d) matrix: its bound is 1/sqrt 2 of
             # that of each alone. (The released code skips separate decoders.)
             packed = re.search(r"\b[qkv]_proj\.", name)
-            nn.init.xavier_uniform_(p, gain=math.sqrt(0.5) if packed else 1.0)
+            gain = math.sqrt(0.5) if packed else 1.0
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                gain *= model.config.attention_gain
+            nn.init.xavier_uniform_(p, gain)
         elif "attention" in name and name.endswith("bias"):
             nn.init.zeros_(p)  # as in torch's packed attention
     for name, p in text.named_parameters() if text else ():  # a random BERT (ours)

@@ -345,7 +345,7 @@ def test_number_of_parameters():
 def test_initial_weights():
     """Xavier's bound is sqrt(6 / (rows + columns)); queries, keys and values count as one (3 d, d)
     matrix. Queries and task vectors are drawn from N(0, 1), BERT's matrices and the attribute
-    head from narrower normal distributions."""
+    head from narrower normal distributions. `attention_gain` narrows queries and keys alone."""
     model = unit.UniT(replace(SMALL, shared_decoder=False, decoder_width=60, decoder_ff=90), TASKS)
     image, text = model.image_encoder, model.text_encoder
     xavier = [(image.layers[0].attention.q_proj, 3 * 16, 16), (image.projection, 60, 16),
@@ -367,6 +367,10 @@ def test_initial_weights():
             (text.word_embeddings.weight, 1.0), (text.layers[0].linear1.weight, 12 ** -0.5),
             (attributes.linear1.weight, 0.01), (attributes.class_embedding.weight, 0.01)):
         assert abs(weight.std() / std - 1) < 0.2 and weight.abs().max() > 2 * std
+    layer = unit.UniT(replace(SMALL, attention_gain=0.5), TASKS).decoders["shared"].layers[1]
+    bound, attention = math.sqrt(6 / (4 * 20)), layer.cross_attention
+    for linear, share in ((attention.q_proj, 0.5), (attention.k_proj, 0.5), (attention.v_proj, 1)):
+        assert 0.9 * share * bound < linear.weight.abs().max() <= share * bound
     assert not attributes.linear1.bias.any() and not attributes.linear2.bias.any()
 
 
