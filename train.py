@@ -350,8 +350,8 @@ EXPERIMENTS = {  # where no iterations are given: 500k
 
 TINY = dict(  # --tiny: small sizes, and what pictures of 32 pixels need to be learned (README)
     data="runs/tiny-data", image_size=32, augment="flip", backbone="small", pretrained=False,
-    # No layers in E_v: from features that stay in their place the decoder learns to look for things,
-    # and then for those that a question names. With two layers some seeds never do (README).
+    # No layers in E_v: features stay in their place, so the decoder learns to look for things, and
+    # then for those that a question names. With two layers it does not on some seeds (README).
     encoder_width=64, encoder_heads=4, encoder_ff=128, encoder_layers=0,
     bert_width=64, bert_heads=4, bert_ff=128, bert_layers=2, max_positions=64,
     decoder_width=64, decoder_heads=4, decoder_ff=512, decoder_layers=3, dropout=0.0,
